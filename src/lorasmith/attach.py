@@ -1,0 +1,131 @@
+"""Which layers get an adapter, the set of adapters, and how they hang on a net: by forward hooks."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from lorasmith.adapters import Algorithm
+from lorasmith.adapters.layer import ADAPTABLE, Adapter, Layer
+from lorasmith.component import Component
+from lorasmith.types import Denoiser
+
+ATTENTION = r"(^|[._])(attn\d*|attention)\."
+MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
+PRESETS = {"attention": (ATTENTION,), "attention+mlp": (ATTENTION, MLP), "all": ("",), "none": ()}
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression ({error}), got {pattern!r}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class Targets(Component):
+    """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`."""
+
+    preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
+        default="attention+mlp", description="layers of the attention, of the MLPs too, or all linear layers and convolutions"
+    )
+    include: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to adapt as well")
+    exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
+
+    def matches(self, path: str) -> bool:
+        wanted = (*PRESETS[self.preset], *self.include)
+        return any(re.search(p, path) for p in wanted) and not any(re.search(p, path) for p in self.exclude)
+
+
+def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """{path: module} of every layer that could carry an adapter; a path is "<net>.<module path>"."""
+    return {
+        f"{name}.{path}": module
+        for name, net in nets.items()
+        for path, module in net.named_modules()
+        if isinstance(module, ADAPTABLE)
+    }
+
+
+class AdapterSet:
+    """Adapters by the path of their layer."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self.adapters = dict(adapters)
+        self.ran: set[str] = set()
+
+    @classmethod
+    def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
+        """A new adapter for each target; ValueError where no layer is one."""
+        layers = adaptable_layers(denoiser.nets)
+        chosen = {path: Layer.of(path, module) for path, module in layers.items() if targets.matches(path)}
+        if not chosen:
+            raise ValueError(
+                f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "
+                f"{list(targets.exclude)} for {len(layers)} layers such as {', '.join(list(layers)[:3]) or 'none'}"
+            )
+        return cls({path: algorithm.build(layer, path, seed) for path, layer in chosen.items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "AdapterSet":
+        """Moves the parameters; returns itself."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device, dtype)
+        return self
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
+
+    def file_state(self, denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{key in a LoRA file: tensor}, sorted; weights in this dtype."""
+        state = {
+            f"{denoiser.file_key(path)}.{suffix}": tensor
+            for path, adapter in self.adapters.items()
+            for suffix, tensor in adapter.file_tensors(dtype).items()
+        }
+        return dict(sorted(state.items()))
+
+    def refuse_unused(self) -> None:
+        """ValueError that names adapters that never ran, or whose output never reached the loss."""
+        idle = [path for path in self.adapters if path not in self.ran]
+        cut_off = [p for p, a in self.adapters.items() if p in self.ran and any(w.grad is None for w in a.parameters())]
+        for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
+            if paths:
+                raise ValueError(
+                    f"{len(paths)} of {len(self.adapters)} adapters {what}: {', '.join(paths[:3])}; "
+                    f"add them to targets.exclude"
+                )
+
+
+def attach(denoiser: Denoiser, adapters: AdapterSet) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hangs every adapter on its layer; returns the handles that take them off."""
+    layers = adaptable_layers(denoiser.nets)
+    return [
+        layers[path].register_forward_hook(_hook(adapters, path, adapter), with_kwargs=True)
+        for path, adapter in adapters.adapters.items()
+    ]
+
+
+def _hook(adapters: AdapterSet, path: str, adapter: Adapter) -> Any:
+    def adapted(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        adapters.ran.add(path)
+        return adapter(args[0] if args else kwargs["input"], y)
+
+    return adapted
+
+
+@contextmanager
+def attached(denoiser: Denoiser, adapters: AdapterSet) -> Iterator[None]:
+    """The denoiser predicts with the adapters as long as this is open."""
+    handles = attach(denoiser, adapters)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,158 @@
+"""The command line. What a command needs is imported when it runs, so that help is quick."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from lorasmith import __version__
+
+log = logging.getLogger(__name__)
+
+app = App(name="lorasmith", version=__version__, help="Trains LoRAs for diffusion models.")
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+INTERRUPTED = 130
+
+
+@app.command(help_flags=[])
+def train(*tokens: Tokens) -> int:
+    """Train a LoRA: `lorasmith train PICTURES --model MODEL`. `lorasmith train --help` lists every setting.
+
+    PICTURES is a folder of pictures with captions (.txt) beside them. A TOML file of settings serves as well.
+    """
+    from lorasmith.settings import configured, merged, parsed, read_toml
+
+    if {"--help", "-h"} & set(tokens):
+        return _show_settings()
+    sources, values = parsed(tokens)
+    if len(sources) != 1:
+        raise ValueError(f"train needs one folder of pictures or one TOML file, got {' '.join(sources) or 'none'}")
+    source = Path(sources[0])
+    if source.suffix == ".toml":
+        values = merged(read_toml(source), values)
+    else:
+        values = merged({"data": {"folder": str(source)}}, values)
+    return _execute(configured(_with_model(values)))
+
+
+@app.command
+def demo(*tokens: Tokens, concept: str = "line_drawing") -> int:
+    """Train a LoRA on the embedded model and pictures, and show what it learnt.
+
+    Parameters
+    ----------
+    concept: the style to learn: line_drawing, plain to the eye, or flat, the subtler one
+    """
+    from lorasmith.demo import demo_settings
+    from lorasmith.run import free_folder
+    from lorasmith.settings import configured, merged, parsed
+
+    others, values = parsed(tokens)
+    if others:
+        raise ValueError(f"demo takes settings only, got {' '.join(others)}")
+    folder = {"output": str(free_folder(f"demo-{concept}"))}
+    return _execute(configured(merged({**demo_settings(concept), **folder}, values)))
+
+
+@app.command
+def sample(
+    prompts: list[str], /, *, model: str, lora: Path | None = None, output: Path = Path("samples.png"),
+    seed: int = 0, steps: int = 25, guidance: float = 5.0,
+) -> int:  # fmt: skip
+    """Draw prompts without and with a LoRA, into one labelled picture.
+
+    Parameters
+    ----------
+    prompts: what to draw, a picture each
+    model: base model: a diffusers folder, or demo for the embedded one
+    lora: LoRA file; none: the model alone
+    output: PNG file to write
+    seed: drives the noise that pictures start from
+    steps: denoising steps a picture
+    guidance: classifier-free guidance; 1 for none
+    """
+    from lorasmith.run import draw_comparison
+    from lorasmith.settings import configured
+
+    values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
+    config = configured(_with_model({"model": model, "sampling": values}))
+    _prepare_terminal()
+    draw_comparison(config, lora, output)
+    print(output)
+    return 0
+
+
+def _with_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The name demo stands for the embedded model."""
+    from lorasmith.demo import BASE
+
+    return {**values, "model": str(BASE)} if values.get("model") == "demo" else values
+
+
+def _prepare_terminal() -> None:
+    from lorasmith.console import quiet_libraries, set_up_logging
+
+    set_up_logging()
+    quiet_libraries()
+
+
+def _show_settings() -> int:
+    from rich.table import Table
+
+    from lorasmith.console import console
+    from lorasmith.settings import settings
+
+    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …]\n", markup=False)
+    table = Table("setting", "value", "default", "what", box=None, pad_edge=False)
+    for setting in settings().values():
+        table.add_row(f"--{setting.key}", setting.rule, setting.default, setting.help)
+    console.print(table)
+    return 0
+
+
+def _execute(config: Any) -> int:
+    """Runs a config from its data to its report; Ctrl-C and numbers that are not finite keep what was trained."""
+    from lorasmith.console import console, follow, interruptible, show_summary
+    from lorasmith.run import Run
+    from lorasmith.training import NonFiniteError
+
+    _prepare_terminal()
+    run = Run.opened(config)
+    run.begin()
+    failure: NonFiniteError | None = None
+    with interruptible() as stop:
+        try:
+            follow(run.steps(), run.num_steps, stop)
+        except NonFiniteError as error:
+            failure = error
+        run.save()
+    console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
+    if failure is not None:
+        return _refused(failure)
+    if stop.is_set():
+        console.print(f"stopped after step {len(run.taken)} of {run.num_steps}")
+        return INTERRUPTED
+    show_summary(run.finish())
+    console.print(f"run folder: {run.folder}", soft_wrap=True)
+    return 0
+
+
+def _refused(error: Exception) -> int:
+    """One line for the user; the traceback for LORASMITH_LOG=debug."""
+    log.debug("", exc_info=error)
+    print(f"lorasmith: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The command `lorasmith`: exit code 0, 2 after bad input, 130 after Ctrl-C."""
+    try:
+        code = app(exit_on_error=False, print_error=False, result_action="return_value")
+    except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
+        code = _refused(error)
+    except KeyboardInterrupt:
+        print("lorasmith: stopped before the first step: nothing was trained", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)

@@ -1,0 +1,77 @@
+"""The one schema of a run: every setting with its range, its default and its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from lorasmith.adapters import Algorithm
+from lorasmith.adapters.lora import LoRA
+from lorasmith.attach import Targets
+from lorasmith.component import Component
+from lorasmith.devices import DtypeName
+from lorasmith.draws import SEED_MAX
+from lorasmith.losses import MSE, Loss
+from lorasmith.noise import Times, Uniform
+from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
+
+MAX_STEPS = 100_000
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+
+
+class Data(Component):
+    """The pictures."""
+
+    folder: Path | None = Field(default=None, description="folder of pictures with captions beside them")
+    held_out: Path | None = Field(
+        default=None, description="pictures never trained on, like the trained ones: their loss is measured before and after"
+    )
+    drift: Path | None = Field(
+        default=None, description="pictures that the model should go on drawing as before: their loss is measured as well"
+    )
+    resolution: int | None = Field(
+        default=None, ge=16, le=8192, description="side in pixels of a square picture of the same area; none: the model's own"
+    )
+
+
+class Sampling(Component):
+    """The pictures drawn before and after training."""
+
+    prompts: tuple[str, ...] | None = Field(
+        default=None, description="prompts to draw; none: the first captions; []: no pictures"
+    )
+    steps: int = Field(default=25, ge=1, le=1000, description="denoising steps a picture")
+    guidance: float = Field(default=5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance; 1: none")
+    seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives the noise that pictures start from")
+
+
+class Config(Component):
+    """A run. Where Python hands over the model or the data itself, `model` and `data` stay empty."""
+
+    model: str | None = Field(default=None, description="base model: a diffusers folder")
+    data: Data = Data()
+    output: Path | None = Field(default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
+    steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")
+    batch_size: int = Field(default=1, ge=1, le=10_000, description="samples a micro-batch")
+    grad_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="micro-batches an optimizer step")
+    learning_rate: float = Field(default=5e-4, ge=1e-7, le=1.0, allow_inf_nan=False, description="the optimizer's rate")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, le=1e6, allow_inf_nan=False, description="longest gradient; longer ones are scaled to it; 0: any"
+    )
+    training_dtype: DtypeName = Field(default="bf16", description="dtype the model computes in")
+    lora_dtype: DtypeName = Field(default="bf16", description="dtype of the adapters, in compute and in the file")
+    gradient_checkpointing: bool = Field(default=True, description="compute activations again to save memory")
+    adapter: Algorithm = LoRA()
+    targets: Targets = Targets()
+    optimizer: Optimizer = Field(default=AdamW(), description="how gradients become steps")
+    schedule: Schedule = Field(default=Constant(), description="how the learning rate changes over the steps")
+    loss: Loss = Field(default=MSE(), description="distance of prediction and target")
+    times: Times = Field(default=Uniform(), description="law that noise levels are drawn from")
+    sampling: Sampling = Sampling()
+
+    @property
+    def group_size(self) -> int:
+        """Samples an optimizer step."""
+        return self.batch_size * self.grad_accumulation_steps

@@ -1,0 +1,76 @@
+"""What a terminal shows of a run: logs, a progress bar, a summary; and Ctrl-C as a flag that is read between steps."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorasmith.types import Step
+
+console = Console()
+
+
+def set_up_logging() -> None:
+    """Our own logs to stderr, at the level that LORASMITH_LOG names (info by default); libraries' from errors on."""
+    level = os.environ.get("LORASMITH_LOG", "info").upper()
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=level != "INFO")
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    logging.getLogger("lorasmith").setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from the libraries that load models."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the flag; a second one ends the program at once, as usual."""
+    stop = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def follow(steps: Iterator[Step], total: int, stop: threading.Event) -> None:
+    """Runs through the steps with a progress bar, and closes them after the step in hand once the flag is set."""
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
+    )  # fmt: skip
+    mean = None
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=total, loss="-", rate="-")
+        for step in steps:
+            mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss
+            progress.update(task, advance=1, loss=f"{mean:.4f}", rate=f"{1 / step.seconds:.2f}")
+            if stop.is_set():
+                break
+
+
+def show_summary(rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,92 @@
+"""Sizes that pictures are trained at, and the order in which samples come.
+
+S samples, a repeated one counted as often as it repeats; G samples in a group, the samples of one optimizer step.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lorasmith.draws import Purpose, permutation, uniform
+
+
+def bucket_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """The (width, height) to train a picture of this size at: multiples of multiple, at most resolution^2 in area.
+
+    The long side goes from resolution, rounded down to a multiple, to twice that, and the short side is the longest
+    that the area allows; of these sizes, the one whose aspect ratio is nearest to the picture's, as a factor. A picture
+    longer than about 4:1 is thus cropped. ValueError for a resolution below multiple.
+    """
+    square = resolution // multiple
+    if square < 1:
+        raise ValueError(f"resolution must be at least the model's multiple of {multiple} pixels, got {resolution}")
+    sizes = [(long, square**2 // long) for long in range(square, min(2 * square, square**2) + 1)]
+    picture_long, picture_short = max(width, height), min(width, height)
+
+    def factor(size: tuple[int, int]) -> float:
+        # Divisions of integers round alike on every platform; logarithms need not.
+        ratio = (size[0] * picture_short) / (size[1] * picture_long)
+        return max(ratio, 1 / ratio)
+
+    long, short = min(sizes, key=factor)
+    return (long * multiple, short * multiple) if width >= height else (short * multiple, long * multiple)
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture scaled until it covers size (width, height), in pixels, and cropped to it about its centre."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def classes_by_shape(shapes: Sequence[Hashable], repeats: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The indices of the samples of each shape, an index as often as it repeats; shapes in order of appearance."""
+    classes: dict[Hashable, list[int]] = {}
+    for index, (shape, count) in enumerate(zip(shapes, repeats, strict=True)):
+        classes.setdefault(shape, []).extend([index] * count)
+    return tuple(tuple(indices) for indices in classes.values())
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples each optimizer step trains on: a pure function of the seed and the step.
+
+    The samples of a class come in an endless stream of permutations, a pass each, cut into groups of G. A cycle of S
+    steps holds as many groups of a class as the class has samples, so that it sees each sample G times.
+    """
+
+    seed: int
+    group_size: int
+    classes: tuple[tuple[int, ...], ...]  # indices of the samples of each shape, none empty
+
+    def group_at(self, step: int) -> list[int]:
+        """The G indices, all of one class, of this step, counted from 0."""
+        cycle, place = divmod(step, sum(map(len, self.classes)))
+        turns = self._turns(cycle)
+        number = turns[place]
+        group = cycle * len(self.classes[number]) + turns[:place].count(number)
+        return self._group(number, group)
+
+    def _turns(self, cycle: int) -> list[int]:
+        """The number of the class of each of a cycle's S steps.
+
+        The k-th of n groups falls due at (k + u) / n of the cycle, u in [0, 1) drawn for each class and cycle: that
+        spreads a class evenly, and puts the only group of a class of one at any step with the same chance.
+        """
+        sizes = [len(indices) for indices in self.classes]
+        shifts = uniform(self.seed, Purpose.BUCKET, cycle, (len(sizes),)).double().numpy()
+        due = [(np.arange(size) + shift) / size for size, shift in zip(sizes, shifts, strict=True)]
+        turns = np.repeat(np.arange(len(sizes)), sizes)
+        return turns[np.argsort(np.concatenate(due), kind="stable")].tolist()
+
+    def _group(self, number: int, group: int) -> list[int]:
+        """The G indices of a class's group-th group, counted from 0."""
+        indices = self.classes[number]
+        first, last = group * self.group_size, (group + 1) * self.group_size - 1
+        first_pass, last_pass = first // len(indices), last // len(indices)
+        stream: list[int] = []
+        for pass_number in range(first_pass, last_pass + 1):
+            order = permutation(self.seed, Purpose.ORDER, number << 40 | pass_number, len(indices))
+            stream.extend(indices[place] for place in order)
+        start = first - first_pass * len(indices)
+        return stream[start : start + self.group_size]

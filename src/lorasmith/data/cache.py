@@ -1,0 +1,65 @@
+"""Examples -> latents and conditioning -> the groups that the loop reads. B batch, C channels, h w latent sides."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, fitted
+from lorasmith.data.folder import picture
+from lorasmith.types import Batch, Cached, Codec, Example
+
+
+def pixels(example: Example, resolution: int, multiple: int) -> Tensor:
+    """The picture, scaled and cropped to its bucket: [3,H,W] in -1 to 1."""
+    image = picture(example.image_path)
+    image = fitted(image, bucket_size(image.width, image.height, resolution, multiple))
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def encoded(examples: Sequence[Example], codec: Codec, resolution: int) -> Iterator[Cached]:
+    """Every example through the model's own encoders, one by one."""
+    for example in examples:
+        with torch.inference_mode():
+            latent = codec.encode_images(pixels(example, resolution, codec.multiple)[None])[0]
+            cond = {name: value[0] for name, value in codec.encode_texts([example.caption]).items()}
+        yield checked(Cached(example.image_path.name, latent.clone(), {k: v.clone() for k, v in cond.items()}))
+
+
+def checked(sample: Cached) -> Cached:
+    """The sample itself; ValueError that names it where a number is not finite."""
+    for what, tensor in (("latent", sample.latent), *sample.cond.items()):
+        if not tensor.isfinite().all():
+            raise ValueError(f"sample {sample.name}: {what} must be finite, got NaN or infinity")
+    return sample
+
+
+def _shape(sample: Cached) -> tuple[object, ...]:
+    return (tuple(sample.latent.shape), *sorted((name, tuple(value.shape)) for name, value in sample.cond.items()))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples and the order that they are seen in."""
+
+    samples: Sequence[Cached]
+    order: Order
+
+    @classmethod
+    def of(cls, samples: Sequence[Cached], repeats: Sequence[int], *, seed: int, group_size: int) -> "Dataset":
+        classes = classes_by_shape([_shape(sample) for sample in samples], repeats)
+        return cls(samples, Order(seed, group_size, classes))
+
+    def group_at(self, step: int) -> Batch:
+        """The samples of optimizer step `step`, counted from 0, all of one shape; a pure function of (seed, step)."""
+        first = step * self.order.group_size
+        chosen = [self.samples[index] for index in self.order.group_at(step)]
+        return batch_of(chosen, tuple(range(first, first + len(chosen))))
+
+
+def batch_of(samples: Sequence[Cached], numbers: tuple[int, ...]) -> Batch:
+    """Samples of one shape, stacked."""
+    cond = {name: torch.stack([s.cond[name] for s in samples]) for name in samples[0].cond}
+    return Batch(torch.stack([s.latent for s in samples]), cond, numbers, tuple(s.name for s in samples))

@@ -1,0 +1,30 @@
+"""The embedded model and pictures, and the run that shows what lorasmith does."""
+
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+BASE = FOLDER / "base"
+CONCEPTS = ("line_drawing", "flat")
+PROMPTS = ("rocket", "dog face", "sunflower", "automobile", "cat face", "house building", "guitar", "umbrella")
+
+
+def demo_settings(concept: str) -> dict[str, Any]:
+    """The settings, nested, of the demo's run; ValueError where there are no pictures of the concept."""
+    if concept not in CONCEPTS:
+        raise ValueError(f"concept must be one of {', '.join(CONCEPTS)}, got {concept!r}")
+    pictures = FOLDER / "pictures"
+    return {
+        "model": str(BASE),
+        "data": {
+            "folder": str(pictures / concept / "train"),
+            "held_out": str(pictures / concept / "held_out"),
+            "drift": str(pictures / "noto" / "held_out"),
+        },
+        "steps": 300,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "gradient_checkpointing": False,
+        "targets": {"preset": "all"},
+        "sampling": {"prompts": list(PROMPTS), "guidance": 3.0},
+    }

@@ -1,0 +1,39 @@
+"""Devices and dtypes: the one place that asks what the machine can do."""
+
+import logging
+from functools import cache
+from typing import Literal
+
+import torch
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DtypeName = Literal["bf16", "fp32"]
+
+
+def best_device() -> torch.device:
+    """The first CUDA device, else Apple's GPU, else the processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 run natively there; elsewhere they are emulated, up to a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
+
+
+@cache  # so that the fallback is said once
+def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype to compute in when `name` was asked for: fp32 where the device has no bf16."""
+    if name == "bf16" and not has_bf16(device):
+        log.info("%s has no bf16: computing in fp32 instead", device.type)
+        return torch.float32
+    return DTYPES[name]

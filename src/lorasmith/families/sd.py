@@ -1,0 +1,167 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022), through diffusers. B batch, L tokens, D width, H W pixels."""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lorasmith.noise import Diffusion
+from lorasmith.types import Cond
+
+log = logging.getLogger(__name__)
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+
+
+def diffusion(scheduler: Mapping[str, Any]) -> Diffusion:
+    """The process that a scheduler's config describes, zero terminal SNR included; ValueError on unknown predictions."""
+    prediction = PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"))
+    if prediction is None:
+        raise ValueError(
+            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {scheduler['prediction_type']!r}"
+        )
+    betas = DDPMScheduler(**{key: scheduler[key] for key in BETAS if key in scheduler})
+    return Diffusion(betas.alphas_cumprod, prediction)
+
+
+@dataclass(frozen=True)
+class StableDiffusionDenoiser:
+    """The UNet and its process."""
+
+    unet: UNet2DConditionModel
+    process: Diffusion
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet}
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B,4,h,w], t [B], cond {"text": [B,L,D]} -> the UNet's output [B,4,h,w], float32."""
+        dtype = self.unet.dtype
+        return self.unet(x_t.to(dtype), t, cond["text"].to(dtype)).sample.float()
+
+    def file_key(self, path: str) -> str:
+        """unet.down_blocks.0… -> lora_unet_down_blocks_0…: kohya's names."""
+        return f"lora_{path}".replace(".", "_")
+
+
+class StableDiffusionCodec:
+    """The autoencoder, the CLIP text encoder and its tokenizer."""
+
+    def __init__(
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]
+    ) -> None:
+        """unet: the UNet's config, which says what latents it was made for."""
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.resolution = unet["sample_size"] * self.factor
+        self.multiple = 2 ** (len(unet["block_out_channels"]) - 1) * self.factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        width, height = size
+        return (self.vae.config["latent_channels"], height // self.factor, width // self.factor)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in -1 to 1 -> the posterior's mean, scaled: [B,4,h,w], float32."""
+        mean = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return mean.float() * self.vae.config["scaling_factor"]
+
+    def encode_texts(self, texts: Sequence[str]) -> Cond:
+        """B texts -> {"text": [B,L,D]}, float32; texts beyond the encoder's length are cut, which is logged."""
+        length = self.tokenizer.model_max_length
+        for text in texts:
+            num_tokens = len(self.tokenizer(text).input_ids)
+            if num_tokens > length:
+                log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+        return {"text": hidden.float()}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B,4,h,w] -> images [B,3,H,W] in about -1 to 1, float32."""
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config["scaling_factor"]
+        return self.vae.decode(latents).sample.float()
+
+
+def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) -> Part:
+    """One part of a diffusers folder, in this dtype (None: as stored); ValueError where it is missing or broken."""
+    weights = folder / name
+    if not weights.is_dir():
+        raise ValueError(f"{folder} must hold {name}/ to be a Stable Diffusion model, but it does not")
+    if not list(weights.glob("*.safetensors")):
+        raise ValueError(f"{weights} must hold safetensors weights: pickles can run code when they are loaded")
+    try:
+        with safe_open(sorted(weights.glob("*.safetensors"))[0], framework="pt") as file:
+            stored = file.get_tensor(next(iter(file.keys()))).dtype
+        return kind.from_pretrained(weights, dtype=dtype or stored, use_safetensors=True, local_files_only=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"cannot load {weights}: {str(error).splitlines()[0]}") from error
+
+
+class StableDiffusion:
+    """The family: a diffusers folder or pipeline -> denoiser, codec, and a pipeline around a changed denoiser."""
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: Mapping[str, Any], source: Any) -> None:
+        self.denoiser = StableDiffusionDenoiser(unet, diffusion(scheduler))
+        self.source = source
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "StableDiffusion":
+        try:
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"cannot read scheduler/scheduler_config.json of {folder}: {error}") from error
+        return cls(_part(UNet2DConditionModel, folder, "unet", None), scheduler, folder)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> "StableDiffusion":
+        return cls(pipeline.unet, pipeline.scheduler.config, pipeline)
+
+    def codec(self, device: torch.device) -> StableDiffusionCodec:
+        """The encoders on this device in float32, or as a pipeline holds them."""
+        config = self.denoiser.unet.config
+        if not isinstance(self.source, Path):
+            return StableDiffusionCodec(self.source.vae, self.source.text_encoder, self.source.tokenizer, config)
+        vae = _part(AutoencoderKL, self.source, "vae", torch.float32)
+        text_encoder = _part(CLIPTextModel, self.source, "text_encoder", torch.float32)
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self.source / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load {self.source / 'tokenizer'}: {str(error).splitlines()[0]}") from error
+        return StableDiffusionCodec(vae.to(device), text_encoder.to(device), tokenizer, config)
+
+    def pipeline(self, denoiser: StableDiffusionDenoiser) -> Any:
+        """A diffusers pipeline that predicts with this denoiser; the source's own stays as it is."""
+        from diffusers import StableDiffusionPipeline  # takes seconds and is seldom needed
+
+        if isinstance(self.source, Path):
+            return StableDiffusionPipeline.from_pretrained(
+                self.source, unet=denoiser.unet, dtype=denoiser.unet.dtype, local_files_only=True
+            )
+        twin = copy.copy(self.source)
+        twin.unet = denoiser.unet
+        return twin
+
+    def metadata(self) -> dict[str, str]:
+        """What other tools read of a base model: modelspec and kohya's keys."""
+        version = "2" if self.denoiser.unet.config["cross_attention_dim"] == 1024 else "1"
+        prediction = {"eps": "epsilon", "v": "v", "x0": "sample"}[self.denoiser.process.prediction]
+        return {
+            "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+            "modelspec.prediction_type": prediction,
+            "ss_base_model_version": f"sd_v{version}",
+            "ss_v2": str(version == "2"),
+        }

@@ -1,0 +1,144 @@
+"""Optimizers, the laws of the learning rate, and the fp32 masters that 16-bit adapters are trained by."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lorasmith.component import Component, named
+
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added to the denominator")]
+WeightDecay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+class AdamW(Component):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    name: Literal["AdamW"] = "AdamW"
+    beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
+    beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
+
+    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class Adam(Component):
+    """Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient."""
+
+    name: Literal["Adam"] = "Adam"
+    beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
+    beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class SGD(Component):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, eq. 1)."""
+
+    name: Literal["SGD"] = "SGD"
+    momentum: Beta = Field(default=0.0, description="decay of the velocity")
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+class RMSprop(Component):
+    """Gradients divided by the root of their running mean square (Hinton 2012, lecture 6e)."""
+
+    name: Literal["RMSprop"] = "RMSprop"
+    alpha: Beta = Field(default=0.99, description="decay of the mean of squared gradients")
+    momentum: Beta = Field(default=0.0, description="decay of the velocity")
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(
+            params, lr=lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+
+Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]
+
+Warmup = Annotated[int, Field(ge=0, le=100_000, description="steps over which the rate rises from 0")]
+
+
+def _warmed(step: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+class Constant(Component):
+    """The rate stays as it is."""
+
+    name: Literal["constant"] = "constant"
+    warmup: Warmup = 0
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rate is multiplied by in step 0 to steps - 1."""
+        return _warmed(step, self.warmup)
+
+
+class Linear(Component):
+    """The rate falls in a straight line."""
+
+    name: Literal["linear"] = "linear"
+    warmup: Warmup = 0
+    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="factor that the rate falls to")
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rate is multiplied by in step 0 to steps - 1."""
+        return _warmed(step, self.warmup) * (1 - (1 - self.end) * step / steps)
+
+
+class Cosine(Component):
+    """The rate falls along half a cosine wave (Loshchilov and Hutter 2017, eq. 5)."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: Warmup = 0
+    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="factor that the rate falls to")
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rate is multiplied by in step 0 to steps - 1."""
+        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return _warmed(step, self.warmup) * (self.end + (1 - self.end) * fall)
+
+
+Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), named("constant")]
+
+
+class Masters:
+    """fp32 copies of the parameters: a step too small for 16 bits is not lost (Micikevicius et al. 2018, section 3.1)."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.tensors = [
+            p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in params
+        ]
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """The parameters' gradients become the masters', in fp32."""
+        for param, master in zip(self.params, self.tensors, strict=True):
+            if master is not param:
+                master.grad = None if param.grad is None else param.grad.float()
+                param.grad = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The masters' values become the parameters', rounded."""
+        for param, master in zip(self.params, self.tensors, strict=True):
+            if master is not param:
+                param.copy_(master)

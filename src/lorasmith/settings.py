@@ -1,0 +1,240 @@
+"""The schema, read: every setting by its dotted key, overrides and TOML files on top of it, and errors in one line."""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lorasmith.config import Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the schema."""
+
+    key: str
+    rule: str  # "1 to 128", "one of bf16, fp32", "text"
+    default: str
+    help: str
+    kind: type | None  # what a value given as text stands for, where that matters: bool or tuple
+
+
+def settings() -> dict[str, Setting]:
+    """{dotted key: setting} of the whole schema, in its order."""
+    return {setting.key: setting for setting in _walk(Config, "")}
+
+
+def _walk(model: type[BaseModel], prefix: str) -> list[Setting]:
+    found: dict[str, Setting] = {}
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        members = _members(field.annotation)
+        if not members:
+            found[key] = _leaf(key, field)
+            continue
+        if any("name" in member.model_fields for member in members):
+            names = [str(member.model_fields["name"].default) for member in members]
+            default = _shown(getattr(field.default, "name", None))
+            found[key] = Setting(key, f"one of {', '.join(names)}", default, field.description or "", None)
+        for member in members:
+            for setting in _walk(member, f"{key}."):
+                if setting.key != f"{key}.name":
+                    found.setdefault(setting.key, setting)
+    return list(found.values())
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [arg for arg in get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+
+
+def _leaf(key: str, field: FieldInfo) -> Setting:
+    annotation = field.annotation
+    kind = bool if annotation is bool else tuple if _holds_tuple(annotation) else None
+    return Setting(key, _rule(annotation, field.metadata), _shown(field.default), field.description or "", kind)
+
+
+def _holds_tuple(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(_holds_tuple(arg) for arg in _union_args(annotation))
+
+
+def _union_args(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+
+
+def _rule(annotation: Any, metadata: Sequence[Any]) -> str:
+    options = [arg for arg in _union_args(annotation) if arg is not type(None)]
+    if options:
+        return _rule(options[0], metadata)
+    if get_origin(annotation) is Annotated:
+        base, *inner = get_args(annotation)
+        constraints = [part for info in inner for part in (info.metadata if isinstance(info, FieldInfo) else [info])]
+        return _rule(base, [*metadata, *constraints])
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    low = next((m for m in metadata if isinstance(m, Ge | Gt)), None)
+    high = next((m for m in metadata if isinstance(m, Le | Lt)), None)
+    if low is not None and high is not None:
+        above = "above " if isinstance(low, Gt) else ""
+        below = "below " if isinstance(high, Lt) else ""
+        return f"{above}{_number(low)} to {below}{_number(high)}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return names.get(annotation, "a list of texts")
+
+
+def _number(bound: Any) -> str:
+    (value,) = (getattr(bound, name) for name in ("ge", "gt", "le", "lt") if name in type(bound).__annotations__)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def configured(values: Mapping[str, Any]) -> Config:
+    """Nested values -> a config; ValueError with one line that names the key, the rule and the value."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explained(error)) from error
+
+
+def explained(error: ValidationError) -> str:
+    """The first thing wrong, in one line."""
+    known = settings()
+    first = error.errors()[0]
+    key = _key(first["loc"], known)
+    if first["type"] == "extra_forbidden" and key in known:
+        part, _, name = key.rpartition(".")
+        return f"{part} {first['loc'][-2]} has no setting {name}"
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {key}{nearest(key, known)}"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        value = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
+        return f"{key} must be {known[key].rule}, got {value!r}"
+    if first["type"] == "value_error":
+        return f"{key} {first['ctx']['error']}"
+    setting = known.get(key)
+    if first["type"] == "string_pattern_mismatch":
+        return f"{key} must be {known[key].help}, got {first['input']!r}"
+    rule = setting.rule if setting else "a table of settings"
+    return f"{key} must be {rule}, got {first['input']!r}"
+
+
+def _key(loc: Sequence[int | str], known: Mapping[str, Setting]) -> str:
+    """pydantic's location -> dotted key: list positions and the names of a union's members are no part of it."""
+    key = ""
+    for index, part in enumerate(loc):
+        is_last = index == len(loc) - 1
+        longer = f"{key}.{part}".lstrip(".")
+        prefix_known = any(k == longer or k.startswith(f"{longer}.") for k in known)
+        if isinstance(part, str) and (prefix_known or is_last):
+            key = longer
+    return key
+
+
+def nearest(key: str, known: Mapping[str, Setting]) -> str:
+    """What an unknown key most likely meant, as the end of a message."""
+    names = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(key, known, 1, 0.6)
+    by_name = difflib.get_close_matches(key.rpartition(".")[2], names, 1, 0.6)
+    guess = close[0] if close else names[by_name[0]] if by_name else None
+    return f": did you mean {guess}?" if guess else ""
+
+
+def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """SOURCE --adapter.rank 16 --schedule cosine … -> what is no setting, and the settings as nested values.
+
+    A list is given by repeating its key or as TOML; a yes-or-no setting alone means true. ValueError on an unknown key or
+    a missing value.
+    """
+    known = settings()
+    others: list[str] = []
+    values: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            others.append(token)
+            continue
+        key, has_value, text = token[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            raise ValueError(f"there is no setting {key}{nearest(key, known)}")
+        if not has_value:
+            text = _next_value(known[key], rest)
+        _set(values, key, _value(known[key], text))
+    return others, values
+
+
+def _next_value(setting: Setting, rest: list[str]) -> str:
+    """Takes the value that follows a key; a yes-or-no setting needs none."""
+    if setting.kind is bool:
+        return rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"--{setting.key} needs a value: {setting.rule}")
+    return rest.pop(0)
+
+
+def _value(setting: Setting, text: str) -> Any:
+    if text == "none" and setting.default == "none":
+        return None
+    if setting.kind is not tuple:
+        return text
+    if not text.startswith("["):
+        return [text]
+    try:
+        return tomllib.loads(f"list = {text}")["list"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{setting.key} must be {setting.rule}, got {text!r} ({error})") from error
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for name in tables:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = values[name] = {"name": inner}
+        values = inner
+    held = values.get(last)
+    if isinstance(held, list) and isinstance(value, list):
+        value = held + value
+    if isinstance(held, dict):
+        value = {**held, "name": value}
+    values[last] = value
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` on top; a name on one side and fields on the other make one part."""
+    result = dict(below)
+    for key, value in above.items():
+        held = result.get(key)
+        if isinstance(held, str) and isinstance(value, dict):
+            held = {"name": held}
+        if isinstance(held, dict) and isinstance(value, str):
+            value = {"name": value}
+        result[key] = merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return result
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's values; ValueError where it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def toml_of(config: Config) -> str:
+    """The whole config, defaults included; settings that are none are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,105 @@
+"""The loop: groups of samples in, optimizer steps out. It knows a Denoiser, not a model.
+
+B batch, C channels, h w latent height and width.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorasmith.attach import AdapterSet
+from lorasmith.config import Config
+from lorasmith.draws import Purpose, normal, spread
+from lorasmith.losses import by_sample
+from lorasmith.optimizers import Masters
+from lorasmith.types import Batch, Denoiser, Step
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or infinite; the adapters are as the last finite step left them."""
+
+
+class Groups(Protocol):
+    """Where the loop gets its samples."""
+
+    def group_at(self, step: int) -> Batch:
+        """The samples of optimizer step `step`, counted from 0: a pure function."""
+        ...
+
+
+def train(
+    denoiser: Denoiser, adapters: AdapterSet, groups: Groups, config: Config, *, steps: int, done: int = 0
+) -> Iterator[Step]:
+    """Trains adapters that are attached to the denoiser; yields after each optimizer step.
+
+    `steps` more are made after the `done` ones of a LoRA that is continued, whose samples and draws are not repeated.
+    """
+    masters = Masters(adapters.parameters())
+    optimizer = config.optimizer.build(masters.tensors, config.learning_rate)
+    for step in range(steps):
+        began = time.perf_counter()
+        group = groups.group_at(done + step)
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = _backward(denoiser, group, config)
+        if step == 0:
+            adapters.refuse_unused()
+        masters.take_gradients()
+        grad_norm = _clipped(masters.tensors, config.max_grad_norm)
+        _refuse_non_finite(grad_norm, "gradient", group, done + step)
+        lr = config.learning_rate * config.schedule.factor(step, steps)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.write()
+        yield Step(done + step + 1, loss, lr, grad_norm, time.perf_counter() - began)
+
+
+def noised(denoiser: Denoiser, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """batch -> x_t [B,C,h,w], t [B], target [B,C,h,w]; each sample's draws depend on (seed, its number) alone."""
+    process = denoiser.process
+    u = torch.tensor([spread(config.seed, Purpose.TIME, number) for number in batch.numbers], dtype=torch.float64)
+    t = process.time(config.times.fraction(u).float().clamp(0, 1 - 2**-24))
+    shape = tuple(batch.x0.shape[1:])
+    eps = torch.stack([normal(config.seed, Purpose.NOISE, number, shape) for number in batch.numbers])
+    return process.noise(batch.x0, eps, t), t, process.target(batch.x0, eps, t)
+
+
+def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
+    """batch -> each sample's loss [B], float32, where the net is."""
+    x_t, t, target = noised(denoiser, batch, config)
+    device = next(next(iter(denoiser.nets.values())).parameters()).device
+    cond = {name: value.to(device) for name, value in batch.cond.items()}
+    pred = denoiser.predict(x_t.to(device), t.to(device), cond)
+    return by_sample(config.loss, pred, target.to(device))
+
+
+def _backward(denoiser: Denoiser, group: Batch, config: Config) -> float:
+    """Adds the gradient of the group's mean loss to the adapters; returns that loss, the same however it is cut."""
+    losses = []
+    for start in range(0, len(group), config.batch_size):
+        part = group.part(start, start + config.batch_size)
+        part_losses = sample_losses(denoiser, part, config)
+        (part_losses.sum() / len(group)).backward()
+        losses += part_losses.tolist()
+    for name, number, loss in zip(group.names, group.numbers, losses, strict=True):
+        if not torch.tensor(loss).isfinite():
+            raise NonFiniteError(f"the loss of sample {name} (number {number}) is {loss}")
+    return sum(losses) / len(losses)
+
+
+def _clipped(params: list[Tensor], max_norm: float) -> float:
+    """Scales the gradients together down to max_norm (0: leaves them); returns their norm before."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return float(norm)
+
+
+def _refuse_non_finite(value: float, what: str, group: Batch, step: int) -> None:
+    if not torch.tensor(value).isfinite():
+        raise NonFiniteError(f"the {what} of step {step + 1} is {value}, from samples {', '.join(group.names)}")

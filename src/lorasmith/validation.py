@@ -1,0 +1,65 @@
+"""The loss on pictures that are never trained on: fixed noise, stratified times, and how sure the figure is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasmith.draws import Purpose, normal, permutation, uniform
+from lorasmith.losses import MSE, by_sample
+from lorasmith.types import Batch, Cached, Denoiser
+
+NUM_NOISES = 4
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean and its standard error over pictures."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Measured":
+        """values [N]; with one value the standard error is NaN."""
+        return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+
+    def __format__(self, sign: str) -> str:
+        """ "0.624 ± 0.021"; with the format "+", the sign always."""
+        return f"{self.mean:{sign}.3f} ± {self.stderr:.3f}"
+
+
+def held_out_losses(denoiser: Denoiser, samples: Sequence[Cached]) -> Tensor:
+    """Each sample's mean squared error [N] on the model's own target, the mean over NUM_NOISES noises.
+
+    For each noise the samples' times are stratified: one in each of N equal parts of the range, in a fixed shuffle. The
+    draws are the same whatever run asks, so figures can be compared between runs and paired before and after.
+    """
+    with torch.inference_mode():
+        losses = [_losses_at(denoiser, sample, index, len(samples)).mean() for index, sample in enumerate(samples)]
+    return torch.stack(losses)
+
+
+def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int) -> Tensor:
+    """The sample's loss under each of its noises, [NUM_NOISES]."""
+    device = next(next(iter(denoiser.nets.values())).parameters()).device
+    shape = tuple(sample.latent.shape)
+    x0 = sample.latent.expand(NUM_NOISES, *shape)
+    eps = torch.stack(
+        [normal(_SEED, Purpose.HELD_OUT_NOISE, index * NUM_NOISES + number, shape) for number in range(NUM_NOISES)]
+    )
+    t = denoiser.process.time(torch.tensor([_fraction(n, index, num_samples) for n in range(NUM_NOISES)]))
+    x_t, target = denoiser.process.noise(x0, eps, t), denoiser.process.target(x0, eps, t)
+    cond = {name: value.expand(NUM_NOISES, *value.shape).to(device) for name, value in sample.cond.items()}
+    pred = denoiser.predict(x_t.to(device), t.to(device), cond)
+    return by_sample(MSE(), pred, target.to(device)).cpu()
+
+
+def _fraction(number: int, index: int, num_samples: int) -> float:
+    """The time of a sample under noise `number`, as a fraction in [0, 1)."""
+    place = permutation(_SEED, Purpose.HELD_OUT_TIME, 2 * number, num_samples)[index]
+    within = uniform(_SEED, Purpose.HELD_OUT_TIME, 2 * number + 1, (num_samples,))[index]
+    return (place + float(within)) / num_samples

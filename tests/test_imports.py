@@ -1,0 +1,101 @@
+"""The house: every module stands on a floor and imports from lower floors only."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
+FLOORS = (
+    ("lorasmith", "types", "component"),
+    ("draws", "devices", "kernels"),
+    ("noise", "losses", "optimizers", "adapters", "data.folder", "data.buckets", "plots", "demo"),
+    ("attach", "data.cache", "sampling", "validation", "report"),
+    ("memory", "config", "lorafile"),
+    ("settings", "training", "families"),
+    ("job",),
+    ("run", "contract", "console"),
+    ("cli",),
+    ("__main__",),
+)
+MAX_LINES = 400
+
+
+def module_of(path: Path) -> str:
+    """A file -> its dotted name below the package; the package itself is "lorasmith"."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "lorasmith"
+
+
+def floor_of(module: str) -> int:
+    """The floor of a module or of the package that holds it."""
+    for floor, modules in enumerate(FLOORS):
+        if module in modules or module.rpartition(".")[0] in modules:
+            return floor
+    assert module == "data", f"{module} stands on no floor"
+    return 0
+
+
+def imports_of(path: Path) -> set[str]:
+    """The project's modules that a file imports, at its top or inside functions."""
+    known = {module_of(p) for p in SOURCE.rglob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "lorasmith":
+                below = name.removeprefix("lorasmith").lstrip(".") or "lorasmith"
+                found |= {below} & known
+    return found - ({"lorasmith"} if module_of(path) != "lorasmith" else set())
+
+
+def climbs(module: str, imported: str) -> bool:
+    """Whether an import goes up or sideways; inside a package siblings may be imported."""
+    same_package = module.split(".")[0] == imported.split(".")[0] and module.split(".")[0] in (
+        "adapters",
+        "kernels",
+        "families",
+    )
+    return not same_package and floor_of(imported) >= floor_of(module)
+
+
+def test_imports_point_down() -> None:
+    bad = [
+        f"{module_of(path)} -> {imported}"
+        for path in SOURCE.rglob("*.py")
+        for imported in imports_of(path)
+        if climbs(module_of(path), imported)
+    ]
+    assert not bad
+
+
+def test_imports_do_not_circle() -> None:
+    graph = {module_of(path): imports_of(path) for path in SOURCE.rglob("*.py")}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in done:
+            for imported in graph[module]:
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_walk_sees_a_climb() -> None:
+    assert climbs("noise", "training")
+    assert climbs("training", "families.sd")
+    assert climbs("losses", "noise")
+    assert not climbs("training", "noise")
+
+
+def test_files_are_short() -> None:
+    root = SOURCE.parents[1]
+    files = [p for folder in ("src", "tests", "tools") for p in (root / folder).rglob("*.py")]
+    assert not [str(p) for p in files if len(p.read_text(encoding="utf-8").splitlines()) > MAX_LINES]
