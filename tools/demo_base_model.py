@@ -3,6 +3,9 @@
 Pictures are [B,3,64,64] in [-1, 1], latents [B,4,16,16], captions [B,L] with L = 32 tokens, their encoding [B,L,192].
 """
 
+# pyright: reportPrivateImportUsage=false
+# diffusers imports its names when they are asked for, which pyright takes for private.
+
 import copy
 import json
 import shutil
@@ -29,11 +32,44 @@ EXTRA_WORDS = (
     "white red green blue yellow orange purple pink brown gray noto twemoji openmoji"
 )
 
+VAE: dict[str, Any] = {  # 1.6 M parameters
+    "sample_size": 64,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 96),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "norm_num_groups": 16,
+    "mid_block_add_attention": False,
+}
+TEXT_ENCODER: dict[str, Any] = {  # 2.2 M parameters
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "max_position_embeddings": NUM_TOKENS,
+    "projection_dim": TEXT_WIDTH,
+    "bos_token_id": 0,  # START and END are the vocabulary's first two
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+UNET: dict[str, Any] = {  # 8.7 M parameters
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "block_out_channels": (64, 128, 160),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 32,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 4,
+}
+
 Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class DemoBase:
     """The parts that are trained, and the tokenizer; nothing in them depends on train or eval mode."""
 
     tokenizer: CLIPTokenizer
@@ -44,72 +80,31 @@ class BaseModel:
 
 def new_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A tokenizer that cuts text as CLIP's does, with a byte-pair vocabulary learnt from the captions."""
-    rules = CLIPTokenizer().backend_tokenizer
+    rules, texts = CLIPTokenizer().backend_tokenizer, [*captions, *[EXTRA_WORDS] * 3]
     learner = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix=WORD_END, continuing_subword_prefix=""))
-    learner.normalizer = rules.normalizer
-    learner.pre_tokenizer = rules.pre_tokenizer
+    learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
-        special_tokens=[START, END],
+        special_tokens=[START, END, *word_ends(learner, texts)],
         end_of_word_suffix=WORD_END,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    learner.train_from_iterator([*captions, *[EXTRA_WORDS] * 3], trainer)
+    learner.train_from_iterator(texts, trainer)
     learnt = json.loads(learner.to_str())["model"]
-    merges = [(left, right) for left, right in learnt["merges"]]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
     return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=NUM_TOKENS)
+
+
+def word_ends(cutter: Tokenizer, texts: list[str]) -> list[str]:
+    """The letters that words end with, sorted: left to itself, the trainer numbers them in another order every time."""
+    cut = (cutter.pre_tokenizer.pre_tokenize_str(cutter.normalizer.normalize_str(text)) for text in texts)
+    return sorted({word[-1] + WORD_END for words in cut for word, _ in words})
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """captions -> [len(captions), L], int64, padded or cut to L."""
     encoded = tokenizer(captions, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt")
     return encoded.input_ids
-
-
-def new_vae() -> AutoencoderKL:
-    """pictures [B,3,64,64] <-> latents [B,4,16,16]; 1.6 M parameters."""
-    return AutoencoderKL(
-        sample_size=64,
-        latent_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=16,
-        mid_block_add_attention=False,
-    )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """token ids [B,L] -> [B,L,192]; 2.2 M parameters."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            max_position_embeddings=NUM_TOKENS,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def new_unet() -> UNet2DConditionModel:
-    """noised latents [B,4,16,16], t [B], text [B,L,192] -> predicted noise [B,4,16,16]; 8.7 M parameters."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(64, 128, 160),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=32,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
-    )
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -124,20 +119,18 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def new_model(tokenizer: CLIPTokenizer, seed: int) -> BaseModel:
+def new_model(tokenizer: CLIPTokenizer, seed: int) -> DemoBase:
     """Untrained networks, float32, in the memory layout that convolutions on a processor prefer."""
     with torch.random.fork_rng(devices=[]):  # the layers draw their first weights from the global generator
         torch.manual_seed(seed)
-        vae, text_encoder, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
-    return BaseModel(
-        tokenizer=tokenizer,
-        vae=vae.to(memory_format=torch.channels_last),
-        text_encoder=text_encoder,
-        unet=unet.to(memory_format=torch.channels_last),
-    )
+        vae, text_encoder = AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
+        unet = UNet2DConditionModel(**UNET)
+    for net in (vae, unet):
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return DemoBase(tokenizer=tokenizer, vae=vae, text_encoder=text_encoder, unet=unet)
 
 
-def loaded_model(folder: Path) -> BaseModel:
+def loaded_model(folder: Path) -> DemoBase:
     """The model saved in `folder`, float32; torch refuses another architecture and names its weights."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = new_model(tokenizer, seed=0)
@@ -156,21 +149,21 @@ def posterior(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussianDistribut
 
 def decoded(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """latents z [B,4,16,16], not scaled -> pictures [B,3,64,64], float32."""
-    return vae.decode(z, return_dict=False)[0].float()
+    return vae.decode(z, return_dict=False)[0].float()  # pyright: ignore[reportArgumentType]
 
 
-def encoded_text(model: BaseModel, ids: Tensor) -> Tensor:
+def encoded_text(model: DemoBase, ids: Tensor) -> Tensor:
     """ids [B,L] -> [B,L,192]."""
     return model.text_encoder(ids).last_hidden_state
 
 
-def predicted(model: BaseModel, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def predicted(model: DemoBase, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """noised latents x_t [B,4,16,16], t [B], text [B,L,192] -> predicted noise [B,4,16,16], float32."""
     x_t = x_t.contiguous(memory_format=torch.channels_last)
     return model.unet(x_t, t, text, return_dict=False)[0].float()
 
 
-def pipeline(model: BaseModel) -> StableDiffusionPipeline:
+def pipeline(model: DemoBase) -> StableDiffusionPipeline:
     """diffusers' pipeline around the model's own networks."""
     parts: dict[str, Any] = {
         "vae": model.vae,
@@ -220,7 +213,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     shutil.rmtree(former(folder), ignore_errors=True)
 
 
-def save(model: BaseModel, folder: Path) -> None:
+def save(model: DemoBase, folder: Path) -> None:
     """Writes a diffusers folder in half precision, safetensors; a crash leaves no half-written one there."""
     halved = replace(model, vae=half(model.vae), text_encoder=half(model.text_encoder), unet=half(model.unet))
     with replaced(folder) as filling:

@@ -9,18 +9,22 @@ N pictures in all, B in a batch; pictures [N,3,64,64] in [-1, 1], latents [N,4,1
 Training is measured in minutes, so that its length is known beforehand; on another machine it takes other steps.
 """
 
+# pyright: reportPrivateImportUsage=false
+# diffusers imports its names when they are asked for, which pyright takes for private.
+
 import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import noto
 import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_base_model import (
-    BaseModel,
+    DemoBase,
     decoded,
     encoded_text,
     loaded_model,
@@ -113,7 +117,7 @@ def stratified(size: int, generator: Generator) -> Tensor:
 
 
 def unet_loss(
-    model: BaseModel, process: Diffusion, x0: Tensor, ids: Tensor, generator: Generator, dtype: torch.dtype
+    model: DemoBase, process: Diffusion, x0: Tensor, ids: Tensor, generator: Generator, dtype: torch.dtype
 ) -> Tensor:
     """x0 [B,4,16,16], ids [B,L] -> the error of the predicted noise, weighted min(snr, 5) / snr (Hang et al. 2023)."""
     t = process.time(stratified(len(x0), generator))
@@ -130,14 +134,14 @@ def some_emptied(ids: Tensor, empty: Tensor, generator: Generator) -> Tensor:
     return torch.where(torch.rand(len(ids), 1, generator=generator) < EMPTY_CAPTIONS, empty, ids)
 
 
-def unet_weights(model: BaseModel) -> list[nn.Parameter]:
+def unet_weights(model: DemoBase) -> list[nn.Parameter]:
     """What the second half of the training trains."""
     return [*model.unet.parameters(), *model.text_encoder.parameters()]
 
 
 def trained_unets(
-    model: BaseModel, pictures: Tensor, captions: list[str], minutes: float, generator: Generator
-) -> Iterator[BaseModel]:
+    model: DemoBase, pictures: Tensor, captions: list[str], minutes: float, generator: Generator
+) -> Iterator[DemoBase]:
     """The model with UNet and text encoder trained and averaged: every ten minutes, and at the end."""
     dtype = compute_dtype("bf16", torch.device("cpu"))
     process = Diffusion(pipeline(model).scheduler.alphas_cumprod, "eps")
@@ -160,23 +164,18 @@ def trained_unets(
     yield average
 
 
-def write_samples(model: BaseModel, path: Path) -> None:
+def write_samples(model: DemoBase, path: Path) -> None:
     """Draws the prompts with 25 steps and guidance 3, side by side in rows of eight, twice their size."""
-    drawn = pipeline(model)(
-        PROMPTS,
-        num_inference_steps=25,
-        guidance_scale=3.0,
-        height=noto.SIDE,
-        width=noto.SIDE,
-        generator=Generator().manual_seed(0),
-        output_type="np",
-    ).images  # [16,64,64,3] in [0, 1]
-    rows = np.concatenate(np.split(np.concatenate(list(drawn), axis=1), len(PROMPTS) // 8, axis=1))
+    options: dict[str, Any] = {"height": noto.SIDE, "width": noto.SIDE, "output_type": "np", "return_dict": False}
+    generator = Generator().manual_seed(0)
+    drawn = pipeline(model)(PROMPTS, num_inference_steps=25, guidance_scale=3.0, generator=generator, **options)[0]
+    grid = np.asarray(drawn).reshape(-1, 8, noto.SIDE, noto.SIDE, 3)  # rows, columns, height, width, RGB in [0, 1]
+    rows = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * noto.SIDE, 3)
     sheet = Image.fromarray((rows * 255).round().astype(np.uint8))
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
-def publish(model: BaseModel, out: Path) -> None:
+def publish(model: DemoBase, out: Path) -> None:
     save(model, out / "pipeline")
     write_samples(model, out / "samples.png")
 

@@ -1,5 +1,6 @@
 """Which layers get an adapter, the set of adapters, and how they hang on a net: by forward hooks."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from lorasmith.adapters import Algorithm
 from lorasmith.adapters.layer import ADAPTABLE, Adapter, Layer
 from lorasmith.component import Component
 from lorasmith.types import Denoiser
+
+log = logging.getLogger(__name__)
 
 ATTENTION = r"(^|[._])(attn\d*|attention)\."
 MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
@@ -34,7 +37,8 @@ class Targets(Component):
     """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`."""
 
     preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
-        default="attention+mlp", description="layers of the attention, of the MLPs too, or all linear layers and convolutions"
+        default="attention+mlp",
+        description="layers of the attention, of the MLPs too, or all linear layers and convolutions",
     )
     include: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to adapt as well")
     exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
@@ -92,15 +96,25 @@ class AdapterSet:
         return dict(sorted(state.items()))
 
     def refuse_unused(self) -> None:
-        """ValueError that names adapters that never ran, or whose output never reached the loss."""
+        """ValueError that names adapters that never ran, or whose output never reached the loss.
+
+        Adapters whose gradient is exactly zero are named in a warning: most likely their output is thrown away, but a
+        net may also ignore it for this input alone.
+        """
         idle = [path for path in self.adapters if path not in self.ran]
         cut_off = [p for p, a in self.adapters.items() if p in self.ran and any(w.grad is None for w in a.parameters())]
         for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
             if paths:
-                raise ValueError(
-                    f"{len(paths)} of {len(self.adapters)} adapters {what}: {', '.join(paths[:3])}; "
-                    f"add them to targets.exclude"
-                )
+                raise ValueError(f"{self._listed(paths)} {what}; add them to targets.exclude")
+        zero = [
+            p for p, a in self.adapters.items() if not any(w.grad.any() for w in a.parameters() if w.grad is not None)
+        ]
+        if zero:
+            log.warning("%s got a gradient of zero in the first step: do their layers matter?", self._listed(zero))
+
+    def _listed(self, paths: list[str]) -> str:
+        shown = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
+        return f"{len(paths)} of {len(self.adapters)} adapters ({shown})"
 
 
 def attach(denoiser: Denoiser, adapters: AdapterSet) -> list[torch.utils.hooks.RemovableHandle]:

@@ -1,5 +1,6 @@
 """The command line. What a command needs is imported when it runs, so that help is quick."""
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -27,10 +28,10 @@ def train(*tokens: Tokens) -> int:
     if {"--help", "-h"} & set(tokens):
         return _show_settings()
     sources, values = parsed(tokens)
-    if len(sources) != 1:
+    if len(sources) != 1 or not sources[0]:
         raise ValueError(f"train needs one folder of pictures or one TOML file, got {' '.join(sources) or 'none'}")
     source = Path(sources[0])
-    if source.suffix == ".toml":
+    if source.suffix.lower() == ".toml":
         values = merged(read_toml(source), values)
     else:
         values = merged({"data": {"folder": str(source)}}, values)
@@ -99,13 +100,13 @@ def _prepare_terminal() -> None:
 
 
 def _show_settings() -> int:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from lorasmith.console import console
     from lorasmith.settings import settings
 
-    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …]\n", markup=False)
-    table = Table("setting", "value", "default", "what", box=None, pad_edge=False)
+    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …]\n")
+    table = Table(Column("setting", no_wrap=True), "value", "default", "what", box=None, pad_edge=False)
     for setting in settings().values():
         table.add_row(f"--{setting.key}", setting.rule, setting.default, setting.help)
     console.print(table)
@@ -113,30 +114,40 @@ def _show_settings() -> int:
 
 
 def _execute(config: Any) -> int:
-    """Runs a config from its data to its report; Ctrl-C and numbers that are not finite keep what was trained."""
+    """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
     from lorasmith.console import console, follow, interruptible, show_summary
     from lorasmith.run import Run
-    from lorasmith.training import NonFiniteError
 
     _prepare_terminal()
     run = Run.opened(config)
     run.begin()
-    failure: NonFiniteError | None = None
-    with interruptible() as stop:
+    with run.kept_once_trained(), interruptible() as stop:
         try:
             follow(run.steps(), run.num_steps, stop)
-        except NonFiniteError as error:
-            failure = error
-        run.save()
-    console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
-    if failure is not None:
-        return _refused(failure)
+        except Exception:
+            _save(run)
+            raise
+        _save(run)
     if stop.is_set():
         console.print(f"stopped after step {len(run.taken)} of {run.num_steps}")
         return INTERRUPTED
     show_summary(run.finish())
     console.print(f"run folder: {run.folder}", soft_wrap=True)
     return 0
+
+
+def _save(run: Any) -> None:
+    """Keeps the LoRA of the steps taken, if any, and says where."""
+    from lorasmith.console import console
+
+    if run.taken:
+        run.save()
+        console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """By its text: torch raises a class of its own for some devices alone."""
+    return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
 def _refused(error: Exception) -> int:
@@ -148,11 +159,17 @@ def _refused(error: Exception) -> int:
 
 def main() -> None:
     """The command `lorasmith`: exit code 0, 2 after bad input, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path must not fail where it cannot be printed
     try:
         code = app(exit_on_error=False, print_error=False, result_action="return_value")
-    except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError, CycloptsError) as error:
+        code = _refused(error)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         code = _refused(error)
     except KeyboardInterrupt:
-        print("lorasmith: stopped before the first step: nothing was trained", file=sys.stderr)
+        print("lorasmith: stopped", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)

@@ -24,13 +24,18 @@ class Data(Component):
 
     folder: Path | None = Field(default=None, description="folder of pictures with captions beside them")
     held_out: Path | None = Field(
-        default=None, description="pictures never trained on, like the trained ones: their loss is measured before and after"
+        default=None,
+        description="pictures never trained on, like the trained ones: their loss is measured before and after",
     )
     drift: Path | None = Field(
-        default=None, description="pictures that the model should go on drawing as before: their loss is measured as well"
+        default=None,
+        description="pictures that the model should go on drawing as before: their loss is measured as well",
     )
     resolution: int | None = Field(
-        default=None, ge=16, le=8192, description="side in pixels of a square picture of the same area; none: the model's own"
+        default=None,
+        ge=16,
+        le=8192,
+        description="side in pixels of a square picture of the same area; none: the model's own",
     )
 
 
@@ -41,7 +46,9 @@ class Sampling(Component):
         default=None, description="prompts to draw; none: the first captions; []: no pictures"
     )
     steps: int = Field(default=25, ge=1, le=1000, description="denoising steps a picture")
-    guidance: float = Field(default=5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance; 1: none")
+    guidance: float = Field(
+        default=5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance; 1: none"
+    )
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives the noise that pictures start from")
 
 
@@ -50,15 +57,23 @@ class Config(Component):
 
     model: str | None = Field(default=None, description="base model: a diffusers folder")
     data: Data = Data()
-    output: Path | None = Field(default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken")
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    output: Path | None = Field(
+        default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken"
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
     steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")
     batch_size: int = Field(default=1, ge=1, le=10_000, description="samples a micro-batch")
     grad_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="micro-batches an optimizer step")
     learning_rate: float = Field(default=5e-4, ge=1e-7, le=1.0, allow_inf_nan=False, description="the optimizer's rate")
     max_grad_norm: float = Field(
-        default=1.0, ge=0, le=1e6, allow_inf_nan=False, description="longest gradient; longer ones are scaled to it; 0: any"
+        default=1.0,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="longest gradient; longer ones are scaled to it; 0: any",
     )
     training_dtype: DtypeName = Field(default="bf16", description="dtype the model computes in")
     lora_dtype: DtypeName = Field(default="bf16", description="dtype of the adapters, in compute and in the file")

@@ -14,7 +14,7 @@ from lorasmith import lorafile
 from lorasmith.attach import Targets, attach
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset, checked
-from lorasmith.devices import compute_dtype
+from lorasmith.devices import compute_dtype, device_of
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
 from lorasmith.memory import shared_copy
@@ -24,7 +24,13 @@ from lorasmith.types import Cached, Cond, Denoiser, Result
 log = logging.getLogger(__name__)
 
 NO_LORA = "[None]"
-NAMES = {"adapter.rank": "rank", "adapter.alpha": "alpha", "adapter": "algorithm", "loss": "loss_function"}
+NAMES = {
+    "adapter.rank": "rank",
+    "adapter.alpha": "alpha",
+    "adapter": "algorithm",
+    "adapter.name": "algorithm",
+    "loss": "loss_function",
+}
 _STEPS_IN_NAME = re.compile(r"_(\d+)_steps")
 
 
@@ -51,16 +57,30 @@ def train_lora(
 ) -> Result:
     """Trains a LoRA; the model that comes in stays as it is.
 
-    model: a diffusers folder (path), a diffusers pipeline, or a Denoiser. latents: [N,C,h,w] (video: [N,C,f,h,w]) in the
-    model's own scale, as `Codec.encode_images` returns them, or {"samples": such a tensor}. positive: one conditioning
-    for each latent, or one for all: ComfyUI's [tensor [1,L,D], dict] pairs, tensors [L,D] or [1,L,D], dicts of named
-    tensors, or captions, which the model's own encoders encode. existing_lora: a LoRA file to go on training, whose rank
-    and alpha hold. alpha: the update is scaled by alpha / rank; None: the rank. targets: the layers to adapt.
+    model: a diffusers folder (path), a diffusers pipeline, or a Denoiser.
+    latents: [N,C,h,w] (video: [N,C,f,h,w]) in the model's own scale, as `Codec.encode_images` returns them, or
+        {"samples": such a tensor}.
+    positive: one conditioning for each latent, or one for all: ComfyUI's [tensor [1,L,D], dict] pairs, tensors [L,D] or
+        [1,L,D], dicts of named tensors, or captions, which the model's own encoders encode.
+    batch_size: 1 to 10000 samples a micro-batch.
+    grad_accumulation_steps: 1 to 1024 micro-batches an optimizer step.
+    steps: 1 to 100000 optimizer steps.
+    learning_rate: 1e-7 to 1.
+    rank: 1 to 128, the inner dimension of the adapters.
+    optimizer, loss_function: one of the names in the signature.
+    seed: 0 to 2^64 - 1; drives initialisation, sample order, times and noise: the same seed gives the same LoRA.
+    training_dtype: what the model computes in; fp32 where the device has no bf16, which is logged.
+    lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
+    gradient_checkpointing: compute activations again in the backward pass, to save memory.
+    existing_lora: a LoRA file to go on training, whose rank and alpha hold.
+    alpha: the update is scaled by alpha / rank; None: the rank.
+    targets: the layers to adapt; None: attention and MLPs.
 
     Returns model_with_lora (a pipeline for a path or pipeline, else a Denoiser), lora {key: tensor}, loss
-    {"loss": [one float an optimizer step]} and steps (those of existing_lora included). The same seed gives the same LoRA.
+    {"loss": [one float an optimizer step]} and steps (those of existing_lora included).
 
-    ValueError names the input, the rule and the value; NonFiniteError a loss or gradient that is not finite.
+    Raises ValueError that names the input, the rule and the value, and NonFiniteError on a loss or gradient that is not
+    finite.
     """
     config = _config(
         batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps, steps=steps,
@@ -68,18 +88,19 @@ def train_lora(
         training_dtype=training_dtype, lora_dtype=lora_dtype, gradient_checkpointing=gradient_checkpointing,
         adapter={"name": algorithm, "rank": rank, "alpha": alpha}, targets=targets or Targets(),
     )  # fmt: skip
-    x0 = _latents(latents)
-    existing = _existing(existing_lora)
-    family = None if _is_denoiser(model) else opened(model)
-    denoiser: Denoiser = model if family is None else family.denoiser
-    conds = _one_each(_conds(positive, family), len(x0))
-    samples = [checked(Cached(str(i), latent, cond)) for i, (latent, cond) in enumerate(zip(x0, conds, strict=True))]
-    dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
-    metadata = family.metadata() if family else {}
-    job = Job.of(denoiser, dataset, config, device=_device(denoiser), existing=existing, metadata=metadata)
-    losses = [step.loss for step in job.steps()]
-    lora = job.lora()
-    return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.done + len(losses))
+    with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
+        x0 = _latents(latents)
+        existing = _existing(existing_lora)
+        family = None if isinstance(model, Denoiser) else opened(model)
+        denoiser: Denoiser = model if family is None else family.denoiser
+        conds = _one_each(_conds(positive, family), len(x0))
+        samples = [checked(Cached(str(i), *pair)) for i, pair in enumerate(zip(x0, conds, strict=True))]
+        dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
+        metadata = family.metadata() if family else {}
+        job = Job.of(denoiser, dataset, config, device=device_of(denoiser), existing=existing, metadata=metadata)
+        losses = [step.loss for step in job.steps()]
+        lora = job.lora()
+        return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.done + len(losses))
 
 
 def _config(**inputs: Any) -> Config:
@@ -90,14 +111,6 @@ def _config(**inputs: Any) -> Config:
         raise ValueError(f"{NAMES.get(key, key)} {rest}") from error
 
 
-def _is_denoiser(model: Any) -> bool:
-    return isinstance(model, Denoiser)
-
-
-def _device(denoiser: Denoiser) -> torch.device:
-    return next(next(iter(denoiser.nets.values())).parameters()).device
-
-
 def _latents(latents: Any) -> Tensor:
     """[N,C,h,w] or [N,C,f,h,w], float32, on the CPU; ValueError where it is something else."""
     tensor = latents.get("samples") if isinstance(latents, Mapping) else latents
@@ -105,8 +118,7 @@ def _latents(latents: Any) -> Tensor:
         raise ValueError(f"latents must be a tensor or {{'samples': tensor}}, got {type(latents).__name__}")
     if tensor.ndim not in (4, 5) or 0 in tensor.shape:
         raise ValueError(f"latents must be [N,C,h,w] or [N,C,f,h,w], none of them 0, got {list(tensor.shape)}")
-    with torch.inference_mode(False):
-        return tensor.detach().clone().to("cpu", torch.float32)
+    return tensor.detach().clone().to("cpu", torch.float32)
 
 
 def _conds(positive: Any, family: Family | None) -> list[Cond]:
@@ -121,8 +133,8 @@ def _conds(positive: Any, family: Family | None) -> list[Cond]:
 def _encoded(captions: Sequence[str], family: Family | None) -> list[Cond]:
     if family is None:
         raise ValueError("positive must be tensors where model is a Denoiser, which cannot encode captions, got texts")
-    codec = family.codec(_device(family.denoiser))
-    with torch.inference_mode(False), torch.no_grad():
+    codec = family.codec(device_of(family.denoiser))
+    with torch.no_grad():
         batches = [codec.encode_texts([caption]) for caption in captions]
     return [{name: value[0].cpu() for name, value in batch.items()} for batch in batches]
 
@@ -151,8 +163,7 @@ def _one(name: str, value: Tensor, index: int) -> Tensor:
     if value.ndim != axes:
         rule = "[D] or [1,D]" if axes == 1 else "[L,D] or [1,L,D]"
         raise ValueError(f"positive[{index}] {name} must be {rule}, got {list(value.shape)}")
-    with torch.inference_mode(False):
-        return value.detach().clone().to("cpu", torch.float32)
+    return value.detach().clone().to("cpu", torch.float32)
 
 
 def _described(value: Any) -> str:
@@ -185,7 +196,6 @@ def _existing(existing_lora: str | Path | None) -> tuple[dict[str, Tensor], int]
 
 def _with_lora(denoiser: Denoiser, family: Family | None, lora: dict[str, Tensor], config: Config) -> Any:
     """The model with exactly what the file holds."""
-    copy = shared_copy(denoiser)
-    device = _device(copy)
+    copy, device = shared_copy(denoiser), device_of(denoiser)
     attach(copy, lorafile.adapters_from(lora, copy).to(device, compute_dtype(config.lora_dtype, device)))
     return copy if family is None else family.pipeline(copy)

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from lorasmith.types import Denoiser
+
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -19,6 +21,11 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def device_of(denoiser: Denoiser) -> torch.device:
+    """Where the denoiser's first net is."""
+    return next(next(iter(denoiser.nets.values())).parameters()).device
 
 
 def has_bf16(device: torch.device) -> bool:

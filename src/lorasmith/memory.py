@@ -22,7 +22,7 @@ def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dt
     Every parameter shares its memory with the original's, but for those that another device or dtype makes anew.
     """
     frozen = {
-        id(p): nn.Parameter(p.detach().to(device, dtype if p.is_floating_point() else None), requires_grad=False)
+        id(p): nn.Parameter(_normal(p).detach().to(device, dtype if p.is_floating_point() else None), False)
         for net in denoiser.nets.values()
         for p in net.parameters()
     }
@@ -32,6 +32,11 @@ def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dt
         for buffer in net.buffers():
             buffer.data = buffer.data.to(device)
     return twin
+
+
+def _normal(parameter: nn.Parameter) -> torch.Tensor:
+    """The tensor itself, but a copy of one made in inference mode, which no backward pass may use."""
+    return parameter.clone() if parameter.is_inference() else parameter
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:

@@ -120,7 +120,7 @@ Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), na
 
 
 class Masters:
-    """fp32 copies of the parameters: a step too small for 16 bits is not lost (Micikevicius et al. 2018, section 3.1)."""
+    """fp32 copies of 16-bit parameters, so that small steps are not lost (Micikevicius et al. 2018, section 3.1)."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,9 @@ class Run:
         if config.output is not None and config.output.exists():
             raise ValueError(f"output must be a folder that does not exist yet, got {config.output}")
         found = examples(config.data.folder)
+        folder = config.output or free_folder(config.data.folder.resolve().name)
+        if folder.resolve().is_relative_to(config.data.folder.resolve()):
+            raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {folder}")
         measured = {
             name: examples(folder)
             for name, folder in (("held-out", config.data.held_out), ("drift", config.data.drift))
@@ -70,21 +74,27 @@ class Run:
         )
         job = Job.of(family.denoiser, dataset, config, device=device, metadata=_base_metadata(family, config))
         encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
-        folder = config.output or free_folder(config.data.folder.resolve().name)
         return cls(job, codec, [example.caption for example in found], encoded_measured, folder)
 
     def begin(self) -> None:
         """Makes the run folder with run.toml, then draws and measures without the LoRA."""
         self.folder.mkdir(parents=True)
-        try:
+        with self.kept_once_trained():
             (self.folder / "run.toml").write_text(toml_of(self.job.config), encoding="utf-8")
-        except OSError:
-            shutil.rmtree(self.folder)
-            raise
-        self.drawn.append(("without LoRA", self._draw()))
-        self.before = self._measure()
+            self.drawn.append(("without LoRA", self._draw()))
+            self.before = self._measure()
 
-    def steps(self) -> Iterator[Step]:
+    @contextmanager
+    def kept_once_trained(self) -> Iterator[None]:
+        """Takes the run folder away again where an error or Ctrl-C comes before the first step is done."""
+        try:
+            yield
+        except BaseException:
+            if not self.taken:
+                shutil.rmtree(self.folder)
+            raise
+
+    def steps(self) -> Generator[Step, None, None]:
         """Trains; every step is a line of steps.jsonl before it is yielded."""
         with (self.folder / "steps.jsonl").open("w", encoding="utf-8") as file:
             for step in self.job.steps():
@@ -99,14 +109,25 @@ class Run:
         return self.job.config.steps
 
     @property
+    def title(self) -> str:
+        """The run folder's name without the number that tells equal runs apart, so that their files are equal."""
+        config = self.job.config
+        assert config.data.folder is not None
+        name = (config.output or config.data.folder.resolve()).name
+        return name.encode(errors="replace").decode()  # folders may have names that no text file can hold
+
+    @property
     def lora_path(self) -> Path:
         return self.folder / "lora.safetensors"
 
     def save(self) -> None:
-        """Writes the LoRA as the last step left it."""
+        """Writes the LoRA as the last step left it; OSError that names the file where it cannot be written."""
         num_steps = self.taken[-1].step if self.taken else self.job.done
-        metadata = {**self.job.file_metadata(num_steps), "modelspec.title": self.folder.name}
-        lorafile.write(self.lora_path, self.job.lora(), metadata)
+        metadata = {**self.job.file_metadata(num_steps), "modelspec.title": self.title}
+        try:
+            lorafile.write(self.lora_path, self.job.lora(), metadata)
+        except OSError as error:
+            raise OSError(f"cannot write {self.lora_path}: {error.strerror or error}") from error
 
     def finish(self) -> list[tuple[str, str]]:
         """Draws and measures with the LoRA and writes the plots and the page; returns the summary, label and text."""
@@ -119,7 +140,9 @@ class Run:
             save_comparison(self.drawn, self.prompts, self.folder / "before_after.png")
             shown.insert(0, ("Before and after", self.folder / "before_after.png"))
         summary = self.summary()
-        save_page(self.folder / "report.html", self.folder.name, summary, shown, toml_of(self.job.config), steps=self.taken)
+        save_page(
+            self.folder / "report.html", self.folder.name, summary, shown, toml_of(self.job.config), steps=self.taken
+        )
         return summary
 
     def summary(self) -> list[tuple[str, str]]:
@@ -164,8 +187,10 @@ def pictures(denoiser: Denoiser, codec: Codec, prompts: Sequence[str], sampling:
 
 
 def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
-    """Draws the sampling prompts with the model, then with the LoRA too where there is one, into one labelled picture."""
+    """Draws the sampling prompts without and, where there is one, with the LoRA, into one labelled picture."""
     assert config.model is not None and config.sampling.prompts
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"output must be a file in a folder that exists, got {output}")
     family, device = opened(config.model), _device(config)
     adapters = None if lora is None else lorafile.adapters_from(lorafile.read(lora)[0], family.denoiser)
     denoiser = shared_copy(family.denoiser, device, compute_dtype(config.training_dtype, device))
@@ -179,7 +204,13 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
 
 
 def _device(config: Config) -> torch.device:
-    return best_device() if config.device == "auto" else torch.device(config.device)
+    if config.device == "auto":
+        return best_device()
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:  # either, where torch was built without the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {config.device}: {reason}") from error
 
 
 def _as_image(pixels: Tensor) -> Image.Image:

@@ -6,6 +6,7 @@ B batch, C channels, h w latent height and width.
 import torch
 from torch import Tensor
 
+from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -14,7 +15,7 @@ def drawn(denoiser: Denoiser, cond: Cond, uncond: Cond, noise: Tensor, *, steps:
     """noise [B,C,h,w], cond and uncond {name: [B,…]} -> x0 [B,C,h,w], float32.
 
     Each step goes from the x0 and eps that the net implies to the next time (DDIM with eta 0, Song et al. 2021, eq. 12;
-    for a flow this is Euler's method). Times are evenly spaced and start at the noisiest (Lin et al. 2024, section 3.3);
+    for a flow: Euler's method). Times are evenly spaced and start at the noisiest (Lin et al. 2024, section 3.3);
     guidance as in Ho and Salimans 2021, eq. 6, with weight guidance - 1.
     """
     process = denoiser.process
@@ -41,7 +42,7 @@ def picture_of(
     """A picture [3,H,W] in -1 to 1 of size (W, H), its noise drawn from (seed, number)."""
     with torch.inference_mode():
         noise = normal(seed, Purpose.PICTURE, number, codec.latent_shape(size))[None]
-        device = next(next(iter(denoiser.nets.values())).parameters()).device
+        device = device_of(denoiser)
         cond, uncond = (
             {name: value.to(device) for name, value in codec.encode_texts([text]).items()} for text in (prompt, "")
         )

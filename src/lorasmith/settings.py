@@ -1,6 +1,7 @@
 """The schema, read: every setting by its dotted key, overrides and TOML files on top of it, and errors in one line."""
 
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lorasmith.config import Config
+
+_TOML_LIST = re.compile(r"""\[\s*["'\]]""")  # other texts in brackets are regular expressions or prompts
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def explained(error: ValidationError) -> str:
         value = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
         return f"{key} must be {known[key].rule}, got {value!r}"
     if first["type"] == "value_error":
-        return f"{key} {first['ctx']['error']}"
+        return f"{key} {first['msg'].removeprefix('Value error, ')}"
     setting = known.get(key)
     if first["type"] == "string_pattern_mismatch":
         return f"{key} must be {known[key].help}, got {first['input']!r}"
@@ -132,21 +135,23 @@ def explained(error: ValidationError) -> str:
 
 
 def _key(loc: Sequence[int | str], known: Mapping[str, Setting]) -> str:
-    """pydantic's location -> dotted key: list positions and the names of a union's members are no part of it."""
+    """pydantic's location -> dotted key, without list positions, the names of a union's members and their `name`."""
     key = ""
     for index, part in enumerate(loc):
         is_last = index == len(loc) - 1
         longer = f"{key}.{part}".lstrip(".")
         prefix_known = any(k == longer or k.startswith(f"{longer}.") for k in known)
-        if isinstance(part, str) and (prefix_known or is_last):
+        is_name = part == "name" and key in known
+        if isinstance(part, str) and (prefix_known or is_last) and not is_name:
             key = longer
     return key
 
 
 def nearest(key: str, known: Mapping[str, Setting]) -> str:
     """What an unknown key most likely meant, as the end of a message."""
-    names = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = difflib.get_close_matches(key, known, 1, 0.6)
+    names = {k.rpartition(".")[2]: k for k in reversed(list(known))}
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    close = inside or difflib.get_close_matches(key, known, 1, 0.6)
     by_name = difflib.get_close_matches(key.rpartition(".")[2], names, 1, 0.6)
     guess = close[0] if close else names[by_name[0]] if by_name else None
     return f": did you mean {guess}?" if guess else ""
@@ -155,10 +160,13 @@ def nearest(key: str, known: Mapping[str, Setting]) -> str:
 def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """SOURCE --adapter.rank 16 --schedule cosine … -> what is no setting, and the settings as nested values.
 
-    A list is given by repeating its key or as TOML; a yes-or-no setting alone means true. ValueError on an unknown key or
-    a missing value.
+    A list is given by repeating its key or as TOML; a yes-or-no setting alone means true.
+    ValueError on an unknown key, a missing value or bytes that are not UTF-8.
     """
     known = settings()
+    for token in tokens:
+        if not _is_unicode(token):
+            raise ValueError(f"arguments must be UTF-8, got {token!r}")
     others: list[str] = []
     values: dict[str, Any] = {}
     rest = list(tokens)
@@ -169,6 +177,8 @@ def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, has_value, text = token[2:].partition("=")
         key = key.replace("-", "_")
+        if key.endswith(".name"):  # as a TOML file has it
+            key = key.removesuffix(".name")
         if key not in known:
             raise ValueError(f"there is no setting {key}{nearest(key, known)}")
         if not has_value:
@@ -177,10 +187,19 @@ def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return others, values
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no byte that an argument's decoding left as it was."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _next_value(setting: Setting, rest: list[str]) -> str:
     """Takes the value that follows a key; a yes-or-no setting needs none."""
     if setting.kind is bool:
-        return rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
+        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"--{setting.key} needs a value: {setting.rule}")
     return rest.pop(0)
@@ -191,7 +210,7 @@ def _value(setting: Setting, text: str) -> Any:
         return None
     if setting.kind is not tuple:
         return text
-    if not text.startswith("["):
+    if not _TOML_LIST.match(text):
         return [text]
     try:
         return tomllib.loads(f"list = {text}")["list"]
@@ -215,7 +234,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` on top; a name on one side and fields on the other make one part."""
+    """Nested values, those of `above` on top; a name on one side and fields on the other make one part.
+
+    Another name than the one below starts from its defaults.
+    """
     result = dict(below)
     for key, value in above.items():
         held = result.get(key)
@@ -223,15 +245,23 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
             held = {"name": held}
         if isinstance(held, dict) and isinstance(value, str):
             value = {"name": value}
-        result[key] = merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+        if isinstance(held, dict) and isinstance(value, dict) and not _are_other_parts(held, value):
+            value = merged(held, value)
+        result[key] = value
     return result
+
+
+def _are_other_parts(held: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return "name" in held and "name" in value and held["name"] != value["name"]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's values; ValueError where it is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 

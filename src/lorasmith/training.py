@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
+from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, spread
 from lorasmith.losses import by_sample
 from lorasmith.optimizers import Masters
@@ -41,8 +42,8 @@ def train(
     optimizer = config.optimizer.build(masters.tensors, config.learning_rate)
     for step in range(steps):
         began = time.perf_counter()
-        group = groups.group_at(done + step)
         with torch.inference_mode(False), torch.enable_grad():
+            group = groups.group_at(done + step)
             loss = _backward(denoiser, group, config)
         if step == 0:
             adapters.refuse_unused()
@@ -71,7 +72,7 @@ def noised(denoiser: Denoiser, batch: Batch, config: Config) -> tuple[Tensor, Te
 def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
     """batch -> each sample's loss [B], float32, where the net is."""
     x_t, t, target = noised(denoiser, batch, config)
-    device = next(next(iter(denoiser.nets.values())).parameters()).device
+    device = device_of(denoiser)
     cond = {name: value.to(device) for name, value in batch.cond.items()}
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)
     return by_sample(config.loss, pred, target.to(device))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, permutation, uniform
 from lorasmith.losses import MSE, by_sample
-from lorasmith.types import Batch, Cached, Denoiser
+from lorasmith.types import Cached, Denoiser
 
 NUM_NOISES = 4
 _SEED = 0
@@ -45,7 +46,7 @@ def held_out_losses(denoiser: Denoiser, samples: Sequence[Cached]) -> Tensor:
 
 def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int) -> Tensor:
     """The sample's loss under each of its noises, [NUM_NOISES]."""
-    device = next(next(iter(denoiser.nets.values())).parameters()).device
+    device = device_of(denoiser)
     shape = tuple(sample.latent.shape)
     x0 = sample.latent.expand(NUM_NOISES, *shape)
     eps = torch.stack(

@@ -1,6 +1,6 @@
 """What adapters know of the layers they hang on: sizes, never weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class Adapter(Protocol):
         """x, the layer's input, y, its output -> adapted y, in y's shape and dtype."""
         ...
 
-    def parameters(self) -> list[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """{suffix in the file: tensor}, weights in this dtype."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -15,22 +15,21 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lorasmith.noise import Diffusion
-from lorasmith.types import Cond
+from lorasmith.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTIONS: dict[str, Literal["eps", "v", "x0"]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 
 
 def diffusion(scheduler: Mapping[str, Any]) -> Diffusion:
-    """The process that a scheduler's config describes, zero terminal SNR included; ValueError on unknown predictions."""
-    prediction = PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"))
+    """The process of a scheduler's config, zero terminal SNR included; ValueError on unknown predictions."""
+    name = scheduler.get("prediction_type", "epsilon")  # older configs do not say it
+    prediction = PREDICTIONS.get(name)
     if prediction is None:
-        raise ValueError(
-            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {scheduler['prediction_type']!r}"
-        )
+        raise ValueError(f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {name!r}")
     betas = DDPMScheduler(**{key: scheduler[key] for key in BETAS if key in scheduler})
     return Diffusion(betas.alphas_cumprod, prediction)
 
@@ -59,10 +58,8 @@ class StableDiffusionDenoiser:
 class StableDiffusionCodec:
     """The autoencoder, the CLIP text encoder and its tokenizer."""
 
-    def __init__(
-        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]
-    ) -> None:
-        """unet: the UNet's config, which says what latents it was made for."""
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]) -> None:
+        """vae: an AutoencoderKL; text_encoder: a CLIPTextModel; unet: the UNet's config."""
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.resolution = unet["sample_size"] * self.factor
@@ -135,16 +132,17 @@ class StableDiffusion:
         config = self.denoiser.unet.config
         if not isinstance(self.source, Path):
             return StableDiffusionCodec(self.source.vae, self.source.text_encoder, self.source.tokenizer, config)
-        vae = _part(AutoencoderKL, self.source, "vae", torch.float32)
-        text_encoder = _part(CLIPTextModel, self.source, "text_encoder", torch.float32)
+        vae: Any = _part(AutoencoderKL, self.source, "vae", torch.float32)
+        text_encoder: Any = _part(CLIPTextModel, self.source, "text_encoder", torch.float32)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self.source / "tokenizer", local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {self.source / 'tokenizer'}: {str(error).splitlines()[0]}") from error
         return StableDiffusionCodec(vae.to(device), text_encoder.to(device), tokenizer, config)
 
-    def pipeline(self, denoiser: StableDiffusionDenoiser) -> Any:
-        """A diffusers pipeline that predicts with this denoiser; the source's own stays as it is."""
+    def pipeline(self, denoiser: Denoiser) -> Any:
+        """A diffusers pipeline that predicts with this copy of the denoiser; the source's own stays as it is."""
+        assert isinstance(denoiser, StableDiffusionDenoiser)
         from diffusers import StableDiffusionPipeline  # takes seconds and is seldom needed
 
         if isinstance(self.source, Path):
