@@ -132,6 +132,10 @@ def new_model(tokenizer: CLIPTokenizer, seed: int) -> DemoBase:
 
 def loaded_model(folder: Path) -> DemoBase:
     """The model saved in `folder`, float32; torch refuses another architecture and names its weights."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"the model to go on from must be a diffusers folder: there is no {folder / 'model_index.json'}"
+        )
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = new_model(tokenizer, seed=0)
     vae = AutoencoderKL.from_pretrained(folder / "vae")

@@ -117,7 +117,7 @@ def stratified(size: int, generator: Generator) -> Tensor:
 
 
 def unet_loss(
-    model: DemoBase, process: Diffusion, x0: Tensor, ids: Tensor, generator: Generator, dtype: torch.dtype
+    model: DemoBase, process: Diffusion, x0: Tensor, ids: Tensor, *, generator: Generator, dtype: torch.dtype
 ) -> Tensor:
     """x0 [B,4,16,16], ids [B,L] -> the error of the predicted noise, weighted min(snr, 5) / snr (Hang et al. 2023)."""
     t = process.time(stratified(len(x0), generator))
@@ -152,7 +152,8 @@ def trained_unets(
 
     def loss() -> Tensor:
         chosen = next(order)
-        return unet_loss(model, process, x0[chosen], some_emptied(ids[chosen], empty, generator), generator, dtype)
+        shown = some_emptied(ids[chosen], empty, generator)
+        return unet_loss(model, process, x0[chosen], shown, generator=generator, dtype=dtype)
 
     last_save = 0.0
     steps = timed_steps(unet_weights(model), loss, minutes=minutes, peak_lr=UNET_PEAK_LR)

@@ -24,11 +24,12 @@ class Job:
     """Adapters about to be trained on a copy of a denoiser; the one that came in is never touched."""
 
     config: Config  # with steps set
+    base: Denoiser  # the one that came in
     denoiser: Denoiser  # the copy, frozen, in the dtype that is computed in
     adapters: AdapterSet
     dataset: Dataset
     done: int  # steps of the LoRA that is continued
-    metadata: dict[str, str]  # of the base model
+    metadata: dict[str, str]  # what other tools read of the base model
 
     @classmethod
     def of(
@@ -41,10 +42,9 @@ class Job:
             adapters = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed)
         else:
             adapters = lorafile.adapters_from(existing[0], denoiser)
-        base = {"lorasmith.base_hash": lorafile.base_hash(denoiser), **(metadata or {})}
         copy = shared_copy(denoiser, device, compute_dtype(config.training_dtype, device))
         adapters.to(device, compute_dtype(config.lora_dtype, device))
-        return cls(config, copy, adapters, dataset, existing[1] if existing else 0, base)
+        return cls(config, denoiser, copy, adapters, dataset, existing[1] if existing else 0, metadata or {})
 
     def steps(self) -> Iterator[Step]:
         """Trains; each step is yielded when it is complete."""
@@ -67,6 +67,7 @@ class Job:
         own = {
             "lorasmith.version": __version__,
             "lorasmith.steps": str(steps),
+            "lorasmith.base_hash": lorafile.base_hash(self.base),
             "lorasmith.config": _portable(config),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.implementation": "diffusers",

@@ -91,7 +91,7 @@ class Run:
             yield
         except BaseException:
             if not self.taken:
-                shutil.rmtree(self.folder)
+                shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
     def steps(self) -> Generator[Step, None, None]:
@@ -209,7 +209,7 @@ def _device(config: Config) -> torch.device:
     try:
         return torch.empty(0, device=config.device).device
     except (RuntimeError, AssertionError) as error:  # either, where torch was built without the device
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device must be one that this machine has, got {config.device}: {reason}") from error
 
 

@@ -26,7 +26,8 @@ class Measured:
     @classmethod
     def of(cls, values: Tensor) -> "Measured":
         """values [N]; with one value the standard error is NaN."""
-        return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+        stderr = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), stderr)
 
     def __format__(self, sign: str) -> str:
         """ "0.624 ± 0.021"; with the format "+", the sign always."""

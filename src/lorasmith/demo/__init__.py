@@ -6,7 +6,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 CONCEPTS = ("line_drawing", "flat")
-PROMPTS = ("rocket", "dog face", "sunflower", "automobile", "cat face", "house building", "guitar", "umbrella")
+PROMPTS = ("rocket", "dog face", "sunflower", "red apple", "cat face", "penguin", "guitar", "umbrella")
 
 
 def demo_settings(concept: str) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def demo_settings(concept: str) -> dict[str, Any]:
         },
         "steps": 300,
         "batch_size": 8,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
         "gradient_checkpointing": False,
         "targets": {"preset": "all"},
         "sampling": {"prompts": list(PROMPTS), "guidance": 3.0},
