@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from lorasmith.draws import SEED_MAX, Purpose, normal, path_number, permutation, spread, uniform
+from lorasmith.draws import SEED_MAX, Purpose, normal, path_number, permutation, uniform
 
 
 def test_equal_arguments_give_equal_numbers_and_global_generators_stay() -> None:
@@ -52,15 +52,6 @@ def test_uniform_and_permutation() -> None:
     assert 0 <= float(u.min()) and float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12e4)
     assert sorted(permutation(9, Purpose.ORDER, 2, 50)) == list(range(50))
-
-
-def test_spread_covers_evenly_and_starts_anywhere() -> None:
-    """64 consecutive numbers leave no gap over 3 / 64 (the golden ratio's bound), independent draws about 5 / 64."""
-    points = torch.tensor([spread(11, Purpose.TIME, number) for number in range(1000, 1064)]).sort().values
-    gaps = torch.cat([points.diff(), points[:1] + 1 - points[-1:]])
-    assert float(gaps.max()) < 3 / 64
-    starts = torch.tensor([spread(seed, Purpose.TIME, 0) for seed in range(2000)])
-    assert abs(float(starts.mean()) - 0.5) < 5 / math.sqrt(12 * 2000)
 
 
 def test_path_numbers_differ_and_stay() -> None:

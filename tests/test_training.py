@@ -14,7 +14,7 @@ from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, Targets, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
-from lorasmith.draws import Purpose, normal, spread
+from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import shared_copy
 from lorasmith.training import NonFiniteError, noised, train
@@ -78,7 +78,7 @@ def test_a_run_equals_peft_with_a_plain_loop(family: StableDiffusion, latents: T
     for index, step in enumerate(steps):
         batch = dataset.group_at(index)
         eps = torch.stack([normal(5, Purpose.NOISE, n, (4, 16, 16)) for n in batch.numbers])
-        t = torch.tensor([int(spread(5, Purpose.TIME, n) * 1000) for n in batch.numbers])
+        t = torch.cat([uniform(5, Purpose.TIME, n, (1,)) * 1000 for n in batch.numbers]).long()
         pred = unet(scheduler.add_noise(batch.x0, eps, t), t, batch.cond["text"]).sample
         loss = torch.nn.functional.mse_loss(pred, eps)
         loss.backward()
@@ -196,3 +196,23 @@ def test_no_mode_is_open_between_steps(flow_denoiser: Any) -> None:
     with attached(flow_denoiser, adapters):
         next(train(flow_denoiser, adapters, dataset, config, steps=1))
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("net_dtype", [torch.bfloat16, torch.float32])
+def test_bf16_adapters_learn_as_well_as_fp32_ones(flow_denoiser: Any, net_dtype: torch.dtype) -> None:
+    """Their first prediction is the net's own, and with fp32 masters small steps add up."""
+    config = Config(batch_size=2, learning_rate=3e-4, targets=FLOW_TARGETS)
+    samples = flow_samples(2)
+    dataset = Dataset.of(samples, [1, 1], seed=0, group_size=2)
+    losses = {}
+    for lora_dtype in (torch.bfloat16, torch.float32):
+        copy = shared_copy(flow_denoiser, torch.device("cpu"), net_dtype)
+        before = held_out_losses(copy, samples)
+        adapters = AdapterSet.new(copy, config.adapter, config.targets, 0).to(torch.device("cpu"), lora_dtype)
+        with attached(copy, adapters):
+            assert torch.equal(held_out_losses(copy, samples), before)
+            for _ in train(copy, adapters, dataset, config, steps=60):
+                pass
+            losses[lora_dtype] = float((held_out_losses(copy, samples) / before).mean())
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], abs=0.01)
+    assert losses[torch.bfloat16] < 0.98

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,9 @@ from lorasmith import __version__
 
 log = logging.getLogger(__name__)
 
-app = App(name="lorasmith", version=__version__, help="Trains LoRAs for diffusion models.")
+app = App(
+    name="lorasmith", version=__version__, help="Trains LoRAs for diffusion models.", suppress_keyboard_interrupt=False
+)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 INTERRUPTED = 130
 
@@ -145,6 +148,13 @@ def _save(run: Any) -> None:
         console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
 
 
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """ValueError where an argument is not text: Python then has lone surrogates for its bytes."""
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise ValueError(f"arguments must be UTF-8, got {argument!r}")
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """By its text: torch raises a class of its own for some devices alone."""
     return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
@@ -162,13 +172,14 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path must not fail where it cannot be printed
     try:
-        code = app(exit_on_error=False, print_error=False, result_action="return_value")
+        _refuse_bytes(sys.argv[1:])
+        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (ValueError, OSError, ArithmeticError, MemoryError, CycloptsError) as error:
         code = _refused(error)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        code = _refused(error)
+        code = _refused(MemoryError(f"out of memory, try a smaller batch_size or data.resolution: {error}"))
     except KeyboardInterrupt:
         print("lorasmith: stopped", file=sys.stderr)
         code = INTERRUPTED

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 SEED_MAX = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 
 class Purpose(IntEnum):
@@ -46,15 +45,6 @@ def uniform(seed: int, purpose: Purpose, number: int, shape: tuple[int, ...]) ->
 def permutation(seed: int, purpose: Purpose, number: int, size: int) -> list[int]:
     """A permutation of 0 to size - 1."""
     return generator(seed, purpose, number).permutation(size).tolist()
-
-
-def spread(seed: int, purpose: Purpose, number: int) -> float:
-    """A number in [0, 1), uniform over seeds; consecutive numbers cover the interval evenly.
-
-    The Weyl sequence of the golden ratio with a random shift (Cranley and Patterson 1976), in exact 64-bit integers.
-    """
-    shift = int(generator(seed, purpose, 0).integers(0, SEED_MAX, dtype=np.uint64, endpoint=True))
-    return ((shift + number * _GOLDEN) % 2**64 >> 11) / 2**53
 
 
 def path_number(path: str) -> int:

@@ -15,13 +15,18 @@ Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added
 WeightDecay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
-class AdamW(Component):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+class _Adam(Component):
+    """What both kinds of Adam share."""
 
-    name: Literal["AdamW"] = "AdamW"
     beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
     beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
     eps: Eps = 1e-8
+
+
+class AdamW(_Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    name: Literal["AdamW"] = "AdamW"
     weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
 
     def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -30,13 +35,10 @@ class AdamW(Component):
         )
 
 
-class Adam(Component):
+class Adam(_Adam):
     """Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient."""
 
     name: Literal["Adam"] = "Adam"
-    beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
-    beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
-    eps: Eps = 1e-8
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
     def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:

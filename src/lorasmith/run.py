@@ -214,8 +214,8 @@ def _device(config: Config) -> torch.device:
 
 
 def _as_image(pixels: Tensor) -> Image.Image:
-    """pixels [3,H,W] in -1 to 1 -> picture."""
-    return Image.fromarray(((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))
+    """pixels [3,H,W] in -1 to 1 -> picture; NaN, where a run went wrong, is grey."""
+    return Image.fromarray(((pixels.nan_to_num(0) + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))
 
 
 def _resolved(config: Config, found: Sequence[Example], resolution: int) -> Config:

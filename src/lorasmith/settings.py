@@ -101,6 +101,8 @@ def _number(bound: Any) -> str:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return str(list(default))
     return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -161,12 +163,9 @@ def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """SOURCE --adapter.rank 16 --schedule cosine … -> what is no setting, and the settings as nested values.
 
     A list is given by repeating its key or as TOML; a yes-or-no setting alone means true.
-    ValueError on an unknown key, a missing value or bytes that are not UTF-8.
+    ValueError on an unknown key or a missing value.
     """
     known = settings()
-    for token in tokens:
-        if not _is_unicode(token):
-            raise ValueError(f"arguments must be UTF-8, got {token!r}")
     others: list[str] = []
     values: dict[str, Any] = {}
     rest = list(tokens)
@@ -185,15 +184,6 @@ def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             text = _next_value(known[key], rest)
         _set(values, key, _value(known[key], text))
     return others, values
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it holds no byte that an argument's decoding left as it was."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _next_value(setting: Setting, rest: list[str]) -> str:

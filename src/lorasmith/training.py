@@ -13,7 +13,7 @@ from torch import Tensor
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.devices import device_of
-from lorasmith.draws import Purpose, normal, spread
+from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.losses import by_sample
 from lorasmith.optimizers import Masters
 from lorasmith.types import Batch, Denoiser, Step
@@ -62,8 +62,8 @@ def train(
 def noised(denoiser: Denoiser, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """batch -> x_t [B,C,h,w], t [B], target [B,C,h,w]; each sample's draws depend on (seed, its number) alone."""
     process = denoiser.process
-    u = torch.tensor([spread(config.seed, Purpose.TIME, number) for number in batch.numbers], dtype=torch.float64)
-    t = process.time(config.times.fraction(u).float().clamp(0, 1 - 2**-24))
+    u = torch.cat([uniform(config.seed, Purpose.TIME, number, (1,)) for number in batch.numbers])
+    t = process.time(config.times.fraction(u).clamp(0, 1 - 2**-24))
     shape = tuple(batch.x0.shape[1:])
     eps = torch.stack([normal(config.seed, Purpose.NOISE, number, shape) for number in batch.numbers])
     return process.noise(batch.x0, eps, t), t, process.target(batch.x0, eps, t)

@@ -23,9 +23,9 @@ def demo_settings(concept: str) -> dict[str, Any]:
         },
         "steps": 300,
         "batch_size": 8,
-        "learning_rate": 1e-3,
+        "learning_rate": 1.5e-3,
         "schedule": "cosine",
         "gradient_checkpointing": False,
         "targets": {"preset": "all"},
-        "sampling": {"prompts": list(PROMPTS), "guidance": 3.0},
+        "sampling": {"prompts": list(PROMPTS), "guidance": 2.0},
     }

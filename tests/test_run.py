@@ -1,0 +1,193 @@
+"""A run: what it derives from its data, what its file tells, what it measures, and when its folder goes."""
+
+import json
+import re
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lorasmith import run
+from lorasmith.config import Config
+from lorasmith.demo import BASE
+from lorasmith.families.sd import StableDiffusion
+from lorasmith.run import Run, free_folder
+from lorasmith.settings import configured, merged
+
+
+def made(folder: Path, *captions: str) -> Path:
+    """A folder with a picture for each caption."""
+    folder.mkdir(parents=True)
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: StableDiffusion) -> Callable[..., Run]:
+    """Opens runs of the embedded model, which is loaded once, on two captioned pictures."""
+    monkeypatch.setattr(run, "opened", lambda model: family)
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path / "cats", "a cat", "a black cat")
+    base = {"model": str(BASE), "device": "cpu", "data": {"folder": "cats"}, "sampling": {"steps": 1}}
+    return lambda **values: Run.opened(configured(merged(base, values)))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "expected"), [(1, 1, 700), (5, 1, 140), (2, 4, 88), (700, 1, 1), (10_000, 4, 1)]
+)
+def test_the_default_is_100_views_of_each_picture(
+    opened: Callable[..., Run], tmp_path: Path, batch_size: int, accumulation: int, expected: int
+) -> None:
+    made(tmp_path / "dogs" / "5_dog", "a dog")
+    made(tmp_path / "dogs" / "plain", "a dog", "another")
+    found = opened(data={"folder": "dogs"}, batch_size=batch_size, grad_accumulation_steps=accumulation)
+    assert found.num_steps == expected
+    assert found.job.config.data.resolution == 64  # the model's own, now that it is known
+
+
+def test_steps_that_are_set_stay(opened: Callable[..., Run]) -> None:
+    assert opened(steps=7, batch_size=50).num_steps == 7
+
+
+def test_folders_are_numbered_where_their_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert free_folder("cats") == Path("runs/cats")
+    for name in ("cats", "cats-2", "cats-4", "dogs-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert free_folder("cats") == Path("runs/cats-3")
+    assert free_folder("dogs") == Path("runs/dogs")
+    (tmp_path / "runs" / "dogs").write_text("a file")
+    assert free_folder("dogs") == Path("runs/dogs-3")
+
+
+def test_the_folder_is_named_after_the_pictures(opened: Callable[..., Run], tmp_path: Path) -> None:
+    assert opened().folder == Path("runs/cats")
+    assert opened(data={"folder": "cats/../cats"}).folder == Path("runs/cats")
+    assert opened(output="x/y").folder == Path("x/y")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()  # opening writes nothing
+
+
+def test_the_first_captions_are_the_prompts(opened: Callable[..., Run], tmp_path: Path) -> None:
+    made(tmp_path / "many", "c", "b", "c", "a", "", "d")
+    assert opened(data={"folder": "many"}).prompts == ("c", "b", "a", "")
+    assert opened(sampling={"prompts": []}).prompts == ()
+    assert opened(sampling={"prompts": ["x", "x"]}).prompts == ("x", "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": None}, "model must be set: there is no default"),
+        ({"data": {"folder": None}}, r"data\.folder must be set: there is no default"),
+        ({"output": "cats"}, "output must be a folder that does not exist yet, got cats"),
+        ({"output": "cats/0.png"}, r"output must be a folder that does not exist yet, got cats/0\.png"),
+        (
+            {"output": "cats/runs/1"},
+            "output must be outside the picture folder, lest its plots be trained on, got cats/runs/1",
+        ),
+        ({"data": {"folder": "."}}, "output must be outside the picture folder, .*, got runs/.*"),
+        ({"device": "cuda:99"}, "device must be one that this machine has, got cuda:99: .+"),
+        ({"device": "cuda:99999999999"}, "device must be one that this machine has, got cuda:99999999999: .+"),
+        ({"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none'.*"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(opened: Callable[..., Run], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        opened(**values)
+
+
+def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Callable[..., Run], tmp_path: Path) -> None:
+    made(tmp_path / "held out", "a white cat", "a grey cat")
+    made(tmp_path / "others", "a house", "a tree", "a car")
+    measured = opened(data={"held_out": "held out", "drift": "others"}, steps=2, sampling={"prompts": []})
+    measured.begin()
+    assert list(measured.steps()) == measured.taken
+    measured.save()
+    summary = dict(measured.finish())
+    number = r"[+-]?\d+\.\d+"
+    for name, count in (("held-out", 2), ("drift", 3)):
+        line = rf"{number} ± {number} before, {number} ± {number} after: {number} ± {number}"
+        assert re.fullmatch(line, summary[f"{name} loss"])
+        assert measured.before[name].shape == measured.after[name].shape == (count,)
+        assert not torch.equal(measured.before[name], measured.after[name])
+        assert f"{name} loss" in (measured.folder / "report.html").read_text("utf-8")
+    assert summary["steps"] == "2 of 2, 1 samples each" and summary["pictures"] == "2"
+
+
+def header(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length])["__metadata__"]
+
+
+def test_the_file_tells_nothing_of_the_machine_or_the_hour(opened: Callable[..., Run], tmp_path: Path) -> None:
+    made(tmp_path / "held out", "a white cat", "a grey cat")
+    folders = {"folder": str(tmp_path / "cats"), "held_out": str(tmp_path / "held out")}
+    trained = opened(data=folders, output=str(tmp_path / "x" / "my LoRA"), steps=1, sampling={"prompts": []})
+    trained.begin()
+    list(trained.steps())
+    trained.save()
+    content = trained.lora_path.read_bytes()
+    for told in (tmp_path, BASE, BASE.parent, Path.home()):
+        assert str(told).encode() not in content or len(str(told)) < 4
+    metadata = header(trained.lora_path)
+    text = "\n".join(f"{key}={value}" for key, value in metadata.items())
+    assert socket.gethostname() not in text.split()
+    assert not re.search(r"\d\d\d\d-\d\d-\d\d|\d\d:\d\d", text)
+    assert not re.search(r'["=]([A-Za-z]:)?[/\\]', text)  # a path from the root
+    assert metadata["modelspec.title"] == "my LoRA"
+    config = json.loads(metadata["lorasmith.config"])
+    assert config["data"]["folder"] == "cats" and config["data"]["held_out"] == "held out"
+    assert config["model"] == metadata["ss_sd_model_name"] == BASE.name
+
+
+def test_equal_runs_make_equal_files_whatever_their_number(opened: Callable[..., Run]) -> None:
+    files = []
+    for _ in range(2):
+        trained = opened(steps=1, sampling={"prompts": []})
+        trained.begin()
+        list(trained.steps())
+        trained.save()
+        files.append(trained.lora_path)
+    assert files == [Path("runs/cats/lora.safetensors"), Path("runs/cats-2/lora.safetensors")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert header(files[1])["modelspec.title"] == "cats"
+
+
+def test_the_folder_goes_where_nothing_was_trained(
+    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: Config) -> str:
+        raise OSError("full")
+
+    failing = opened(output="x/y", steps=2, sampling={"prompts": []})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="^full$"):
+        patch.setattr(run, "toml_of", full)
+        failing.begin()
+    assert not (tmp_path / "x" / "y").exists()
+    failing.begin()
+    with pytest.raises(KeyboardInterrupt), failing.kept_once_trained():
+        raise KeyboardInterrupt
+    assert not (tmp_path / "x" / "y").exists()
+    failing.begin()
+    with pytest.raises(KeyboardInterrupt), failing.kept_once_trained():
+        next(failing.steps())
+        raise KeyboardInterrupt
+    assert len((tmp_path / "x" / "y" / "steps.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_folder_that_another_run_made_meanwhile_is_left_alone(opened: Callable[..., Run], tmp_path: Path) -> None:
+    late = opened(steps=1)
+    (tmp_path / "runs" / "cats").mkdir(parents=True)
+    (tmp_path / "runs" / "cats" / "lora.safetensors").write_text("of the other run")
+    with pytest.raises(FileExistsError):
+        late.begin()
+    assert (tmp_path / "runs" / "cats" / "lora.safetensors").read_text() == "of the other run"
