@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.data.cache import pixels
@@ -137,3 +138,32 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     shutil.rmtree(model / "scheduler")
     with pytest.raises(ValueError, match="cannot read scheduler/scheduler_config.json"):
         opened(model)
+
+
+def test_a_tokenizer_that_is_not_the_text_encoders_is_refused(tmp_path: Path) -> None:
+    """The library makes an empty vocabulary of a folder without files, and would train on nonsense."""
+    model = copied(tmp_path)
+    tokenizer = json.loads((model / "tokenizer" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"].popitem()
+    (model / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="must know the same words, got 2047 and 2048|cannot load .*tokenizer"):
+        opened(model).codec(torch.device("cpu"))
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer must hold tokenizer.json or vocab.json"):
+        opened(model).codec(torch.device("cpu"))
+
+
+def test_missing_tensors_and_strange_configs_are_named(tmp_path: Path) -> None:
+    model = copied(tmp_path)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.weight"}, weights)
+    with pytest.raises(ValueError, match="unet: 1 tensors are missing, such as conv_in.weight"):
+        opened(model)
+    (model / "scheduler" / "scheduler_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"scheduler_config.json of .* must be a table, got \[\]"):
+        opened(model)
+    (model / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="must name the pipeline's _class_name"):
+        opened(model)
+    with pytest.raises(ValueError, match="must describe betas, got {'beta_schedule': 'steep'}"):
+        diffusion({"beta_schedule": "steep"})

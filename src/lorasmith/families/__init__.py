@@ -31,6 +31,9 @@ def _pipeline_name(folder: Path) -> str:
         found = "no such folder" if not folder.exists() else "a file" if folder.is_file() else "a folder without it"
         raise ValueError(f"{folder} must be a diffusers folder with a model_index.json, got {found}")
     try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {index}: {error}") from error
+    if not isinstance(content, dict) or "_class_name" not in content:
+        raise ValueError(f"{index} must name the pipeline's _class_name, but it does not")
+    return str(content["_class_name"])

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PREDICTIONS: dict[str, Literal["eps", "v", "x0"]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 
 
@@ -30,8 +31,11 @@ def diffusion(scheduler: Mapping[str, Any]) -> Diffusion:
     prediction = PREDICTIONS.get(name)
     if prediction is None:
         raise ValueError(f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {name!r}")
-    betas = DDPMScheduler(**{key: scheduler[key] for key in BETAS if key in scheduler})
-    return Diffusion(betas.alphas_cumprod, prediction)
+    given = {key: scheduler[key] for key in BETAS if key in scheduler}
+    try:
+        return Diffusion(DDPMScheduler(**given).alphas_cumprod, prediction)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the scheduler's config must describe betas, got {given}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class StableDiffusionCodec:
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]) -> None:
         """vae: an AutoencoderKL; text_encoder: a CLIPTextModel; unet: the UNet's config."""
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        if not isinstance(unet["sample_size"], int):
+            raise ValueError(f"the UNet's sample_size must be a whole number, got {unet['sample_size']!r}")
+        if len(tokenizer) != text_encoder.config.vocab_size:
+            raise ValueError(
+                f"tokenizer and text encoder must know the same words, "
+                f"got {len(tokenizer)} and {text_encoder.config.vocab_size}"
+            )
+        self.num_tokens: int = text_encoder.config.max_position_embeddings
         self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.resolution = unet["sample_size"] * self.factor
         self.multiple = 2 ** (len(unet["block_out_channels"]) - 1) * self.factor
@@ -76,7 +88,7 @@ class StableDiffusionCodec:
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D]}, float32; texts beyond the encoder's length are cut, which is logged."""
-        length = self.tokenizer.model_max_length
+        length = self.num_tokens
         for text in texts:
             num_tokens = len(self.tokenizer(text).input_ids)
             if num_tokens > length:
@@ -103,9 +115,23 @@ def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) 
     try:
         with safe_open(sorted(weights.glob("*.safetensors"))[0], framework="pt") as file:
             stored = file.get_tensor(next(iter(file.keys()))).dtype
-        return kind.from_pretrained(weights, dtype=dtype or stored, use_safetensors=True, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        part = kind.from_pretrained(weights, dtype=dtype or stored, use_safetensors=True, local_files_only=True)
+    except UNREADABLE as error:
         raise ValueError(f"cannot load {weights}: {str(error).splitlines()[0]}") from error
+    missing = [key for key, parameter in part.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"cannot load {weights}: {len(missing)} tensors are missing, such as {missing[0]}")
+    return part
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """ValueError where a file is missing, without which the library would make an empty vocabulary."""
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ValueError(f"{folder} must hold tokenizer.json or vocab.json, but it does not")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises nothing more exact
+        raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
 
 
 class StableDiffusion:
@@ -119,8 +145,10 @@ class StableDiffusion:
     def from_folder(cls, folder: Path) -> "StableDiffusion":
         try:
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot read scheduler/scheduler_config.json of {folder}: {error}") from error
+        if not isinstance(scheduler, dict):
+            raise ValueError(f"scheduler/scheduler_config.json of {folder} must be a table, got {scheduler!r:.50}")
         return cls(_part(UNet2DConditionModel, folder, "unet", None), scheduler, folder)
 
     @classmethod
@@ -134,10 +162,7 @@ class StableDiffusion:
             return StableDiffusionCodec(self.source.vae, self.source.text_encoder, self.source.tokenizer, config)
         vae: Any = _part(AutoencoderKL, self.source, "vae", torch.float32)
         text_encoder: Any = _part(CLIPTextModel, self.source, "text_encoder", torch.float32)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(self.source / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load {self.source / 'tokenizer'}: {str(error).splitlines()[0]}") from error
+        tokenizer = _tokenizer(self.source / "tokenizer")
         return StableDiffusionCodec(vae.to(device), text_encoder.to(device), tokenizer, config)
 
     def pipeline(self, denoiser: Denoiser) -> Any:
