@@ -127,8 +127,10 @@ def _execute(config: Any) -> int:
     with run.kept_once_trained(), interruptible() as stop:
         try:
             follow(run.steps(), run.num_steps, stop)
-        finally:
+        except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError):
             _save(run)
+            raise
+        _save(run)
     if stop.is_set():
         console.print(f"stopped after step {len(run.taken)} of {run.num_steps}")
         return INTERRUPTED

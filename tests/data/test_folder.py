@@ -122,7 +122,7 @@ def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, caplog: pytest.
 
 def test_zero_repeats_are_refused(tmp_path: Path) -> None:
     made(tmp_path / "0_cat" / "a.png")
-    with pytest.raises(ValueError, match="^repeats must be at least 1, got 0 from the name of folder 0_cat$"):
+    with pytest.raises(ValueError, match="^repeats must be 1 to 10000, got 0 from the name of folder 0_cat$"):
         examples(tmp_path)
 
 

@@ -14,6 +14,7 @@ from lorasmith.types import Example
 
 HEIF_SUFFIXES = (".heic", ".heif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", *HEIF_SUFFIXES)
+MAX_REPEATS = 10_000
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 
 # What Pillow and pillow-heif raise on damaged files, besides OSError.
@@ -121,8 +122,8 @@ def _repeats_and_name(path: Path) -> tuple[int, str]:
     for parent in path.parents:
         if match := re.fullmatch(r"([0-9]+)_(.*)", parent.name, re.DOTALL):
             repeats = int(match[1])
-            if repeats == 0:
-                raise ValueError(f"repeats must be at least 1, got 0 from the name of folder {parent}")
+            if not 1 <= repeats <= MAX_REPEATS:
+                raise ValueError(f"repeats must be 1 to {MAX_REPEATS}, got {repeats} from the name of folder {parent}")
             return repeats, match[2]
     return 1, ""
 

@@ -10,7 +10,10 @@ PROMPTS = ("rocket", "dog face", "sunflower", "red apple", "cat face", "penguin"
 
 
 def demo_settings(concept: str) -> dict[str, Any]:
-    """The settings, nested, of the demo's run; ValueError where there are no pictures of the concept."""
+    """The settings, nested, of the demo's run; ValueError where there are no pictures of the concept.
+
+    Only the upper blocks are adapted: they draw the style, the others decide what is drawn (Frenkel et al. 2024, B-LoRA).
+    """
     if concept not in CONCEPTS:
         raise ValueError(f"concept must be one of {', '.join(CONCEPTS)}, got {concept!r}")
     pictures = FOLDER / "pictures"
@@ -21,11 +24,11 @@ def demo_settings(concept: str) -> dict[str, Any]:
             "held_out": str(pictures / concept / "held_out"),
             "drift": str(pictures / "noto" / "held_out"),
         },
-        "steps": 300,
+        "steps": 250,
         "batch_size": 8,
-        "learning_rate": 1.5e-3,
+        "learning_rate": 2e-3,
         "schedule": "cosine",
         "gradient_checkpointing": False,
-        "targets": {"preset": "all"},
-        "sampling": {"prompts": list(PROMPTS), "guidance": 2.0},
+        "targets": {"preset": "none", "include": ["up_blocks"]},
+        "sampling": {"prompts": list(PROMPTS), "guidance": 3.0},
     }
