@@ -12,7 +12,7 @@ PROMPTS = ("rocket", "dog face", "sunflower", "red apple", "cat face", "penguin"
 def demo_settings(concept: str) -> dict[str, Any]:
     """The settings, nested, of the demo's run; ValueError where there are no pictures of the concept.
 
-    Only the upper blocks are adapted: they draw the style, the others decide what is drawn (Frenkel et al. 2024, B-LoRA).
+    Only the upper blocks are adapted, which leaves what is drawn more recognisable than adapting all of them.
     """
     if concept not in CONCEPTS:
         raise ValueError(f"concept must be one of {', '.join(CONCEPTS)}, got {concept!r}")
