@@ -67,6 +67,7 @@ class Job:
         own = {
             "lorasmith.version": __version__,
             "lorasmith.steps": str(steps),
+            "lorasmith.algorithm": config.adapter.name,
             "lorasmith.base_hash": lorafile.base_hash(self.base),
             "lorasmith.config": _portable(config),
             "modelspec.sai_model_spec": "1.0.0",
