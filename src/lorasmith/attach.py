@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import AfterValidator, Field
@@ -59,10 +59,11 @@ def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 class AdapterSet:
-    """Adapters by the path of their layer."""
+    """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
 
-    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], offsets: Mapping[str, Tensor] | None = None) -> None:
         self.adapters = dict(adapters)
+        self.offsets = dict(offsets or {})
         self.ran: set[str] = set()
 
     @classmethod
@@ -75,7 +76,26 @@ class AdapterSet:
                 f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "
                 f"{list(targets.exclude)} for {len(layers)} layers such as {', '.join(list(layers)[:3]) or 'none'}"
             )
-        return cls({path: algorithm.build(layer, path, seed) for path, layer in chosen.items()})
+        adapters = {}
+        for path, layer in chosen.items():
+            try:
+                adapters[path] = algorithm.build(layer, path, seed)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        return cls(adapters)
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The names of its adapters' algorithms, each once, sorted; ranks and alphas likewise."""
+        return sorted({adapter.algorithm for adapter in self.adapters.values()})
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({adapter.rank for adapter in self.adapters.values() if adapter.rank is not None})
+
+    @property
+    def alphas(self) -> list[float]:
+        return sorted({adapter.alpha for adapter in self.adapters.values() if adapter.alpha is not None})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "AdapterSet":
         """Moves the parameters; returns itself."""
@@ -93,6 +113,9 @@ class AdapterSet:
             for path, adapter in self.adapters.items()
             for suffix, tensor in adapter.file_tensors(dtype).items()
         }
+        for path, offset in self.offsets.items():
+            module_path, _, kind = path.rpartition(".")
+            state[f"{denoiser.file_key(module_path)}.{'diff' if kind == 'weight' else 'diff_b'}"] = offset
         return dict(sorted(state.items()))
 
     def refuse_unused(self) -> None:
@@ -117,19 +140,42 @@ class AdapterSet:
         return f"{len(paths)} of {len(self.adapters)} adapters ({shown})"
 
 
-def attach(denoiser: Denoiser, adapters: AdapterSet) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hangs every adapter on its layer; returns the handles that take them off."""
+class Removable(Protocol):
+    """What takes an adapter or an offset off again."""
+
+    def remove(self) -> None: ...
+
+
+def attach(denoiser: Denoiser, adapters: AdapterSet) -> Sequence[Removable]:
+    """Hangs every adapter on its layer and adds every offset; returns the handles that take them off.
+
+    Offsets make new tensors for their parameters, so a denoiser that shares its weights leaves the others' as they are.
+    """
     layers = adaptable_layers(denoiser.nets)
-    return [
+    hooks = [
         layers[path].register_forward_hook(_hook(adapters, path, adapter), with_kwargs=True)
         for path, adapter in adapters.adapters.items()
     ]
+    parameters = {f"{name}.{path}": p for name, net in denoiser.nets.items() for path, p in net.named_parameters()}
+    return [*hooks, *(_Offset(parameters[path], offset) for path, offset in adapters.offsets.items())]
+
+
+class _Offset:
+    """An offset on a parameter."""
+
+    def __init__(self, parameter: nn.Parameter, offset: Tensor) -> None:
+        self.parameter, self.before = parameter, parameter.data
+        changed = self.before.float() + offset.to(self.before.device, torch.float32)
+        parameter.data = changed.to(self.before.dtype)
+
+    def remove(self) -> None:
+        self.parameter.data = self.before
 
 
 def _hook(adapters: AdapterSet, path: str, adapter: Adapter) -> Any:
-    def adapted(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+    def adapted(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
         adapters.ran.add(path)
-        return adapter(args[0] if args else kwargs["input"], y)
+        return adapter(args[0] if args else kwargs["input"], y, module.bias)
 
     return adapted
 

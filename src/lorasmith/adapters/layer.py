@@ -1,5 +1,6 @@
 """What adapters know of the layers they hang on: sizes, never weights."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lorasmith.kernels.low_rank import ConvShape
+from lorasmith.kernels.convolution import ConvShape
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -20,6 +21,20 @@ class Layer:
     n_out: int
     kernel: tuple[int, ...] = ()
     conv: ConvShape | None = None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.conv is None else self.conv.groups
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(n_out, n_in / groups, *kernel)."""
+        return (self.n_out, self.n_in // self.groups, *self.kernel)
+
+    @property
+    def fan_in(self) -> int:
+        """How many numbers each output is a sum over."""
+        return math.prod(self.weight_shape[1:])
 
     @classmethod
     def of(cls, path: str, module: nn.Module) -> "Layer":
@@ -48,8 +63,21 @@ def _padding(path: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int,
 class Adapter(Protocol):
     """What hangs on one layer; a torch module, its parameters being what is trained."""
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, the layer's input, y, its output -> adapted y, in y's shape and dtype."""
+    @property
+    def algorithm(self) -> str: ...
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that its tensors show; None where nothing is decomposed."""
+        ...
+
+    @property
+    def alpha(self) -> float | None:
+        """None where the algorithm has none that counts."""
+        ...
+
+    def __call__(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """x, the layer's input, y, its output, and its bias -> adapted y, in y's shape and dtype."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -57,3 +85,38 @@ class Adapter(Protocol):
     def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """{suffix in the file: tensor}, weights in this dtype."""
         ...
+
+
+def size_of(tensors: Mapping[str, Tensor], suffix: str, axis: int) -> int:
+    """How long a file's tensor is along an axis; 1 where it is not there or has no such axis."""
+    shape = tensors[suffix].shape if suffix in tensors else ()
+    return shape[axis] if -len(shape) <= axis < len(shape) else 1
+
+
+def fitting(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...]) -> Tensor:
+    """A copy of a file's tensor; ValueError unless it is there, has this shape and holds numbers, all finite."""
+    if suffix not in tensors:
+        raise ValueError(f"{suffix} is missing beside {', '.join(sorted(tensors))}")
+    if tuple(tensors[suffix].shape) != shape:
+        raise ValueError(f"{suffix} must have the shape {list(shape)}, got {list(tensors[suffix].shape)}")
+    if not tensors[suffix].numel():
+        raise ValueError(f"{suffix} must not be empty, got {list(shape)}")
+    if not tensors[suffix].is_floating_point():
+        raise ValueError(f"{suffix} must hold floating-point numbers, got {tensors[suffix].dtype}")
+    if not tensors[suffix].float().isfinite().all():
+        raise ValueError(f"{suffix} must be finite, got NaN or infinity")
+    return tensors[suffix].clone()
+
+
+def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights on the CPU in this dtype, and alpha in float32."""
+    plain = {suffix: tensor.detach().to("cpu", dtype) for suffix, tensor in tensors.items()}
+    return {**plain, "alpha": torch.tensor(alpha)}
+
+
+def alpha_of(tensors: Mapping[str, Tensor], default: float) -> float:
+    """A file's alpha; without one, the default; ValueError where it is not one finite number."""
+    alpha = tensors.get("alpha", torch.tensor(default))
+    if alpha.numel() != 1 or not alpha.float().isfinite().all():
+        raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
+    return float(alpha)

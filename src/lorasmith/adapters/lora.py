@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.component import Component
 from lorasmith.draws import Purpose, path_number, uniform
-from lorasmith.kernels.low_rank import low_rank_conv, low_rank_linear
+from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.update import Operation, updated
 
 Rank = Annotated[int, Field(ge=1, le=128, description="inner dimension of the adapters")]
 Alpha = Annotated[
@@ -29,9 +30,8 @@ class LoRA(Component):
 
     def build(self, layer: Layer, path: str, seed: int) -> "LoRAAdapter":
         """A new adapter, the identity; A is uniform in ±1 / sqrt(fan-in), drawn from (seed, path)."""
-        fan_in = _fan_in(layer)
-        u = uniform(seed, Purpose.INIT, path_number(path), (self.rank, fan_in))
-        down = ((2 * u - 1) / math.sqrt(fan_in)).view(_down_shape(layer, self.rank))
+        u = uniform(seed, Purpose.INIT, path_number(path), (self.rank, layer.fan_in))
+        down = ((2 * u - 1) / math.sqrt(layer.fan_in)).view(_down_shape(layer, self.rank))
         up = torch.zeros(_up_shape(layer, self.rank))
         return LoRAAdapter(layer, down, up, float(self.rank) if self.alpha is None else self.alpha)
 
@@ -39,56 +39,50 @@ class LoRA(Component):
 class LoRAAdapter(nn.Module):
     """The adapter of one layer. r rank, g the layer's groups, k… its kernel."""
 
-    SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
+    MARKS = frozenset({"lora_down.weight", "lora_up.weight"})
+    SUFFIXES = MARKS | {"alpha"}
+    algorithm = "LoRA"
 
     def __init__(self, layer: Layer, down: Tensor, up: Tensor, alpha: float) -> None:
         """down [r, n_in] or [r, n_in / g, k…], up [n_out, r] or [n_out, r, 1…]."""
         super().__init__()
-        self.layer = layer
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
         self.alpha = alpha
+        self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoRAAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer.
 
-        Without alpha the scale is 1, as in every reader of such files.
+        Without alpha the scale is 1, as in every reader of such files. Convolutions with a kernel of 1 may be stored
+        as matrices.
         """
-        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0]
-        for tensor, shape in ((down, _down_shape(layer, rank)), (up, _up_shape(layer, rank))):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"shape must be {list(shape)}, got {list(tensor.shape)}")
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
-        return cls(layer, down.clone(), up.clone(), alpha)
+        down, up = (tensors.get(suffix, torch.empty(1)) for suffix in ("lora_down.weight", "lora_up.weight"))
+        rank = size_of(tensors, "lora_down.weight", 0)
+        stored = dict(tensors)
+        if layer.conv is not None and math.prod(layer.kernel) == 1 and down.ndim == up.ndim == 2:
+            ones = [1] * len(layer.kernel)
+            stored |= {"lora_down.weight": down.view(*down.shape, *ones), "lora_up.weight": up.view(*up.shape, *ones)}
+        down = fitting(stored, "lora_down.weight", _down_shape(layer, rank))
+        up = fitting(stored, "lora_up.weight", _up_shape(layer, rank))
+        return cls(layer, down, up, alpha_of(tensors, rank))
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return len(self.down)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
-        scale = self.alpha / self.rank
-        if self.layer.conv is None:
-            return low_rank_linear(x, y, self.down, self.up, scale)
-        return low_rank_conv(x, y, self.down, self.up, scale, self.layer.conv)
+        return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank)
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """down, up and alpha under kohya's names, on the CPU; alpha in float32."""
-        tensors = (self.down.detach().to("cpu", dtype), self.up.detach().to("cpu", dtype), torch.tensor(self.alpha))
-        return dict(zip(self.SUFFIXES, tensors, strict=True))
-
-
-def _fan_in(layer: Layer) -> int:
-    groups = 1 if layer.conv is None else layer.conv.groups
-    return layer.n_in // groups * math.prod(layer.kernel)
+        """down, up and alpha under kohya's names."""
+        return for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
 
 
 def _down_shape(layer: Layer, rank: int) -> tuple[int, ...]:
-    if layer.conv is None:
-        return (rank, layer.n_in)
-    return (rank, layer.n_in // layer.conv.groups, *layer.kernel)
+    return (rank, *layer.weight_shape[1:])
 
 
 def _up_shape(layer: Layer, rank: int) -> tuple[int, ...]:

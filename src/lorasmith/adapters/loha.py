@@ -1,0 +1,103 @@
+"""LoHa (Hyeon-Woo et al. 2022, "FedPara", eq. 2): a delta (w1_a w1_b) * (w2_a w2_b), elementwise, of rank up to r^2.
+
+r rank, K the numbers in the kernel, g the layer's groups.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.lora import Alpha, Rank
+from lorasmith.component import Component
+from lorasmith.draws import Purpose, normal, path_number
+from lorasmith.kernels.dense import DenseConv, DenseLinear
+from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.update import Build, Operation, Weights, updated
+
+SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+class LoHa(Component):
+    """Hadamard products of two low-rank matrices: y + (alpha / rank) ((w1_a w1_b) * (w2_a w2_b)) x."""
+
+    name: Literal["LoHa"] = "LoHa"
+    rank: Rank = 8
+    alpha: Alpha = None
+
+    def build(self, layer: Layer, path: str, seed: int) -> "LoHaAdapter":
+        """A new adapter, the identity: w2_a is 0, the others normal with LyCORIS's deviations, from (seed, path)."""
+        stds = (0.1, 1.0, 0.0, 1.0)
+        factors = [
+            std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape) if std else torch.zeros(shape)
+            for suffix, std, shape in zip(SUFFIXES, stds, _shapes(layer, self.rank), strict=True)
+        ]
+        return LoHaAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
+
+
+class LoHaAdapter(nn.Module):
+    """The adapter of one layer."""
+
+    MARKS = frozenset(SUFFIXES)
+    SUFFIXES = MARKS | {"alpha"}
+    algorithm = "LoHa"
+
+    def __init__(self, layer: Layer, factors: list[Tensor], alpha: float) -> None:
+        """factors w1_a [n_out, r], w1_b [r, n_in / g * K], w2_a and w2_b alike."""
+        super().__init__()
+        self.factors = nn.ParameterList(factors)
+        self.alpha = alpha
+        self.operation, self.build = _way(layer, factors[0].shape[1])
+
+    @classmethod
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoHaAdapter":
+        """The adapter that a file holds for this layer; ValueError where its shapes do not fit; no alpha: scale 1."""
+        rank = size_of(tensors, "hada_w1_a", -1)
+        shapes = _shapes(layer, rank)
+        factors = [fitting(tensors, suffix, shape) for suffix, shape in zip(SUFFIXES, shapes, strict=True)]
+        return cls(layer, factors, alpha_of(tensors, rank))
+
+    @property
+    def rank(self) -> int:
+        return self.factors[0].shape[1]
+
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
+        return updated(x, y, self.operation, tuple(self.factors), self.alpha / self.rank, self.build)
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The four factors and alpha under LyCORIS's names."""
+        return for_file(dict(zip(SUFFIXES, self.factors, strict=True)), self.alpha, dtype)
+
+
+def _shapes(layer: Layer, rank: int) -> tuple[tuple[int, int], ...]:
+    a, b = (layer.n_out, rank), (rank, layer.fan_in)
+    return (a, b, a, b)
+
+
+def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
+    """The cheaper way to multiply by the delta: with two factors of rank r^2, or with the delta itself.
+
+    The product of two matrices of rank r, element by element, is up down with the r^2 columns of up, and rows of down,
+    that are products of a pair of theirs (face-splitting products: Slyusar 1999). A weight's gradient is then never
+    made.
+    """
+    if rank**2 * (layer.n_out + layer.fan_in) < layer.n_out * layer.fan_in:
+        operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
+        return operation, partial(_pairs, layer)
+    return DenseLinear() if layer.conv is None else DenseConv(layer.conv), partial(_product, layer)
+
+
+def _pairs(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
+    """The factors -> down [r^2, n_in / g, k…], up [n_out, r^2, 1…]."""
+    down = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
+    up = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
+    return down.view(-1, *layer.weight_shape[1:]), up.view(*up.shape, *[1] * len(layer.kernel))
+
+
+def _product(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
+    """The factors -> the delta, in the weight's shape, unscaled."""
+    return (((w1_a @ w1_b) * (w2_a @ w2_b)).view(layer.weight_shape),)

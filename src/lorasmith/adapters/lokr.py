@@ -1,0 +1,164 @@
+"""LoKr (Yeh et al. 2024, "Navigating text-to-image customization", section 3.2): a delta w1 (x) w2, Kronecker product.
+
+w1 [a, b], w2 [c, d, k…] with n_out = a c and n_in / g = b d; g the layer's groups, r rank, K the numbers in the kernel.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.lora import Alpha, Rank
+from lorasmith.component import Component
+from lorasmith.draws import Purpose, path_number, uniform
+from lorasmith.kernels.dense import DenseConv
+from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
+from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.update import Build, Operation, Weights, as_they_are, updated
+
+
+def factorized(size: int, factor: int | None) -> tuple[int, int]:
+    """size -> (m, n), m n = size, m <= n: m = factor where that divides size, else the greatest divisor below.
+
+    Without a factor, or with one beyond the square root that does not divide size, the pair nearest to a square. This
+    is LyCORIS's rule, which shapes in its files depend on.
+    """
+    if factor is not None and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    limit = min(math.isqrt(size), factor or size)
+    m = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
+    return m, size // m
+
+
+class LoKr(Component):
+    """Kronecker products: y + scale (w1 (x) w2) x."""
+
+    name: Literal["LoKr"] = "LoKr"
+    rank: Rank = 8
+    alpha: Alpha = None
+    factor: int | None = Field(
+        default=None, ge=1, le=65536, description="rows and columns of the smaller Kronecker factor; none: near square"
+    )
+
+    def build(self, layer: Layer, path: str, seed: int) -> "LoKrAdapter":
+        """A new adapter, the identity: w2 (or its second factor) is 0, the rest Kaiming's, drawn from (seed, path).
+
+        w2 is decomposed at the rank where LyCORIS does so and that makes it smaller.
+        """
+        a, c = factorized(layer.n_out, self.factor)
+        b, d = factorized(layer.weight_shape[1], self.factor)
+        columns = d * math.prod(layer.kernel)
+        factors = {"lokr_w1": _kaiming((a, b), f"{path}.lokr_w1", seed)}
+        if 2 * self.rank < max(c, d) and self.rank * (c + columns) < c * columns:
+            factors["lokr_w2_a"] = _kaiming((c, self.rank), f"{path}.lokr_w2_a", seed)
+            factors["lokr_w2_b"] = torch.zeros(self.rank, columns)
+        else:
+            factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel)
+        return LoKrAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
+
+
+def _kaiming(shape: tuple[int, int], path: str, seed: int) -> Tensor:
+    """Uniform in ±1 / sqrt(columns)."""
+    return (2 * uniform(seed, Purpose.INIT, path_number(path), shape) - 1) / math.sqrt(shape[1])
+
+
+class LoKrAdapter(nn.Module):
+    """The adapter of one layer: w1 and w2 each whole or as a product of two factors."""
+
+    MARKS = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
+    SUFFIXES = MARKS | {"alpha"}
+    algorithm = "LoKr"
+
+    def __init__(self, layer: Layer, factors: Mapping[str, Tensor], alpha: float) -> None:
+        """factors: lokr_w1 [a, b] or lokr_w1_a [a, r] and _b [r, b]; lokr_w2 [c, d, k…] or _a [c, r], _b [r, d K]."""
+        super().__init__()
+        self.names = tuple(factors)
+        self.factors = nn.ParameterList(list(factors.values()))
+        self._alpha = alpha
+        self.operation, self.build = _way(layer, factors)
+
+    @classmethod
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoKrAdapter":
+        """The adapter that a file holds for this layer, whatever its factor; ValueError where it does not fit."""
+        factors, sizes = {}, []
+        for name, kernel in (("lokr_w1", ()), ("lokr_w2", layer.kernel)):
+            if name in tensors:
+                rows, columns = size_of(tensors, name, 0), size_of(tensors, name, 1)
+                factors[name] = fitting(tensors, name, (rows, columns, *kernel))
+            else:
+                flat = {suffix: t.flatten(1) if t.ndim > 2 else t for suffix, t in tensors.items()}
+                rows, rank = size_of(flat, f"{name}_a", 0), size_of(flat, f"{name}_a", 1)
+                columns = size_of(flat, f"{name}_b", 1) // math.prod(kernel)
+                factors[f"{name}_a"] = fitting(flat, f"{name}_a", (rows, rank))
+                factors[f"{name}_b"] = fitting(flat, f"{name}_b", (rank, columns * math.prod(kernel)))
+            sizes.append((rows, columns))
+        if unused := sorted(tensors.keys() - factors.keys() - {"alpha"}):
+            raise ValueError(f"{', '.join(unused)} must not stand beside {', '.join(factors)}")
+        product = tuple(one * other for one, other in zip(*sizes, strict=True))
+        if product != layer.weight_shape[:2]:
+            raise ValueError(
+                f"lokr_w1 and lokr_w2 must make a weight of {list(layer.weight_shape[:2])}, got {list(product)}"
+            )
+        return cls(layer, factors, alpha_of(tensors, _rank(factors) or 1))
+
+    @property
+    def rank(self) -> int | None:
+        return _rank(dict(zip(self.names, self.factors, strict=True)))
+
+    @property
+    def alpha(self) -> float | None:
+        """Only of decomposed factors: two whole ones are used as they are."""
+        return self._alpha if self.rank else None
+
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
+        scale = self._alpha / self.rank if self.rank else 1.0
+        return updated(x, y, self.operation, tuple(self.factors), scale, self.build)
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The factors and alpha under LyCORIS's names."""
+        return for_file(dict(zip(self.names, self.factors, strict=True)), self._alpha, dtype)
+
+
+def _rank(factors: Mapping[str, Tensor]) -> int | None:
+    """The inner dimension of the decomposed factor; None of two whole ones."""
+    return next((factor.shape[1] for name, factor in factors.items() if name.endswith("_a")), None)
+
+
+def _way(layer: Layer, factors: Mapping[str, Tensor]) -> tuple[Operation, Build]:
+    """How the layer's delta is multiplied by."""
+    names = tuple(factors)
+    if names == ("lokr_w1", "lokr_w2_a", "lokr_w2_b") and factors["lokr_w1"].numel() == 1:
+        return LowRankLinear() if layer.conv is None else LowRankConv(layer.conv), partial(_low_rank, layer)
+    if layer.conv is None:
+        whole = names == ("lokr_w1", "lokr_w2")
+        return KroneckerLinear(), as_they_are if whole else partial(_halves, layer, names)
+    if layer.groups > 1:
+        return DenseConv(layer.conv), partial(_delta, layer, names)
+    return KroneckerConv(layer.conv), partial(_halves, layer, names)
+
+
+def _halves(layer: Layer, names: tuple[str, ...], *factors: Tensor) -> Weights:
+    """The factors -> w1 [a, b], w2 [c, d, k…]."""
+    by_name = dict(zip(names, factors, strict=True))
+    w1, w2 = (
+        by_name[half] if half in by_name else by_name[f"{half}_a"] @ by_name[f"{half}_b"]
+        for half in ("lokr_w1", "lokr_w2")
+    )
+    return w1, w2.view(len(w2), -1, *layer.kernel)
+
+
+def _low_rank(layer: Layer, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
+    """The factors, w1 a single number -> down, up: w2 would be as large as the layer, and is thus never made."""
+    return w2_b.view(-1, *layer.weight_shape[1:]), (w1 * w2_a).view(*w2_a.shape, *[1] * len(layer.kernel))
+
+
+def _delta(layer: Layer, names: tuple[str, ...], *factors: Tensor) -> Weights:
+    """The factors -> the delta, in the weight's shape, unscaled: the groups of a convolution may cut across w1."""
+    w1, w2 = _halves(layer, names, *factors)
+    return (torch.kron(w1.view(*w1.shape, *[1] * len(layer.kernel)), w2),)

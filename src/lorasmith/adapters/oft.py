@@ -1,0 +1,107 @@
+"""OFT (Qiu et al. 2023, "Controlling text-to-image diffusion by orthogonal finetuning"): W is turned in blocks.
+
+n blocks of s outputs each; R = (I + Q)(I - Q)^-1 with Q = B - B^T (Cayley's transform, their eq. 5), and a row block of
+W becomes R^T times it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.lokr import factorized
+from lorasmith.component import Component
+from lorasmith.kernels.rotation import rotated
+
+Constraint = Annotated[
+    float | None,
+    Field(
+        gt=0, le=1e6, allow_inf_nan=False, description="limit of Q's norm, times the layer's outputs; none: no limit"
+    ),
+]
+
+
+class OFT(Component):
+    """Orthogonal adapters: y + (R^T - I)(y - bias) in blocks."""
+
+    name: Literal["OFT"] = "OFT"
+    rank: Annotated[int, Field(ge=1, le=128, description="size of a block, or their number where that is smaller")] = 8
+    alpha: Constraint = None
+
+    def build(self, layer: Layer, path: str, seed: int) -> "OFTAdapter":
+        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
+        size, num_blocks = factorized(layer.n_out, self.rank)
+        if size == 1:
+            raise ValueError(
+                f"OFT needs blocks of 2 or more, but rank {self.rank} cuts {layer.n_out} outputs into single ones; "
+                f"give another rank or add the layer to targets.exclude"
+            )
+        return OFTAdapter(layer, torch.zeros(num_blocks, size, size), self.alpha or 0.0)
+
+
+class OFTAdapter(nn.Module):
+    """The adapter of one layer."""
+
+    MARKS = frozenset({"oft_blocks"})
+    SUFFIXES = MARKS | {"alpha"}
+    algorithm = "OFT"
+
+    def __init__(self, layer: Layer, blocks: Tensor, constraint: float) -> None:
+        """blocks [n, s, s]; constraint 0 is none. ValueError where a block would mix a convolution's groups."""
+        super().__init__()
+        if layer.n_out // layer.groups % blocks.shape[1]:
+            raise ValueError(
+                f"OFT's blocks must divide the {layer.n_out // layer.groups} outputs of a convolution's group, "
+                f"got blocks of {blocks.shape[1]}"
+            )
+        self.blocks = nn.Parameter(blocks)
+        self.layer = layer
+        self.constraint = constraint
+
+    @classmethod
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "OFTAdapter":
+        """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer."""
+        size = max(1, size_of(tensors, "oft_blocks", -1))
+        blocks = fitting(tensors, "oft_blocks", (layer.n_out // size, size, size))
+        if len(blocks) * size != layer.n_out:
+            raise ValueError(f"oft_blocks must make {layer.n_out} outputs, got {list(blocks.shape)}")
+        return cls(layer, blocks, max(0.0, alpha_of(tensors, 0.0)))  # none below 0, as in LyCORIS
+
+    @property
+    def rank(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def alpha(self) -> float | None:
+        return self.constraint or None
+
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
+        return rotated(y, self._turn().to(self.blocks.dtype), bias, self.layer.conv is not None)
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The blocks, Q within its limit, and the limit as alpha.
+
+        LyCORIS multiplies alpha by the layer's outputs, ComfyUI does not; alpha is raised to the norm of Q where that
+        is greater, so that both read the same delta.
+        """
+        blocks = self.blocks.detach().float()
+        limited = self._limited(blocks - blocks.mT)
+        alpha = max(self.constraint, 1.01 * float(limited.norm())) if self.constraint else 0.0
+        return for_file({"oft_blocks": blocks if alpha == self.constraint else limited / 2}, alpha, dtype)
+
+    def _turn(self) -> Tensor:
+        """R - I = 2 (I - Q)^-1 Q, [n, s, s], float32: without a difference of near equals, and 0 where Q is."""
+        blocks = self.blocks.float()
+        q = self._limited(blocks - blocks.mT)
+        return torch.linalg.solve(torch.eye(q.shape[-1], device=q.device) - q, 2 * q)
+
+    def _limited(self, q: Tensor) -> Tensor:
+        limit = self.constraint * self.layer.n_out
+        if not limit:
+            return q
+        norm = q.norm() + 1e-8
+        return q * (limit / norm).clamp(max=1)

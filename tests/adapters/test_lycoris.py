@@ -1,0 +1,126 @@
+"""Every algorithm against LyCORIS: the same weights make the same layer and gradients, and files go both ways."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules import get_module, make_module
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from torch import Tensor, nn
+
+from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.loha import LoHa
+from lorasmith.adapters.lokr import LoKr
+from lorasmith.adapters.lora import LoRA
+
+logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+
+
+def counterpart(algorithm: Any, module: Any) -> Any:
+    """LyCORIS's module with the same settings."""
+    if isinstance(algorithm, LoRA):
+        return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
+    if isinstance(algorithm, LoHa):
+        return LohaModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
+    if isinstance(algorithm, LoKr):
+        factor = -1 if algorithm.factor is None else algorithm.factor
+        return LokrModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, factor=factor)
+    return DiagOFTModule("layer", module, lora_dim=algorithm.rank, constraint=algorithm.alpha or 0)
+
+
+def delta(theirs: Any, weight: Tensor) -> Tensor:
+    """What it adds to a weight; get_diff_weight of LoHa and LoKr multiplies by their scale twice."""
+    if isinstance(theirs, LohaModule | LokrModule):
+        return theirs.get_weight(weight.shape)
+    return theirs.get_diff_weight(shape=weight.shape)[0]
+
+
+def scrambled(theirs: Any) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return theirs
+
+
+def assert_alike(sample: Any, ours: Any, theirs: Any) -> None:
+    """The same output as that of the layer with LyCORIS's delta added to its weight."""
+    weight = sample.module.weight.detach()
+    expected = sample.run(sample.x, weight + delta(theirs, weight))
+    torch.testing.assert_close(sample.adapted(ours), expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_gradients_alike(sample: Any, ours: Any, theirs: Any) -> None:
+    """The same gradients of x and the factors as autograd's through LyCORIS's delta added to the weight."""
+    weight = sample.module.weight.detach()
+    x = sample.x.clone().requires_grad_()
+    merged = sample.run(x, weight + delta(theirs, weight))
+    grad = torch.randn(merged.shape, generator=torch.Generator().manual_seed(3))
+    by_name = dict(theirs.named_parameters())
+    factors = [by_name[suffix] for suffix in ours.file_tensors(torch.float32) if suffix != "alpha"]
+    expected = torch.autograd.grad(merged, [x, *factors], grad)
+    actual = torch.autograd.grad(sample.adapted(ours, x), [x, *ours.parameters()], grad)
+    for one, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+def test_the_same_weights_make_the_same_layer_and_gradients(algorithm: Any, sample: Any, adapter: Any) -> None:
+    theirs = counterpart(algorithm, sample.module)
+    suffixes = [suffix for suffix in adapter.file_tensors(torch.float32) if suffix != "alpha"]
+    parameters = dict(theirs.named_parameters())
+    assert set(suffixes) == set(parameters)
+    for suffix, parameter in zip(suffixes, adapter.parameters(), strict=True):
+        parameters[suffix].data.copy_(parameter.data)
+    assert_alike(sample, adapter, theirs)
+    assert_gradients_alike(sample, adapter, theirs)
+
+
+def test_lycoris_reads_our_file(algorithm: Any, sample: Any, adapter: Any) -> None:
+    """Into a module with the same settings, and into the one that it makes from the file alone."""
+    tensors = adapter.file_tensors(torch.float32)
+    theirs = counterpart(algorithm, sample.module)
+    theirs.load_state_dict(tensors, strict=True)
+    assert_alike(sample, adapter, theirs)
+    file = {f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}
+    assert_alike(sample, adapter, make_module(*get_module(file, "layer"), "layer", sample.module))
+
+
+def test_we_read_lycoriss_file(algorithm: Any, sample: Any) -> None:
+    theirs = scrambled(counterpart(algorithm, sample.module))
+    ours = adapter_from_file(sample.sizes, theirs.state_dict())
+    assert ours.algorithm == algorithm.name
+    assert_alike(sample, ours, theirs)
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 3])
+@pytest.mark.parametrize("options", ["decompose_both", "full_matrix", "unbalanced_factorization"])
+def test_we_read_lokrs_of_other_shapes_than_ours(sample: Any, options: str, factor: int) -> None:
+    theirs: Any = LokrModule("layer", sample.module, lora_dim=2, alpha=3, factor=factor, **{options: True})
+    ours = adapter_from_file(sample.sizes, scrambled(theirs).state_dict())
+    assert_alike(sample, ours, theirs)
+    assert_gradients_alike(sample, ours, theirs)
+
+
+def test_a_lokr_whose_smaller_half_is_decomposed_too(sample_of: Any) -> None:
+    sample = sample_of(nn.Linear(36, 36), torch.randn(3, 36))
+    theirs: Any = LokrModule("layer", sample.module, lora_dim=2, alpha=3, decompose_both=True)
+    ours: Any = adapter_from_file(sample.sizes, scrambled(theirs).state_dict())
+    assert ours.names == ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
+    assert (ours.rank, ours.alpha) == (2, 3)
+    assert_alike(sample, ours, theirs)
+    assert_gradients_alike(sample, ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [LoConModule, LohaModule, LokrModule])
+def test_files_of_options_that_we_lack_are_refused(kind: Any) -> None:
+    conv: Any = nn.Conv2d(24, 30, 3)
+    sizes = Layer.of("layer", conv)
+    for options, suffix in (({"weight_decompose": True}, "dora_scale"), ({"use_tucker": True}, "lora_mid|_t")):
+        with pytest.raises(ValueError, match=f"({suffix}).* cannot be trained here"):
+            adapter_from_file(sizes, kind("layer", conv, lora_dim=2, alpha=1, **options).state_dict())
+    with pytest.raises(ValueError, match="rescale cannot be trained here"):
+        adapter_from_file(sizes, DiagOFTModule("layer", conv, lora_dim=3, rescaled=True).state_dict())

@@ -1,0 +1,27 @@
+"""Products with w1 (x) w2 against layers whose weight is torch.kron's."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
+
+
+@pytest.mark.parametrize(("a", "b"), [(2, 3), (1, 1), (1, 6), (4, 1), (4, 6)])
+def test_linear(check: Any, random: Any, x: Tensor, a: int, b: int) -> None:
+    plain = lambda x, w1, w2: F.linear(x, torch.kron(w1, w2))  # noqa: E731
+    check(KroneckerLinear(), plain, x, random(a, b), random(4 // a, 6 // b))
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 2), (1, 1), (1, 4), (6, 1), (6, 4)])
+def test_conv(check: Any, random: Any, conv: Any, a: int, b: int) -> None:
+    check(
+        KroneckerConv(conv.shape),
+        lambda x, w1, w2: conv.run(x, torch.kron(w1.view(a, b, *conv.ones), w2)),
+        conv.x,
+        random(a, b),
+        random(6 // a, 4 // b, *conv.kernel),
+    )

@@ -1,0 +1,95 @@
+"""Block-diagonal products on a layer's output against one with the whole matrix."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.kernels.rotation import rotated
+
+SIZE, NUM_BLOCKS = 2, 3
+SHAPES = [
+    ((4, 6), False),
+    ((2, 3, 6), False),
+    ((2, 3, 2, 6), False),
+    ((2, 6, 4), True),
+    ((2, 6, 3, 4), True),
+    ((2, 6, 2, 3, 2), True),
+]
+shapes = pytest.mark.parametrize(("shape", "is_conv"), SHAPES, ids=str)
+biases = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+
+
+def plain(y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:
+    rows = y.movedim(1, -1) if is_conv else y
+    added = (rows if bias is None else rows - bias) @ torch.block_diag(*turn)
+    return y + (added.movedim(-1, 1) if is_conv else added)
+
+
+def inputs(random: Any, shape: tuple[int, ...], has_bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    return random(*shape), random(NUM_BLOCKS, SIZE, SIZE), random(NUM_BLOCKS * SIZE) if has_bias else None
+
+
+@shapes
+@biases
+def test_it_is_the_product_with_the_block_diagonal_matrix(
+    random: Any, shape: tuple[int, ...], is_conv: bool, has_bias: bool
+) -> None:
+    y, turn, bias = inputs(random, shape, has_bias)
+    torch.testing.assert_close(rotated(y, turn, bias, is_conv), plain(y, turn, bias, is_conv))
+
+
+@shapes
+@biases
+def test_gradients(random: Any, shape: tuple[int, ...], is_conv: bool, has_bias: bool) -> None:
+    y, turn, bias = inputs(random, shape, has_bias)
+    constant = None if bias is None else bias.detach()
+    assert torch.autograd.gradcheck(lambda y, turn: rotated(y, turn, constant, is_conv), (y, turn), fast_mode=True)
+
+
+@shapes
+def test_only_y_the_turn_and_the_bias_are_kept_and_what_wants_no_gradient_gets_none(
+    random: Any, shape: tuple[int, ...], is_conv: bool
+) -> None:
+    y, turn, bias = inputs(random, shape)
+    assert bias is not None
+    y = y.detach()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted = rotated(y, turn, bias, is_conv)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (y, turn, bias)}
+    adapted.sum().backward()
+    assert y.grad is None and bias.grad is None and turn.grad is not None
+
+
+@shapes
+def test_any_layout(random: Any, shape: tuple[int, ...], is_conv: bool) -> None:
+    y, turn, bias = inputs(random, shape)
+
+    def results(layout: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = layout(y).detach().requires_grad_(), turn
+        adapted = rotated(*leaves, bias, is_conv)
+        return adapted, *torch.autograd.grad(adapted, leaves, layout(y.detach() ** 2))
+
+    expected = results(torch.Tensor.contiguous)
+    torch.testing.assert_close(results(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)), expected)
+    torch.testing.assert_close(results(lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)), expected)
+    torch.testing.assert_close(results(lambda t: t.repeat_interleave(2, -1)[..., ::2]), expected)
+
+
+@pytest.mark.parametrize("layers", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16])
+@shapes
+def test_dtypes(random: Any, shape: tuple[int, ...], is_conv: bool, layers: torch.dtype, ours: torch.dtype) -> None:
+    """Computed in the turn's dtype, in y's dtype in the end; no turn is the exact identity."""
+    y, turn, bias = inputs(random, shape)
+    assert bias is not None
+    y, turn, bias = (t.detach().to(dtype) for t, dtype in ((y, layers), (turn, ours), (bias, layers)))
+    adapted = rotated(y.requires_grad_(), turn.requires_grad_(), bias, is_conv)
+    grads = torch.autograd.grad(adapted, (y, turn), torch.ones_like(y))
+    assert adapted.dtype == layers and [g.dtype for g in grads] == [layers, ours]
+    expected = plain(y.double(), turn.double(), bias.double(), is_conv)
+    torch.testing.assert_close(adapted.double(), expected, rtol=0.01, atol=0.06)
+    assert torch.equal(rotated(y, torch.zeros_like(turn), bias, is_conv), y)
