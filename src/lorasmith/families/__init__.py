@@ -4,18 +4,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorasmith.families.sd import StableDiffusion
+from lorasmith.families.folder import Folder
+from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.families.single_file import SingleFile
+from lorasmith.header import PICKLES
 
 Family = StableDiffusion
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion}
+FILES = (".safetensors", *PICKLES)
 
 
 def opened(model: Any) -> Family:
-    """The family of a diffusers folder (a path) or pipeline; ValueError where it is neither."""
+    """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
+
+    ValueError where it is none of them.
+    """
     if isinstance(model, str | Path):
-        folder = Path(model).expanduser()
-        return _family(_pipeline_name(folder), folder).from_folder(folder)
-    return _family(type(model).__name__, model).from_pipeline(model)
+        path = Path(model).expanduser()
+        if path.is_file() or (path.suffix in FILES and not path.exists()):
+            return StableDiffusion(SingleFile.opened(path))
+        folder = fetched(model) if isinstance(model, str) and is_id(model) and not path.exists() else path
+        return _family(_pipeline_name(folder), folder)(Folder.opened(folder))
+    return _family(type(model).__name__, model)(OpenPipeline(model))
 
 
 def _family(name: str, source: Any) -> type[Family]:
@@ -28,7 +39,7 @@ def _family(name: str, source: Any) -> type[Family]:
 def _pipeline_name(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
-        found = "no such folder" if not folder.exists() else "a file" if folder.is_file() else "a folder without it"
+        found = "a folder without it" if folder.exists() else "no such folder"
         raise ValueError(f"{folder} must be a diffusers folder with a model_index.json, got {found}")
     try:
         content = json.loads(index.read_text(encoding="utf-8"))

@@ -1,18 +1,15 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al. 2022), through diffusers. B batch, L tokens, D width, H W pixels."""
 
 import copy
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from lorasmith.noise import Diffusion
 from lorasmith.types import Cond, Denoiser
@@ -21,8 +18,6 @@ log = logging.getLogger(__name__)
 
 PREDICTIONS: dict[str, Literal["eps", "v", "x0"]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
-Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 
 
 def diffusion(scheduler: Mapping[str, Any]) -> Diffusion:
@@ -105,78 +100,72 @@ class StableDiffusionCodec:
         return self.vae.decode(latents).sample.float()
 
 
-def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) -> Part:
-    """One part of a diffusers folder, in this dtype (None: as stored); ValueError where it is missing or broken."""
-    weights = folder / name
-    if not weights.is_dir():
-        raise ValueError(f"{folder} must hold {name}/ to be a Stable Diffusion model, but it does not")
-    if not list(weights.glob("*.safetensors")):
-        raise ValueError(f"{weights} must hold safetensors weights: pickles can run code when they are loaded")
-    try:
-        with safe_open(sorted(weights.glob("*.safetensors"))[0], framework="pt") as file:
-            stored = file.get_tensor(next(iter(file.keys()))).dtype
-        part = kind.from_pretrained(weights, dtype=dtype or stored, use_safetensors=True, local_files_only=True)
-    except UNREADABLE as error:
-        raise ValueError(f"cannot load {weights}: {str(error).splitlines()[0]}") from error
-    missing = [key for key, parameter in part.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"cannot load {weights}: {len(missing)} tensors are missing, such as {missing[0]}")
-    return part
+class Encoders(NamedTuple):
+    """What turns pictures and captions into latents and conditioning."""
+
+    vae: Any  # an AutoencoderKL
+    text_encoder: Any  # a CLIPTextModel
+    tokenizer: CLIPTokenizer
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """ValueError where a file is missing, without which the library would make an empty vocabulary."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ValueError(f"{folder} must hold tokenizer.json or vocab.json, but it does not")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises nothing more exact
-        raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
+class Source(Protocol):
+    """Where a Stable Diffusion model comes from; the encoders are loaded when they are asked for."""
+
+    @property
+    def unet(self) -> UNet2DConditionModel: ...
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler's config."""
+        ...
+
+    def encoders(self, device: torch.device) -> Encoders:
+        """On this device in float32, or as a pipeline holds them; ValueError where there are none."""
+        ...
+
+    def pipeline(self, unet: UNet2DConditionModel) -> Any:
+        """A diffusers pipeline around this UNet."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpenPipeline:
+    """A diffusers pipeline that a caller hands over: its parts are used as they are."""
+
+    pipe: Any
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        return self.pipe.scheduler.config
+
+    def encoders(self, device: torch.device) -> Encoders:
+        return Encoders(self.pipe.vae, self.pipe.text_encoder, self.pipe.tokenizer)
+
+    def pipeline(self, unet: UNet2DConditionModel) -> Any:
+        twin = copy.copy(self.pipe)
+        twin.unet = unet
+        return twin
 
 
 class StableDiffusion:
-    """The family: a diffusers folder or pipeline -> denoiser, codec, and a pipeline around a changed denoiser."""
+    """The family: a source -> denoiser, codec, and a pipeline around a changed denoiser."""
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: Mapping[str, Any], source: Any) -> None:
-        self.denoiser = StableDiffusionDenoiser(unet, diffusion(scheduler))
+    def __init__(self, source: Source) -> None:
+        self.denoiser = StableDiffusionDenoiser(source.unet, diffusion(source.scheduler))
         self.source = source
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "StableDiffusion":
-        try:
-            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read scheduler/scheduler_config.json of {folder}: {error}") from error
-        if not isinstance(scheduler, dict):
-            raise ValueError(f"scheduler/scheduler_config.json of {folder} must be a table, got {scheduler!r:.50}")
-        return cls(_part(UNet2DConditionModel, folder, "unet", None), scheduler, folder)
-
-    @classmethod
-    def from_pipeline(cls, pipeline: Any) -> "StableDiffusion":
-        return cls(pipeline.unet, pipeline.scheduler.config, pipeline)
 
     def codec(self, device: torch.device) -> StableDiffusionCodec:
         """The encoders on this device in float32, or as a pipeline holds them."""
-        config = self.denoiser.unet.config
-        if not isinstance(self.source, Path):
-            return StableDiffusionCodec(self.source.vae, self.source.text_encoder, self.source.tokenizer, config)
-        vae: Any = _part(AutoencoderKL, self.source, "vae", torch.float32)
-        text_encoder: Any = _part(CLIPTextModel, self.source, "text_encoder", torch.float32)
-        tokenizer = _tokenizer(self.source / "tokenizer")
-        return StableDiffusionCodec(vae.to(device), text_encoder.to(device), tokenizer, config)
+        return StableDiffusionCodec(*self.source.encoders(device), self.denoiser.unet.config)
 
     def pipeline(self, denoiser: Denoiser) -> Any:
         """A diffusers pipeline that predicts with this copy of the denoiser; the source's own stays as it is."""
         assert isinstance(denoiser, StableDiffusionDenoiser)
-        from diffusers import StableDiffusionPipeline  # takes seconds and is seldom needed
-
-        if isinstance(self.source, Path):
-            return StableDiffusionPipeline.from_pretrained(
-                self.source, unet=denoiser.unet, dtype=denoiser.unet.dtype, local_files_only=True
-            )
-        twin = copy.copy(self.source)
-        twin.unet = denoiser.unet
-        return twin
+        return self.source.pipeline(denoiser.unet)
 
     def metadata(self) -> dict[str, str]:
         """What other tools read of a base model: modelspec and kohya's keys."""

@@ -1,0 +1,74 @@
+"""What names and sizes of tensors look like: a LoRA or a model, and of which family."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+Layers = Mapping[str, Mapping[str, Tensor]]
+"""{layer as a file calls it: {part: tensor}}."""
+TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+SIGNS = (
+    (r"lora_te2_|text_encoder_2|add_embedding|label_emb", "SDXL"),
+    (r"single_transformer_blocks|single_blocks", "Flux"),
+    (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", "Stable Diffusion 3"),
+    (r"img_mlp|txt_mlp|img_mod", "Qwen-Image"),
+    (r"noise_refiner|context_refiner", "Lumina or Z-Image"),
+    (r"blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
+    (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", "Stable Diffusion 3"),
+    (r"transformer_blocks_\d+_(attn1|attn2|ff)_", "a transformer of diffusers"),
+)
+FOLDER_PART = "a part of a diffusers folder"
+MODEL_SIGNS = (
+    (r"conditioner\.", "SDXL"),
+    (r"(model\.diffusion_model\.)?joint_blocks\.", "Stable Diffusion 3"),
+    (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\.", "Flux"),
+    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
+    (r"cond_stage_model\.transformer\.", "Stable Diffusion 1.x"),
+    (r"model\.diffusion_model\.label_emb\.", "SDXL"),
+    (r"model\.diffusion_model\.input_blocks\.", "a UNet of the Stable Diffusion kind"),
+    (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
+)
+LORA = re.compile(r"lora[._]|hada_w|lokr_w|oft_|dora_scale")
+UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")
+TEXT = re.compile(r"attn2_to_[kv]$")
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are the names of a LoRA's tensors."""
+    return any(LORA.search(key) for key in keys)
+
+
+def model_family(keys: Iterable[str]) -> str:
+    """The family of models, in words, whose weights have these names; "unknown" where there is none."""
+    names = list(keys)
+    return next((family for sign, family in MODEL_SIGNS if any(re.match(sign, name) for name in names)), "unknown")
+
+
+def lora_family(layers: Layers) -> str:
+    """The family, in words, that the names and sizes of a LoRA's layers show; "an unknown model" where none does."""
+    names = {layer.replace(".", "_"): parts for layer, parts in layers.items()}
+    if any(UNET.search(name) for name in names):
+        widths = {n_in(parts) for name, parts in names.items() if TEXT.search(name)} - {None}
+        if len(widths) == 1:
+            (width,) = widths
+            return TEXT_WIDTHS.get(width or 0, f"Stable Diffusion with a text width of {width}")
+    for sign, family in SIGNS:
+        if any(re.search(sign, name) for name in names):
+            return family
+    if any(UNET.search(name) for name in names):
+        return "a UNet of the Stable Diffusion kind"
+    if names and all(re.search(r"(^|_)te(xt)?_|text_encoder|text_model", name) for name in names):
+        return "a text encoder"
+    return "an unknown model"
+
+
+def n_in(parts: Mapping[str, Tensor]) -> int | None:
+    """The inputs of the layer that these parts of an adapter fit; None where they do not say."""
+    if "lora_down.weight" in parts:
+        return parts["lora_down.weight"].shape[1]
+    if "hada_w1_b" in parts:
+        return parts["hada_w1_b"].shape[1]
+    halves = [parts.get(half, parts.get(f"{half}_b")) for half in ("lokr_w1", "lokr_w2")]
+    first, second = halves
+    return None if first is None or second is None else first.shape[1] * second.shape[1]
