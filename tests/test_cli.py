@@ -1,9 +1,7 @@
 """The command line, called as a user calls it: what it makes, what it says, and how it ends."""
 
 import errno
-import io
 import json
-import logging
 import math
 import os
 import re
@@ -12,53 +10,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import TINY, Ended, lorasmith, made
 from PIL import Image
 
 from lorasmith import __version__, lorafile, training
-from lorasmith.cli import main
 from lorasmith.demo import BASE
 from lorasmith.settings import settings
 
-TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompts", "[]")
 FILES = {"lora.safetensors", "loss.png", "report.html", "run.toml", "steps.jsonl"}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a call ended: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-def lorasmith(folder: Path, *arguments: str) -> Ended:
-    """Calls `lorasmith ARGUMENTS` in this folder."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["lorasmith", *arguments])
-        patch.chdir(folder)
-        with pytest.raises(SystemExit) as exit:
-            main()
-    logging.getLogger("lorasmith").setLevel(logging.NOTSET)
-    assert exit.value.code is None or isinstance(exit.value.code, int)
-    return Ended(exit.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def made(folder: Path, *captions: str) -> Path:
-    """A folder with a picture for each caption."""
-    folder.mkdir(parents=True)
-    for number, caption in enumerate(captions):
-        Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
-    return folder
 
 
 def listing(folder: Path) -> set[str]:

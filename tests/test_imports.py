@@ -6,12 +6,12 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels"),
-    ("noise", "losses", "optimizers", "adapters", "data.folder", "data.buckets", "plots", "demo"),
-    ("attach", "data.cache", "sampling", "validation", "report"),
-    ("memory", "config", "lorafile"),
-    ("settings", "training", "families"),
-    ("job",),
+    ("draws", "devices", "kernels", "ldm_names", "header"),
+    ("noise", "losses", "optimizers", "adapters", "data.folder", "data.buckets", "plots", "demo", "layouts", "looks"),
+    ("attach", "data.cache", "sampling", "validation", "report", "peft_config"),
+    ("memory", "config", "lorafile", "loading"),
+    ("settings", "training", "families", "inspection"),
+    ("job", "inputs"),
     ("run", "contract", "console"),
     ("cli",),
     ("__main__",),

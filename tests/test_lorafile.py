@@ -16,6 +16,7 @@ from lorasmith import lorafile
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, Targets, attached
 from lorasmith.families.sd import StableDiffusion
+from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 
 METADATA = {f"key{i}": str(i) for i in range(20)}
@@ -53,7 +54,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
 def test_a_round_trip_is_bit_for_bit(family: StableDiffusion, tmp_path: Path) -> None:
     state = trained(family).file_state(family.denoiser, torch.float32)
     lorafile.write(tmp_path / "a.safetensors", state, {})
-    back = lorafile.adapters_from(lorafile.read(tmp_path / "a.safetensors")[0], family.denoiser)
+    back = adapters_from(lorafile.read(tmp_path / "a.safetensors")[0], family.denoiser)
     again = back.file_state(family.denoiser, torch.float32)
     assert list(again) == list(state) and all(torch.equal(again[key], state[key]) for key in state)
 
@@ -124,14 +125,14 @@ def test_a_file_for_another_model_is_refused_whole(family: StableDiffusion) -> N
     with pytest.raises(
         ValueError, match="1 of its 57 layers are not there or not plain LoRA, such as lora_unet_nowhere"
     ):
-        lorafile.adapters_from({**state, "lora_unet_nowhere.lora_up.weight": torch.ones(1)}, family.denoiser)
+        adapters_from({**state, "lora_unet_nowhere.lora_up.weight": torch.ones(1)}, family.denoiser)
     key = next(iter(state)).partition(".")[0]
     with pytest.raises(ValueError, match=f"such as {key}"):
-        lorafile.adapters_from({**state, f"{key}.dora_scale": torch.ones(1)}, family.denoiser)
+        adapters_from({**state, f"{key}.dora_scale": torch.ones(1)}, family.denoiser)
     with pytest.raises(ValueError, match=f"{key}: shape must be"):
-        lorafile.adapters_from({**state, f"{key}.lora_up.weight": torch.ones(3, 4)}, family.denoiser)
+        adapters_from({**state, f"{key}.lora_up.weight": torch.ones(3, 4)}, family.denoiser)
     with pytest.raises(ValueError, match="such as none at all"):
-        lorafile.adapters_from({}, family.denoiser)
+        adapters_from({}, family.denoiser)
 
 
 def test_base_hash_is_of_the_values(family: StableDiffusion) -> None:

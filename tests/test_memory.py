@@ -1,12 +1,85 @@
-"""Copies that share weights, and checkpointing: fewer bytes kept, the same gradients."""
+"""Copies that share weights, checkpointing at each depth, offloading, int8 gradients: what they save, what stays."""
 
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
 import torch
-from torch import Tensor
+from diffusers import WanTransformer3DModel
+from measure_checkpointing import Subject, measured
+from torch import Tensor, nn
 
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, attached
-from lorasmith.families.sd import StableDiffusion, StableDiffusionDenoiser
-from lorasmith.memory import blocks, checkpointed, shared_copy
+from lorasmith.adapters.oft import OFT
+from lorasmith.attach import AdapterSet, Targets, adaptable_layers, attached
+from lorasmith.config import Config
+from lorasmith.contract import train_lora
+from lorasmith.families.sd import StableDiffusion
+from lorasmith.memory import (
+    blocks,
+    checkpointed,
+    offload,
+    quantize_backward,
+    refuse_useless_offloading,
+    shared_copy,
+)
+from lorasmith.types import Cond, Denoiser
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A frozen net with inputs: the UNet of the demo's base, two tiny transformers of diffusers' classes."""
+
+    denoiser: Denoiser
+    x: Tensor
+    t: Tensor
+    cond: Cond
+
+    @property
+    def net(self) -> nn.Module:
+        return next(iter(self.denoiser.nets.values()))
+
+
+@pytest.fixture(params=["unet", "sd3", "wan"])
+def case(
+    request: pytest.FixtureRequest, family: StableDiffusion, flow_denoiser: Any, latents: Tensor, texts: Tensor
+) -> Case:
+    if request.param == "unet":
+        t = torch.tensor([10, 500, 700, 900])
+        return Case(shared_copy(family.denoiser, CPU, torch.float32), latents, t, {"text": texts})
+    t = torch.tensor([0.1, 0.7])
+    if request.param == "sd3":
+        cond = {"text": texts[:2, :, :16], "pooled": texts[:2, 0, :8]}
+        return Case(shared_copy(flow_denoiser), latents[:2, :, :8, :8], t, cond)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wan = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+            ffn_dim=32, num_layers=2,
+        )  # fmt: skip
+    subject = Subject(wan, lambda net, x, t, cond: net(x, t * 1000, cond["text"]).sample)
+    return Case(shared_copy(subject), latents[:2, :, None, :8, :8], t, {"text": texts[:2, :, :16]})
+
+
+def gradients(denoiser: Denoiser, case: Case, depth: int | None = None, algorithm: Any = None) -> list[Tensor]:
+    """Those of adapters on all layers, none of whose parameters is zero."""
+    adapters = AdapterSet.new(denoiser, algorithm or LoRA(rank=2), Targets(preset="all"), 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapters.parameters():
+        parameter.data.normal_(0, 0.01, generator=generator)
+    with attached(denoiser, adapters), nullcontext() if depth is None else checkpointed(denoiser, depth):
+        denoiser.predict(case.x, case.t, case.cond).square().mean().backward()
+    found = [p.grad for p in adapters.parameters() if p.grad is not None]
+    assert len(found) == len(adapters.parameters())
+    return found
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 def test_a_copy_shares_weights_and_nothing_else(family: StableDiffusion) -> None:
@@ -20,57 +93,163 @@ def test_a_copy_shares_weights_and_nothing_else(family: StableDiffusion) -> None
 
 def test_another_dtype_makes_new_weights(family: StableDiffusion) -> None:
     stored = family.denoiser.unet.dtype
-    twin = shared_copy(family.denoiser, torch.device("cpu"), torch.float64)
+    twin = shared_copy(family.denoiser, CPU, torch.float64)
     assert twin.unet.dtype == torch.float64 and family.denoiser.unet.dtype == stored
 
 
-def test_blocks_are_the_residual_and_transformer_blocks(family: StableDiffusion) -> None:
-    kinds = {type(block).__name__ for block in blocks(family.denoiser.unet)}
-    assert kinds == {"ResnetBlock2D", "BasicTransformerBlock"}
+KINDS = {
+    1: {
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnUpBlock2D",
+        "UpBlock2D",
+        "ResnetBlock2D",
+        "Transformer2DModel",
+    },
+    2: {"ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock"},
+    3: {"ResnetBlock2D", "BasicTransformerBlock"},
+    5: {"ResnetBlock2D", "BasicTransformerBlock"},
+}
 
 
-def kept_bytes_and_gradients(
-    denoiser: StableDiffusionDenoiser, x: Tensor, texts: Tensor, checkpoint: bool
-) -> tuple[int, list[Tensor]]:
-    """Bytes kept for the backward pass, each storage once and weights left out, and the adapters' gradients."""
-    adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(preset="all"), 0)
-    weights = {p.untyped_storage().data_ptr() for p in (*denoiser.unet.parameters(), *adapters.parameters())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with attached(denoiser, adapters):
-        t = torch.tensor([10, 500, 700, 900])
-        if checkpoint:
-            with checkpointed(denoiser), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = denoiser.predict(x, t, {"text": texts}).square().mean()
-            with checkpointed(denoiser):
-                loss.backward()
-        else:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = denoiser.predict(x, t, {"text": texts}).square().mean()
-            loss.backward()
-    return sum(kept.values()), [p.grad for p in adapters.parameters() if p.grad is not None]
+@pytest.mark.parametrize("depth", KINDS)
+def test_blocks_go_a_list_deeper_with_each_depth(family: StableDiffusion, depth: int) -> None:
+    unet = family.denoiser.unet
+    assert {type(block).__name__ for block in blocks(unet, depth)} == KINDS[depth]
+    stages = {*unet.down_blocks, *unet.up_blocks}
+    assert stages <= set(blocks(unet, 1)) and not stages & set(blocks(unet, 2))
 
 
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(
-    family: StableDiffusion, latents: Tensor, texts: Tensor
-) -> None:
-    denoiser = shared_copy(family.denoiser, torch.device("cpu"), torch.float32)
-    plain_bytes, plain = kept_bytes_and_gradients(denoiser, latents, texts, False)
-    fewer_bytes, again = kept_bytes_and_gradients(denoiser, latents, texts, True)
-    assert fewer_bytes < plain_bytes / 3
-    assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+def test_lists_of_transformers_do_not_nest(case: Case) -> None:
+    if isinstance(case.denoiser, Subject):
+        assert all(blocks(case.net, depth) == list(case.net.blocks) for depth in range(1, 6))
+
+
+class Nest(nn.Module):
+    """Lists in lists: a branch this many deep, beside one that is a single list deep."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.here = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.inner = nn.ModuleList([Nest(levels - 1)] if levels else [])
+        self.side = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])
+
+
+def test_a_net_that_nests_deeper_gives_its_innermost_blocks_at_5() -> None:
+    net = Nest(7)
+    chain = [net]
+    while chain[-1].inner:
+        chain.append(chain[-1].inner[0])
+    for depth in range(1, 5):
+        assert blocks(net, depth) == [chain[depth], *(level.side[0] for level in reversed(chain[:depth]))]
+    assert blocks(net, 5) == [level.side[0] for level in reversed(chain)]
+
+
+def test_a_list_in_a_list_is_no_block() -> None:
+    pair = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net = nn.Module()
+    net.stages = nn.ModuleList([nn.ModuleList([pair, nn.Linear(2, 2)]), nn.ModuleList([pair])])
+    assert blocks(net, 1) == blocks(net, 5) == [pair]
+
+
+def test_every_depth_holds_less_and_gives_the_same_gradients(case: Case) -> None:
+    plain = measured(case.denoiser, case.x, case.t, case.cond, None)
+    by_depth = {depth: measured(case.denoiser, case.x, case.t, case.cond, depth) for depth in range(1, 6)}
+    for depth, row in by_depth.items():
+        assert row.kept < plain.kept / 3 and row.peak < 0.8 * plain.peak, depth
+        assert equal(row.gradients, plain.gradients), depth
+    default = by_depth[Config().checkpoint_depth]
+    assert default.peak == min(row.peak for row in by_depth.values())
+
+
+def test_layers_run_twice_with_a_gradient_and_once_without(case: Case) -> None:
+    layer = next(iter(adaptable_layers({"": blocks(case.net, 5)[0]}).values()))
+    runs: list[int] = []
+    layer.register_forward_hook(lambda *args: runs.append(1))
+    gradients(case.denoiser, case, 2)
+    assert len(runs) == 2
+    with torch.no_grad(), checkpointed(case.denoiser, 2):
+        out = case.denoiser.predict(case.x, case.t, case.cond)
+    assert len(runs) == 3 and not out.requires_grad
 
 
 def test_checkpointing_ends_with_its_context(family: StableDiffusion) -> None:
     denoiser = shared_copy(family.denoiser)
-    block = blocks(denoiser.unet)[0]
+    block = blocks(denoiser.unet, 2)[0]
     before = block.forward
-    with checkpointed(denoiser):
+    with checkpointed(denoiser, 2):
         assert block.forward != before
     assert block.forward == before
+
+
+@pytest.mark.parametrize("depth", [None, 1, 2, 5])
+def test_offloaded_weights_come_back_for_each_run_and_gradients_stay_equal(case: Case, depth: int | None) -> None:
+    pytest.importorskip("accelerate")
+    expected = gradients(case.denoiser, case)
+    copy = shared_copy(case.denoiser)
+    offload(copy, CPU)
+    net = next(iter(copy.nets.values()))
+    inside = {id(p) for block in blocks(net, 1) for p in block.parameters()}
+    assert all(p.is_meta == (id(p) in inside) for p in net.parameters()) and inside
+    assert equal(gradients(copy, case, depth), expected)
+    assert not any(p.is_meta for p in case.net.parameters())
+
+
+def test_offloading_is_refused_where_it_saves_nothing_or_an_adapter_misses_weights(case: Case) -> None:
+    cuda = torch.device("cuda")
+    adapters = AdapterSet.new(case.denoiser, LoRA(rank=2), Targets(), 0)
+    refuse_useless_offloading(case.denoiser, adapters, cuda, True)
+    with pytest.raises(ValueError, match="offloading must be False on cpu: the weights are there already"):
+        refuse_useless_offloading(case.denoiser, adapters, CPU, True)
+    with pytest.raises(ValueError, match="offloading must be False without gradient_checkpointing"):
+        refuse_useless_offloading(case.denoiser, adapters, cuda, False)
+    rotations = AdapterSet.new(case.denoiser, OFT(), Targets(), 0)
+    with pytest.raises(ValueError, match="offloading must be False with OFT"):
+        refuse_useless_offloading(case.denoiser, rotations, cuda, True)
+    offsets = AdapterSet(adapters.adapters, {"unet.conv_in.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"offloading must be False with this existing_lora: .* \(diff\)"):
+        refuse_useless_offloading(case.denoiser, offsets, cuda, True)
+
+
+def test_what_cannot_be_is_refused_before_training(
+    family: StableDiffusion, latents: Tensor, texts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasmith.job.train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="offloading must be False on cpu: the weights are there already"):
+        train_lora(family.denoiser, latents, list(texts), offloading=True)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    for module in [name for name in sys.modules if name.startswith("torchao.")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"quantized_backward needs the extra 'quantized': pip install"):
+        train_lora(family.denoiser, latents, list(texts), quantized_backward=True)
+    with pytest.raises(ValueError, match="checkpoint_depth must be .*5.*, got 6"):
+        train_lora(family.denoiser, latents, list(texts), checkpoint_depth=6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_gradients_are_close_and_weights_stay(case: Case, dtype: torch.dtype) -> None:
+    pytest.importorskip("torchao")
+    case = replace(case, denoiser=shared_copy(case.denoiser, CPU, dtype), x=case.x.to(dtype))
+    case.cond.update({name: value.to(dtype) for name, value in case.cond.items()})
+    expected = torch.cat([g.flatten() for g in gradients(case.denoiser, case)])
+    copy = shared_copy(case.denoiser)
+    quantize_backward(copy)
+    twin = next(iter(copy.nets.values()))
+    pairs = zip(case.net.named_parameters(), twin.named_parameters(), strict=True)
+    assert all(one == other and a.data_ptr() == b.data_ptr() for (one, a), (other, b) in pairs)
+    assert any(type(layer) is nn.Linear for layer in case.net.modules())
+    found = gradients(copy, case)
+    assert equal(found, gradients(copy, case, 2))
+    error = torch.cat([g.flatten() for g in found]) - expected
+    assert 0 < error.norm() < 0.06 * expected.norm()
+    if dtype == torch.float32:
+        pytest.importorskip("accelerate")
+        offload(copy, CPU)
+        assert equal(gradients(copy, case, 2), found)
+
+
+def test_a_model_without_linear_layers_has_no_int8_gradients() -> None:
+    pytest.importorskip("torchao")
+    convolutions = Subject(nn.Conv2d(4, 4, 1), lambda net, x, t, cond: net(x))
+    with pytest.raises(ValueError, match="quantized_backward must be False: the model has no torch.nn.Linear"):
+        quantize_backward(convolutions)

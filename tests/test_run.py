@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from commands import made
 
 from lorasmith import run
 from lorasmith.config import Config
@@ -18,15 +18,6 @@ from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.run import Run, free_folder
 from lorasmith.settings import configured, merged
-
-
-def made(folder: Path, *captions: str) -> Path:
-    """A folder with a picture for each caption."""
-    folder.mkdir(parents=True)
-    for number, caption in enumerate(captions):
-        Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -191,3 +182,18 @@ def test_a_folder_that_another_run_made_meanwhile_is_left_alone(opened: Callable
     with pytest.raises(FileExistsError):
         late.begin()
     assert (tmp_path / "runs" / "cats" / "lora.safetensors").read_text() == "of the other run"
+
+
+def test_a_run_continues_a_lora(opened: Callable[..., Run], tmp_path: Path, caplog: Any) -> None:
+    """Its algorithm, rank and steps are the file's; the file's name alone goes into the next one."""
+    first = opened(steps=2, adapter={"name": "LoHa", "rank": 2}, sampling={"prompts": []})
+    first.begin()
+    list(first.steps())
+    first.save()
+    second = opened(steps=3, existing_lora=first.lora_path, sampling={"prompts": []})
+    assert second.job.adapters.algorithms == ["LoHa"] and "rank: the LoRA's own (2) holds, not 8" in caplog.text
+    second.begin()
+    assert [step.step for step in second.steps()] == [3, 4, 5]
+    metadata = second.job.file_metadata(5)
+    assert json.loads(metadata["lorasmith.config"])["existing_lora"] == "lora.safetensors"
+    assert metadata["ss_network_args"] == '{"algo": "loha"}' and metadata["lorasmith.steps"] == "5"

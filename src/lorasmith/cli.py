@@ -88,6 +88,24 @@ def sample(
     return 0
 
 
+@app.command
+def inspect(file: Path, /) -> int:
+    """Show what a LoRA file, a checkpoint or a diffusers folder is.
+
+    Parameters
+    ----------
+    file: safetensors file or diffusers folder
+    """
+    from lorasmith.console import show_table
+    from lorasmith.inspection import inspected
+
+    inspection = inspected(file)
+    show_table(inspection.facts)
+    show_table(inspection.rows, inspection.columns)
+    show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+    return 0
+
+
 def _with_model(values: dict[str, Any]) -> dict[str, Any]:
     """The name demo stands for the embedded model."""
     from lorasmith.demo import BASE
@@ -118,7 +136,7 @@ def _show_settings() -> int:
 
 def _execute(config: Any) -> int:
     """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
-    from lorasmith.console import console, follow, interruptible, show_summary
+    from lorasmith.console import console, follow, interruptible, show_table
     from lorasmith.run import Run
 
     _prepare_terminal()
@@ -134,7 +152,7 @@ def _execute(config: Any) -> int:
     if stop.is_set():
         console.print(f"stopped after step {len(run.taken)} of {run.num_steps}")
         return INTERRUPTED
-    show_summary(run.finish())
+    show_table(run.finish())
     console.print(f"run folder: {run.folder}", soft_wrap=True)
     return 0
 

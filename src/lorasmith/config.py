@@ -9,7 +9,7 @@ from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import Targets
 from lorasmith.component import Component
-from lorasmith.devices import DtypeName
+from lorasmith.devices import DtypeName, TrainingDtypeName
 from lorasmith.draws import SEED_MAX
 from lorasmith.losses import MSE, Loss
 from lorasmith.noise import Times, Uniform
@@ -55,7 +55,9 @@ class Sampling(Component):
 class Config(Component):
     """A run. Where Python hands over the model or the data itself, `model` and `data` stay empty."""
 
-    model: str | None = Field(default=None, description="base model: a diffusers folder")
+    model: str | None = Field(
+        default=None, description="base model: a diffusers folder, a single-file checkpoint or a hub id"
+    )
     data: Data = Data()
     output: Path | None = Field(
         default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken"
@@ -64,6 +66,9 @@ class Config(Component):
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
+    existing_lora: Path | None = Field(
+        default=None, description="LoRA file to go on training, whose algorithm, rank and alpha hold"
+    )
     steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")
     batch_size: int = Field(default=1, ge=1, le=10_000, description="samples a micro-batch")
     grad_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="micro-batches an optimizer step")
@@ -75,9 +80,18 @@ class Config(Component):
         allow_inf_nan=False,
         description="longest gradient; longer ones are scaled to it; 0: any",
     )
-    training_dtype: DtypeName = Field(default="bf16", description="dtype the model computes in")
+    training_dtype: TrainingDtypeName = Field(
+        default="bf16", description="dtype the model computes in; none: its own, with scaled losses where that is fp16"
+    )
     lora_dtype: DtypeName = Field(default="bf16", description="dtype of the adapters, in compute and in the file")
     gradient_checkpointing: bool = Field(default=True, description="compute activations again to save memory")
+    checkpoint_depth: int = Field(
+        default=2, ge=1, le=5, description="which blocks are computed again: 1 the outermost, 5 the innermost"
+    )
+    offloading: bool = Field(default=False, description="leave the blocks' weights on the CPU when training elsewhere")
+    quantized_backward: bool = Field(
+        default=False, description="take gradients through linear layers as int8 products, a few percent off"
+    )
     adapter: Algorithm = LoRA()
     targets: Targets = Targets()
     optimizer: Optimizer = Field(default=AdamW(), description="how gradients become steps")

@@ -11,7 +11,7 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorasmith.types import Step
 
@@ -69,8 +69,13 @@ def follow(steps: Generator[Step, None, None], total: int, stop: threading.Event
                 break
 
 
-def show_summary(rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(show_header=False, box=None)
+def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:
+    """Rows of text, under the names of their columns where these are given; nothing without rows."""
+    if not rows:
+        return
+    names = columns or [""] * len(rows[0])
+    table = Table(*(Column(n, overflow="fold") for n in names), show_header=bool(columns), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    console.print()

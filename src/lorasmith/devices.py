@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DtypeName = Literal["bf16", "fp32"]
+TrainingDtypeName = Literal["bf16", "fp32", "none"]
 
 
 def best_device() -> torch.device:
@@ -35,6 +36,11 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return False
+
+
+def model_dtype(name: TrainingDtypeName, device: torch.device) -> torch.dtype | None:
+    """The dtype that a model is copied to: None leaves it in its own."""
+    return None if name == "none" else compute_dtype(name, device)
 
 
 @cache  # so that the fallback is said once

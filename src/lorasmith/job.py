@@ -1,6 +1,7 @@
 """A training job: adapters on a copy of a denoiser, a data set, and what the file says of them."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,13 +11,19 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__, lorafile
+from lorasmith.adapters import Algorithm
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
-from lorasmith.devices import DTYPES, compute_dtype
-from lorasmith.memory import checkpointed, shared_copy
+from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
+from lorasmith.loading import adapters_from
+from lorasmith.memory import checkpointed, offload, quantize_backward, refuse_useless_offloading, shared_copy
 from lorasmith.training import train
 from lorasmith.types import Denoiser, Step
+
+log = logging.getLogger(__name__)
+
+LYCORIS_NAMES = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
 
 
 @dataclass
@@ -34,17 +41,28 @@ class Job:
     @classmethod
     def of(
         cls, denoiser: Denoiser, dataset: Dataset, config: Config, *, device: torch.device,
-        existing: tuple[dict[str, Tensor], int] | None = None, metadata: dict[str, str] | None = None,
+        metadata: dict[str, str] | None = None,
     ) -> "Job":  # fmt: skip
-        """New adapters, or those of an existing LoRA (its tensors and steps)."""
+        """New adapters, or those of an existing LoRA."""
         assert config.steps is not None
-        if existing is None:
-            adapters = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed)
+        path = config.existing_lora
+        if path is None:
+            adapters, done = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0
         else:
-            adapters = lorafile.adapters_from(existing[0], denoiser)
-        copy = shared_copy(denoiser, device, compute_dtype(config.training_dtype, device))
+            state, stated = lorafile.read(path.expanduser())
+            adapters, done = adapters_from(state, denoiser), lorafile.steps_of(path, stated)
+            _warn_of_differences(config, adapters)
+        if config.offloading:
+            refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
+        home = device_of(denoiser) if config.offloading else device
+        copy = shared_copy(denoiser, home, model_dtype(config.training_dtype, device))
+        if config.quantized_backward:
+            quantize_backward(copy)
+        if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps
+            offload(copy, device)
         adapters.to(device, compute_dtype(config.lora_dtype, device))
-        return cls(config, denoiser, copy, adapters, dataset, existing[1] if existing else 0, metadata or {})
+        network = _network(adapters, config.adapter if path is None else None)
+        return cls(config, denoiser, copy, adapters, dataset, done, {**network, **(metadata or {})})
 
     def steps(self) -> Iterator[Step]:
         """Trains; each step is yielded when it is complete."""
@@ -52,7 +70,7 @@ class Job:
         with ExitStack() as stack:
             stack.enter_context(attached(self.denoiser, self.adapters))
             if self.config.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.denoiser))
+                stack.enter_context(checkpointed(self.denoiser, self.config.checkpoint_depth))
             yield from train(
                 self.denoiser, self.adapters, self.dataset, self.config, steps=self.config.steps, done=self.done
             )
@@ -67,14 +85,11 @@ class Job:
         own = {
             "lorasmith.version": __version__,
             "lorasmith.steps": str(steps),
-            "lorasmith.algorithm": config.adapter.name,
+            "lorasmith.algorithm": "+".join(self.adapters.algorithms),
             "lorasmith.base_hash": lorafile.base_hash(self.base),
             "lorasmith.config": _portable(config),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.implementation": "diffusers",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(config.adapter.rank),
-            "ss_network_alpha": str(config.adapter.alpha or config.adapter.rank),
             "ss_steps": str(steps),
             "ss_max_train_steps": str(config.steps),
             "ss_seed": str(config.seed),
@@ -91,10 +106,39 @@ class Job:
         return {**own, **self.metadata}
 
 
+def _warn_of_differences(config: Config, adapters: AdapterSet) -> None:
+    """Names the inputs that a continued LoRA overrules."""
+    asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
+    held = {"algorithm": adapters.algorithms, "rank": adapters.ranks, "alpha": adapters.alphas}
+    for name, value in asked.items():
+        # Small layers get smaller blocks and ranks than asked for, so it is the greatest that counts.
+        if value is not None and held[name] and held[name][-1] != value:
+            log.warning("%s: the LoRA's own (%s) holds, not %s", name, ", ".join(map(str, held[name])), value)
+
+
+def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
+    """What kohya's tools read of the adapters, new ones as asked for or those of a file.
+
+    "Dynamic" is their word for ranks or alphas that differ by layer.
+    """
+    ranks, alphas = adapters.ranks, adapters.alphas
+    if asked is not None:
+        ranks, alphas = [asked.rank], [asked.alpha or asked.rank]
+    own = {
+        f"ss_network_{name}": str(values[0]) if len(values) == 1 else "Dynamic" if values else "None"
+        for name, values in (("dim", ranks), ("alpha", alphas))
+    }
+    if adapters.algorithms == ["LoRA"]:
+        return {"ss_network_module": "networks.lora", **own}
+    algorithm = "+".join(LYCORIS_NAMES[name] for name in adapters.algorithms)
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm}), **own}
+
+
 def _portable(config: Config) -> str:
     """The config as JSON, with paths cut to their last name: a file tells nothing of the machine it was made on."""
     values = config.model_dump(mode="json", exclude={"output", "device"})
-    values["model"] = None if config.model is None else Path(config.model).name
+    for key in ("model", "existing_lora"):
+        values[key] = None if values[key] is None else Path(values[key]).name
     for key in ("folder", "held_out", "drift"):
         path = values["data"][key]
         values["data"][key] = None if path is None else Path(path).name

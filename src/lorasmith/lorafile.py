@@ -1,23 +1,27 @@
-"""LoRA files: safetensors, kohya's layout; equal content makes equal bytes. No other format is read or written."""
+"""LoRA files: safetensors, and no other format; equal content makes equal bytes."""
 
 import hashlib
 import json
+import logging
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.lora import LoRAAdapter
-from lorasmith.attach import AdapterSet, adaptable_layers
+from lorasmith.header import Header
+from lorasmith.peft_config import with_alphas
 from lorasmith.types import Denoiser
 
-PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+log = logging.getLogger(__name__)
+
+STEPS_KEYS = ("lorasmith.steps", "ss_steps")
+STEPS_IN_NAME = re.compile(r"_(\d+)_steps")
 
 
 def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -51,41 +55,21 @@ def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) 
         raise
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors and metadata; ValueError where it is no sound safetensors file."""
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{path} must be a safetensors file: a pickle ({path.suffix}) can run code when it is loaded")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a safetensors file, got {'a folder' if path.is_dir() else 'nothing there'}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file, but it cannot be read: {error}") from error
+def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """A file's tensors, with the alphas that PEFT keeps elsewhere, and metadata; ValueError where it is not sound."""
+    header = Header.of(path)
+    with safe_open(path, framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in header.shapes}
+    return with_alphas(state, header.metadata, path), header.metadata
 
 
-def adapters_from(state: Mapping[str, Tensor], denoiser: Denoiser) -> AdapterSet:
-    """The adapters that a file holds for this denoiser; ValueError unless every key is used."""
-    paths = {denoiser.file_key(path): path for path in adaptable_layers(denoiser.nets)}
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        layer_key, _, suffix = key.partition(".")
-        by_layer.setdefault(layer_key, {})[suffix] = tensor
-    suffixes = set(LoRAAdapter.SUFFIXES)
-    strange = [k for k, t in by_layer.items() if k not in paths or not suffixes - {"alpha"} <= set(t) <= suffixes]
-    if strange or not by_layer:
-        raise ValueError(
-            f"the LoRA does not fit the model: {len(strange)} of its {len(by_layer)} layers are not there or not plain "
-            f"LoRA, such as {', '.join(strange[:3]) or 'none at all'}"
-        )
-    layers = adaptable_layers(denoiser.nets)
-    adapters = {}
-    for key, tensors in by_layer.items():
-        try:
-            adapters[paths[key]] = LoRAAdapter.from_file(Layer.of(paths[key], layers[paths[key]]), tensors)
-        except ValueError as error:
-            raise ValueError(f"the LoRA does not fit the model: {key}: {error}") from error
-    return AdapterSet(adapters)
+def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
+    """How many steps a LoRA was trained: by its metadata, else by its name; 0, with a warning, where neither says."""
+    stated = [text for key in STEPS_KEYS if (text := metadata.get(key, "")).isdecimal()]
+    stated += STEPS_IN_NAME.findall(path.stem)
+    if not stated:
+        log.warning("existing_lora: %s does not say how many steps it was trained: counting from 0", path.name)
+    return int(stated[0]) if stated else 0
 
 
 def base_hash(denoiser: Denoiser) -> str:

@@ -1,4 +1,4 @@
-"""Optimizers, the laws of the learning rate, and the fp32 masters that 16-bit adapters are trained by."""
+"""Optimizers, the laws of the learning rate, fp32 masters of 16-bit adapters, and the scale of fp16 losses."""
 
 import math
 from collections.abc import Sequence
@@ -131,12 +131,14 @@ class Masters:
         ]
 
     @torch.no_grad()
-    def take_gradients(self) -> None:
-        """The parameters' gradients become the masters', in fp32."""
+    def take_gradients(self, scale: float = 1.0) -> None:
+        """The parameters' gradients, divided by the scale, become the masters', in fp32."""
         for param, master in zip(self.params, self.tensors, strict=True):
             if master is not param:
                 master.grad = None if param.grad is None else param.grad.float()
                 param.grad = None
+            if master.grad is not None and scale != 1:
+                master.grad /= scale
 
     @torch.no_grad()
     def write(self) -> None:
@@ -144,3 +146,35 @@ class Masters:
         for param, master in zip(self.params, self.tensors, strict=True):
             if master is not param:
                 param.copy_(master)
+
+
+class LossScale:
+    """What losses are multiplied by so that fp16 gradients do not vanish (Micikevicius et al. 2018, section 3.2).
+
+    A power of two, so that gradients which neither vanish nor overflow are the same at every scale.
+    """
+
+    START, LIMIT, PATIENCE = 2.0**16, 2.0**24, 2000
+
+    def __init__(self, needed: bool) -> None:
+        self.needed = needed
+        self.value = self.START if needed else 1.0
+        self.good = 0  # steps since the scale changed
+
+    def overflowed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these gradients are not finite and a lower scale can be tried: then they are taken away.
+
+        At a scale of 1 there is none, and what is not finite is the caller's business.
+        """
+        if not self.needed:
+            return False
+        grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        if self.value > 1 and not torch.nn.utils.get_total_norm(grads).isfinite():
+            self.value, self.good = self.value / 2, 0
+            for tensor in tensors:
+                tensor.grad = None
+            return True
+        self.good += 1
+        if self.good == self.PATIENCE:
+            self.value, self.good = min(2 * self.value, self.LIMIT), 0
+        return False

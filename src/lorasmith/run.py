@@ -18,9 +18,10 @@ from lorasmith.attach import attached
 from lorasmith.config import MAX_STEPS, Config, Sampling
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.folder import examples
-from lorasmith.devices import best_device, compute_dtype
+from lorasmith.devices import best_device, compute_dtype, model_dtype
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
+from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.plots import save_loss_plot
 from lorasmith.report import save_comparison, save_page
@@ -147,11 +148,12 @@ class Run:
 
     def summary(self) -> list[tuple[str, str]]:
         """What the run did: label and text."""
-        config, trained = self.job.config, sum(p.numel() for p in self.job.adapters.parameters())
+        config, adapters = self.job.config, self.job.adapters
+        trained = sum(p.numel() for p in adapters.parameters())
         rows = [
             ("steps", f"{len(self.taken)} of {config.steps}, {config.group_size} samples each"),
             ("pictures", str(len(self.job.dataset.samples))),
-            ("adapters", f"{config.adapter.name} on {len(self.job.adapters.adapters)} layers, {trained:,} numbers"),
+            ("adapters", f"{'+'.join(adapters.algorithms)} on {len(adapters.adapters)} layers, {trained:,} numbers"),
             ("training time", f"{sum(step.seconds for step in self.taken):.0f} s"),
         ]
         for name, before in self.before.items():
@@ -192,8 +194,8 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
     family, device = opened(config.model), _device(config)
-    adapters = None if lora is None else lorafile.adapters_from(lorafile.read(lora)[0], family.denoiser)
-    denoiser = shared_copy(family.denoiser, device, compute_dtype(config.training_dtype, device))
+    adapters = None if lora is None else adapters_from(lorafile.read(lora)[0], family.denoiser)
+    denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]
     if adapters is not None:

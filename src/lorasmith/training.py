@@ -15,7 +15,7 @@ from lorasmith.config import Config
 from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.losses import by_sample
-from lorasmith.optimizers import Masters
+from lorasmith.optimizers import LossScale, Masters
 from lorasmith.types import Batch, Denoiser, Step
 
 
@@ -40,14 +40,18 @@ def train(
     """
     masters = Masters(adapters.parameters())
     optimizer = config.optimizer.build(masters.tensors, config.learning_rate)
+    scale = LossScale(any(p.dtype == torch.float16 for net in denoiser.nets.values() for p in net.parameters()))
     for step in range(steps):
         began = time.perf_counter()
         with torch.inference_mode(False), torch.enable_grad():
             group = groups.group_at(done + step)
-            loss = _backward(denoiser, group, config)
-        if step == 0:
-            adapters.refuse_unused()
-        masters.take_gradients()
+            while True:  # a group whose gradient overflows is run again at half the scale: no step is skipped
+                loss = _backward(denoiser, group, config, scale.value)
+                if step == 0:
+                    adapters.refuse_unused()
+                masters.take_gradients(scale.value)
+                if not scale.overflowed(masters.tensors):
+                    break
         grad_norm = _clipped(masters.tensors, config.max_grad_norm)
         _refuse_non_finite(grad_norm, "gradient", group, done + step)
         lr = config.learning_rate * config.schedule.factor(step, steps)
@@ -78,13 +82,13 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
     return by_sample(config.loss, pred, target.to(device))
 
 
-def _backward(denoiser: Denoiser, group: Batch, config: Config) -> float:
-    """Adds the gradient of the group's mean loss to the adapters; returns that loss, the same however it is cut."""
+def _backward(denoiser: Denoiser, group: Batch, config: Config, scale: float) -> float:
+    """Adds scale times the gradient of the group's mean loss to the adapters; returns that loss, however it is cut."""
     losses = []
     for start in range(0, len(group), config.batch_size):
         part = group.part(start, start + config.batch_size)
         part_losses = sample_losses(denoiser, part, config)
-        (part_losses.sum() / len(group)).backward()
+        (part_losses.sum() * (scale / len(group))).backward()
         losses += part_losses.tolist()
     for name, number, loss in zip(group.names, group.numbers, losses, strict=True):
         if not torch.tensor(loss).isfinite():

@@ -1,0 +1,199 @@
+"""What a file or folder is: for a LoRA its family, algorithms, ranks and norms by block; for a model its parts.
+
+r rank, s the side of a block of OFT.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith import lorafile
+from lorasmith.adapters import ADAPTERS
+from lorasmith.header import Header
+from lorasmith.layouts import by_layer
+from lorasmith.looks import Layers, is_lora, lora_family, model_family
+
+BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
+BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+Row = tuple[str, ...]
+PARTS = ("part", "tensors", "numbers", "dtype", "MB")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What there is to say of a file or folder."""
+
+    facts: Sequence[tuple[str, str]]
+    columns: Row
+    rows: Sequence[Row]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def _size(headers: Sequence[Header], keys: Iterable[str] | None = None) -> Row:
+    """Of these tensors (all): how many, their numbers, dtypes and megabytes."""
+    wanted = None if keys is None else set(keys)
+    tensors = [
+        (math.prod(header.shapes[key]), header.dtypes[key])
+        for header in headers
+        for key in header.shapes
+        if wanted is None or key in wanted
+    ]
+    size = sum(count * BYTES.get(dtype, 1) for count, dtype in tensors)
+    dtypes = ", ".join(sorted({dtype.lower() for _, dtype in tensors}))
+    return str(len(tensors)), f"{sum(count for count, _ in tensors):,}", dtypes, f"{size / 1e6:,.1f}"
+
+
+def inspected(path: Path) -> Inspection:
+    """A LoRA file, a single-file checkpoint or a diffusers folder; ValueError where it is nothing that can be read."""
+    if path.is_dir():
+        return _folder(path)
+    header = Header.of(path)
+    return _lora(path) if is_lora(header.shapes) else _checkpoint(path, header)
+
+
+def _folder(path: Path) -> Inspection:
+    """A diffusers folder: the parts with weights, a row each."""
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        kind = str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a diffusers folder with a model_index.json that names its class") from error
+    parts = sorted({file.parent for file in path.glob("*/*.safetensors")})
+    rows = [(part.name, *_size([Header.of(file) for file in part.glob("*.safetensors")])) for part in parts]
+    facts = [("kind", "model, a diffusers folder"), ("pipeline", kind)]
+    return Inspection(facts, PARTS, rows)
+
+
+def _checkpoint(path: Path, header: Header) -> Inspection:
+    """A single file with a model's weights: the parts by the first words of their names, a row each."""
+    parts: dict[str, list[str]] = {}
+    for key in header.shapes:
+        parts.setdefault(key.partition(".")[0], []).append(key)
+    rows = [(part, *_size([header], keys)) for part, keys in sorted(parts.items())]
+    facts = [
+        ("kind", "model or other weights, one file"),
+        ("family", model_family(header.shapes)),
+        ("size", f"{path.stat().st_size / 1e6:,.1f} MB"),
+    ]
+    return Inspection(facts, PARTS, rows, header.metadata)
+
+
+def _lora(path: Path) -> Inspection:
+    """A LoRA: a row each block, with the norm of what it adds."""
+    state, metadata = lorafile.read(path)
+    layers = by_layer(state)
+    algorithms = Counter(algorithm for parts in layers.values() if (algorithm := _algorithm(parts)))
+    others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
+    facts = [
+        ("kind", "LoRA"),
+        ("family", lora_family(layers)),
+        ("algorithm", _counted(algorithms)),
+        ("layers", str(len(layers))),
+        ("rank", _counted(Counter(rank for parts in layers.values() if (rank := _rank(parts))))),
+        ("alpha", _counted(Counter(f"{float(parts['alpha']):g}" for parts in layers.values() if "alpha" in parts))),
+        ("numbers", f"{sum(t.numel() for parts in layers.values() for p, t in parts.items() if p != 'alpha'):,}"),
+        ("dtype", _counted(Counter(str(t.dtype).removeprefix("torch.") for k, t in state.items() if t.ndim))),
+        ("steps", metadata.get("lorasmith.steps") or metadata.get("ss_steps") or "not stated"),
+        *([("also", _counted(others))] if others else []),
+        *([("not finite", f"{bad} tensors")] if (bad := sum(not t.isfinite().all() for t in state.values())) else []),
+    ]
+    return Inspection(
+        facts, ("block", "layers", "rank", "norm, root mean square", "greatest"), _blocks(layers), metadata
+    )
+
+
+KNOWN = frozenset[str]().union(*(kind.SUFFIXES for kind in ADAPTERS))
+
+
+def _counted(values: Counter[str]) -> str:
+    """ "8 (57 layers), 4 (1)"; a single value alone."""
+    if len(values) < 2:
+        return next(iter(values), "none")
+    return ", ".join(f"{value} ({count})" for value, count in values.most_common(8)) + ("…" if len(values) > 8 else "")
+
+
+def _algorithm(parts: Mapping[str, Tensor]) -> str | None:
+    return next((kind.algorithm for kind in ADAPTERS if kind.MARKS & parts.keys()), None)
+
+
+def _rank(parts: Mapping[str, Tensor]) -> str | None:
+    """The rank, or OFT's block, that the shapes show."""
+    if "lora_down.weight" in parts:
+        return str(len(parts["lora_down.weight"]))
+    if "oft_blocks" in parts:
+        return f"blocks of {parts['oft_blocks'].shape[-1]}"
+    factor = next((tensor for part, tensor in sorted(parts.items()) if part.endswith("_b")), None)
+    return None if factor is None else str(len(factor))
+
+
+def _blocks(layers: Layers) -> list[Row]:
+    """A row each block: layers, ranks, and the norms of what they add."""
+    blocks: dict[str, list[Mapping[str, Tensor]]] = {}
+    for layer, parts in layers.items():
+        if _algorithm(parts):
+            blocks.setdefault(_block(layer), []).append(parts)
+    rows = []
+    for block, members in blocks.items():
+        norms = torch.tensor([_norm(parts) for parts in members])
+        ranks = sorted({rank for parts in members if (rank := _rank(parts))})
+        mean, most = float(norms.square().mean().sqrt()), float(norms.max())
+        rows.append((block, str(len(members)), ", ".join(ranks), f"{mean:.4g}", f"{most:.4g}"))
+    return sorted(rows, key=lambda row: [int(word) if word.isdigit() else 0 for word in re.split(r"(\d+)", row[0])])
+
+
+def _block(layer: str) -> str:
+    """ "lora_unet_down_blocks_1_attentions_0…" -> "down_blocks 1"; layers outside blocks go by their own name."""
+    found = BLOCK.search(re.sub(r"^(lora|lycoris)_(unet|te\d?|transformer)?_?", "", layer.replace(".", "_")))
+    return re.sub(r"_(\d+)$", r" \1", found[0]) if found else layer
+
+
+def _norm(parts: Mapping[str, Tensor]) -> float:
+    """The Frobenius norm of an adapter's delta; of OFT, of R - I. NaN where parts are missing or do not match."""
+    parts = {part: tensor.float() for part, tensor in parts.items()}
+    try:
+        return NORMS[str(_algorithm(parts))](parts)
+    except (KeyError, RuntimeError):
+        return math.nan
+
+
+def _scale(parts: Mapping[str, Tensor], rank: int) -> float:
+    return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+
+
+def _lora_norm(parts: Mapping[str, Tensor]) -> float:
+    """Of up down, by the r x r products: |U D|^2 is the trace of U^T U D D^T."""
+    up, down = parts["lora_up.weight"].flatten(1), parts["lora_down.weight"].flatten(1)
+    square = ((up.T @ up) * (down @ down.T)).sum()
+    return float(square.clamp(min=0).sqrt()) * abs(_scale(parts, len(down)))
+
+
+def _loha_norm(parts: Mapping[str, Tensor]) -> float:
+    delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    return float(delta.norm()) * abs(_scale(parts, len(parts["hada_w1_b"])))
+
+
+def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
+    """|w1 (x) w2| = |w1| |w2|."""
+    halves = [
+        parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"].flatten(1)
+        for half in ("lokr_w1", "lokr_w2")
+    ]
+    ranks = [len(tensor) for part, tensor in parts.items() if part.endswith("_b")]
+    return math.prod(float(half.norm()) for half in halves) * (abs(_scale(parts, ranks[0])) if ranks else 1.0)
+
+
+def _oft_norm(parts: Mapping[str, Tensor]) -> float:
+    q = parts["oft_blocks"] - parts["oft_blocks"].mT
+    return float(torch.linalg.solve(torch.eye(q.shape[-1]) - q, 2 * q).norm())
+
+
+NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {
+    "LoRA": _lora_norm, "LoHa": _loha_norm, "LoKr": _lokr_norm, "OFT": _oft_norm,
+}  # fmt: skip

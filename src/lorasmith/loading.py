@@ -1,0 +1,76 @@
+"""A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.attach import AdapterSet, adaptable_layers
+from lorasmith.layouts import ModuleNames, by_layer
+from lorasmith.looks import lora_family
+from lorasmith.types import Denoiser
+
+OFFSETS = {"diff": "weight", "diff_b": "bias"}
+MAX_LISTED = 10
+
+
+def adapters_from(state: Mapping[str, Tensor], denoiser: Denoiser) -> AdapterSet:
+    """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
+
+    Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
+    """
+    layers = by_layer(state)
+    names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
+    adapters: dict[str, Adapter] = {}
+    offsets: dict[str, Tensor] = {}
+    misfits: list[str] = []
+    for key, parts in layers.items():
+        path = names.path(key)
+        if path is None:
+            misfits.append(f"{key} ({', '.join(sorted(parts))}): the model has no such layer")
+            continue
+        try:
+            offsets |= _offsets(path, modules[path], parts)
+            trained = {part: tensor for part, tensor in parts.items() if part not in OFFSETS}
+            if trained and path in adapters:
+                raise ValueError("another key means the same layer")
+            if trained:
+                adapters[path] = _adapter(path, adaptable, trained)
+        except ValueError as error:
+            misfits.append(f"{key}: {error}")
+    if misfits or not adapters:
+        raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
+    return AdapterSet(adapters, offsets)
+
+
+def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:
+    return {f"{name}.{path}": m for name, net in denoiser.nets.items() for path, m in net.named_modules()}
+
+
+def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{path of a parameter: what is added to it}."""
+    found = {}
+    for part in OFFSETS.keys() & parts.keys():
+        parameter = dict(module.named_parameters(recurse=False)).get(OFFSETS[part])
+        if parameter is None or parameter.shape != parts[part].shape:
+            shape = "no such parameter" if parameter is None else f"the shape {list(parameter.shape)}"
+            raise ValueError(f"{part} has the shape {list(parts[part].shape)}, but the layer has {shape}")
+        found[f"{path}.{OFFSETS[part]}"] = parts[part]
+    return found
+
+
+def _adapter(path: str, adaptable: Mapping[str, nn.Module], parts: Mapping[str, Tensor]) -> Adapter:
+    if path not in adaptable:
+        raise ValueError(f"{', '.join(sorted(parts))} cannot be trained on a layer of this kind")
+    return adapter_from_file(Layer.of(path, adaptable[path]), parts)
+
+
+def _refusal(misfits: list[str], num_layers: int, family: str) -> str:
+    if not misfits:
+        return f"the LoRA must hold an adapter, got {num_layers} layers without one"
+    more = f"; and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
+    return (
+        f"the LoRA does not fit the model: {len(misfits)} of its {num_layers} layers do not, and it looks like one for "
+        f"{family}: {'; '.join(misfits[:MAX_LISTED])}{more}"
+    )

@@ -1,0 +1,46 @@
+"""What several tests share: calling the command line, and folders of pictures."""
+
+import io
+import logging
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorasmith.cli import main
+
+TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompts", "[]")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def lorasmith(folder: Path, *arguments: str) -> Ended:
+    """Calls `lorasmith ARGUMENTS` in this folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["lorasmith", *arguments])
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as exit:
+            main()
+    logging.getLogger("lorasmith").setLevel(logging.NOTSET)
+    assert exit.value.code is None or isinstance(exit.value.code, int)
+    return Ended(exit.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def made(folder: Path, *captions: str) -> Path:
+    """A folder with a picture for each caption."""
+    folder.mkdir(parents=True)
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
