@@ -14,9 +14,9 @@ SIGNS = (
     (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", "Stable Diffusion 3"),
     (r"img_mlp|txt_mlp|img_mod", "Qwen-Image"),
     (r"noise_refiner|context_refiner", "Lumina or Z-Image"),
-    (r"blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
+    (r"(^transformer_|(?<!transformer_))blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
     (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", "Stable Diffusion 3"),
-    (r"transformer_blocks_\d+_(attn1|attn2|ff)_", "a transformer of diffusers"),
+    (r"(?<!\d_)transformer_blocks_\d+_(attn1|attn2|ff)_", "a transformer of diffusers"),
 )
 FOLDER_PART = "a part of a diffusers folder"
 MODEL_SIGNS = (
@@ -65,10 +65,13 @@ def lora_family(layers: Layers) -> str:
 
 def n_in(parts: Mapping[str, Tensor]) -> int | None:
     """The inputs of the layer that these parts of an adapter fit; None where they do not say."""
-    if "lora_down.weight" in parts:
-        return parts["lora_down.weight"].shape[1]
-    if "hada_w1_b" in parts:
-        return parts["hada_w1_b"].shape[1]
-    halves = [parts.get(half, parts.get(f"{half}_b")) for half in ("lokr_w1", "lokr_w2")]
+    for part in ("lora_down.weight", "hada_w1_b"):
+        if part in parts:
+            return _columns(parts[part])
+    halves = [_columns(parts.get(half, parts.get(f"{half}_b"))) for half in ("lokr_w1", "lokr_w2")]
     first, second = halves
-    return None if first is None or second is None else first.shape[1] * second.shape[1]
+    return None if first is None or second is None else first * second
+
+
+def _columns(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.ndim < 2 else tensor.shape[1]

@@ -65,7 +65,7 @@ def checkpointed(denoiser: Denoiser, depth: int) -> Iterator[None]:
 
     Shallow blocks keep less, but more is held while one of them runs again. The most bytes ever held are fewest at
     depth 2, the default, for the UNets of Stable Diffusion 1 and 2, and at 3 for SDXL's, which nests ten blocks in one;
-    the time is the same. Lists of transformers do not nest: all depths are one (measured in docs/memory.md).
+    no depth is clearly slower. Lists of transformers do not nest: all depths are one (measured in docs/memory.md).
     Nothing in a frozen net draws random numbers, so none are kept for the second run.
     """
     held = [(block, block.forward) for net in denoiser.nets.values() for block in blocks(net, depth)]
