@@ -191,7 +191,7 @@ def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
 
 def _oft_norm(parts: Mapping[str, Tensor]) -> float:
     q = parts["oft_blocks"] - parts["oft_blocks"].mT
-    return float(torch.linalg.solve(torch.eye(q.shape[-1]) - q, 2 * q).norm())
+    return float(torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype) - q, 2 * q).norm())
 
 
 NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {

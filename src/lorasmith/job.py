@@ -49,8 +49,7 @@ class Job:
         if path is None:
             adapters, done = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0
         else:
-            state, stated = lorafile.read(path.expanduser())
-            adapters, done = adapters_from(state, denoiser), lorafile.steps_of(path, stated)
+            adapters, done = _continued(path.expanduser(), denoiser)
             _warn_of_differences(config, adapters)
         if config.offloading:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
@@ -104,6 +103,15 @@ class Job:
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
         return {**own, **self.metadata}
+
+
+def _continued(path: Path, denoiser: Denoiser) -> tuple[AdapterSet, int]:
+    """The adapters that a LoRA file holds for this denoiser, and its steps; ValueError that names the input."""
+    try:
+        state, metadata = lorafile.read(path)
+        return adapters_from(state, denoiser), lorafile.steps_of(path, metadata)
+    except ValueError as error:
+        raise ValueError(f"existing_lora: {error}") from error
 
 
 def _warn_of_differences(config: Config, adapters: AdapterSet) -> None:

@@ -53,7 +53,8 @@ def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int)
     eps = torch.stack(
         [normal(_SEED, Purpose.HELD_OUT_NOISE, index * NUM_NOISES + number, shape) for number in range(NUM_NOISES)]
     )
-    t = denoiser.process.time(torch.tensor([_fraction(n, index, num_samples) for n in range(NUM_NOISES)]))
+    fractions = [_fraction(n, index, num_samples) for n in range(NUM_NOISES)]
+    t = denoiser.process.time(torch.tensor(fractions, dtype=torch.float32))
     x_t, target = denoiser.process.noise(x0, eps, t), denoiser.process.target(x0, eps, t)
     cond = {name: value.expand(NUM_NOISES, *value.shape).to(device) for name, value in sample.cond.items()}
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)

@@ -111,12 +111,12 @@ def fitting(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...]) 
 def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights on the CPU in this dtype, and alpha in float32."""
     plain = {suffix: tensor.detach().to("cpu", dtype) for suffix, tensor in tensors.items()}
-    return {**plain, "alpha": torch.tensor(alpha)}
+    return {**plain, "alpha": torch.tensor(alpha, dtype=torch.float32)}
 
 
 def alpha_of(tensors: Mapping[str, Tensor], default: float) -> float:
     """A file's alpha; without one, the default; ValueError where it is not one finite number."""
-    alpha = tensors.get("alpha", torch.tensor(default))
+    alpha = tensors.get("alpha", torch.tensor(default, dtype=torch.float32))
     if alpha.numel() != 1 or not alpha.float().isfinite().all():
         raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
     return float(alpha)

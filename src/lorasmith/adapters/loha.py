@@ -32,7 +32,9 @@ class LoHa(Component):
         """A new adapter, the identity: w2_a is 0, the others normal with LyCORIS's deviations, from (seed, path)."""
         stds = (0.1, 1.0, 0.0, 1.0)
         factors = [
-            std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape) if std else torch.zeros(shape)
+            std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape)
+            if std
+            else torch.zeros(shape, dtype=torch.float32)
             for suffix, std, shape in zip(SUFFIXES, stds, _shapes(layer, self.rank), strict=True)
         ]
         return LoHaAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)

@@ -56,9 +56,9 @@ class LoKr(Component):
         factors = {"lokr_w1": _kaiming((a, b), f"{path}.lokr_w1", seed)}
         if 2 * self.rank < max(c, d) and self.rank * (c + columns) < c * columns:
             factors["lokr_w2_a"] = _kaiming((c, self.rank), f"{path}.lokr_w2_a", seed)
-            factors["lokr_w2_b"] = torch.zeros(self.rank, columns)
+            factors["lokr_w2_b"] = torch.zeros(self.rank, columns, dtype=torch.float32)
         else:
-            factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel)
+            factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel, dtype=torch.float32)
         return LoKrAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
 
 

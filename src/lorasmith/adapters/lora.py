@@ -32,7 +32,7 @@ class LoRA(Component):
         """A new adapter, the identity; A is uniform in ±1 / sqrt(fan-in), drawn from (seed, path)."""
         u = uniform(seed, Purpose.INIT, path_number(path), (self.rank, layer.fan_in))
         down = ((2 * u - 1) / math.sqrt(layer.fan_in)).view(_down_shape(layer, self.rank))
-        up = torch.zeros(_up_shape(layer, self.rank))
+        up = torch.zeros(_up_shape(layer, self.rank), dtype=torch.float32)
         return LoRAAdapter(layer, down, up, float(self.rank) if self.alpha is None else self.alpha)
 
 

@@ -39,7 +39,7 @@ class OFT(Component):
                 f"OFT needs blocks of 2 or more, but rank {self.rank} cuts {layer.n_out} outputs into single ones; "
                 f"give another rank or add the layer to targets.exclude"
             )
-        return OFTAdapter(layer, torch.zeros(num_blocks, size, size), self.alpha or 0.0)
+        return OFTAdapter(layer, torch.zeros(num_blocks, size, size, dtype=torch.float32), self.alpha or 0.0)
 
 
 class OFTAdapter(nn.Module):
@@ -97,7 +97,7 @@ class OFTAdapter(nn.Module):
         """R - I = 2 (I - Q)^-1 Q, [n, s, s], float32: without a difference of near equals, and 0 where Q is."""
         blocks = self.blocks.float()
         q = self._limited(blocks - blocks.mT)
-        return torch.linalg.solve(torch.eye(q.shape[-1], device=q.device) - q, 2 * q)
+        return torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q, 2 * q)
 
     def _limited(self, q: Tensor) -> Tensor:
         limit = self.constraint * self.layer.n_out

@@ -45,9 +45,21 @@ class StableDiffusionDenoiser:
         return {"unet": self.unet}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,4,h,w], t [B], cond {"text": [B,L,D]} -> the UNet's output [B,4,h,w], float32."""
+        """x_t [B,4,h,w], t [B], cond {"text": [B,L,D]} -> the UNet's output [B,4,h,w], float32.
+
+        ValueError where the latents or the conditioning are another model's.
+        """
+        self._check(x_t, cond)
         dtype = self.unet.dtype
         return self.unet(x_t.to(dtype), t, cond["text"].to(dtype)).sample.float()
+
+    def _check(self, x_t: Tensor, cond: Cond) -> None:
+        channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
+        if x_t.ndim != 4 or x_t.shape[1] != channels:
+            raise ValueError(f"latents must be [N,{channels},h,w] for this model, got {[len(x_t), *x_t.shape[1:]]}")
+        if "text" not in cond or cond["text"].shape[-1] != width:
+            found = f"width {cond['text'].shape[-1]}" if "text" in cond else f"only {', '.join(cond) or 'nothing'}"
+            raise ValueError(f"positive must hold text [L,{width}] for this model, got {found}")
 
     def file_key(self, path: str) -> str:
         """unet.down_blocks.0… -> lora_unet_down_blocks_0…: kohya's names."""

@@ -1,0 +1,102 @@
+"""What a LoRA's layers look like: the sign of every family, and sizes that tell one from another."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.looks import SIGNS, TEXT_WIDTHS, lora_family, n_in
+
+FAMILIES = {  # a layer as its programs name it: the family
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": "SDXL",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": "SDXL",
+    "unet.add_embedding.linear_1": "SDXL",
+    "diffusion_model.label_emb.0.0": "SDXL",
+    "transformer.single_transformer_blocks.0.attn.to_q": "Flux",
+    "lora_unet_single_blocks_0_linear1": "Flux",
+    "lora_unet_joint_blocks_0_x_block_attn_qkv": "Stable Diffusion 3",
+    "transformer.context_embedder": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.attn.add_q_proj": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.ff_context.net.0.proj": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.img_mlp.net.2": "Qwen-Image",
+    "diffusion_model.noise_refiner.0.attention.qkv": "Lumina or Z-Image",
+    "diffusion_model.blocks.0.self_attn.q": "Wan",
+    "diffusion_model.blocks.0.ffn.0": "Wan",
+    "transformer.blocks.0.attn1.to_q": "Wan",
+    "lora_unet_blocks_0_cross_attn_k": "Wan",
+    "transformer.transformer_blocks.0.attn1.to_q": "a transformer of diffusers",
+    "base_model.model.transformer_blocks.0.ff.net.0.proj": "a transformer of diffusers",
+    "unet.down_blocks.0.resnets.0.conv1": "a UNet of the Stable Diffusion kind",
+    "diffusion_model.input_blocks.1.0.in_layers.2": "a UNet of the Stable Diffusion kind",
+    "lora_unet_mid_block_attentions_0_proj_in": "a UNet of the Stable Diffusion kind",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "a UNet of the Stable Diffusion kind",
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": "a UNet of the Stable Diffusion kind",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": "a text encoder",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": "a text encoder",
+    "somewhere": "an unknown model",
+}
+
+
+def lora(rows: int, columns: int) -> dict[str, Tensor]:
+    return {"lora_down.weight": torch.zeros(rows, columns), "lora_up.weight": torch.zeros(1, rows)}
+
+
+@pytest.mark.parametrize("layer", FAMILIES)
+def test_every_family_s_names(layer: str) -> None:
+    assert lora_family({layer: lora(4, 8)}) == FAMILIES[layer]
+
+
+def test_no_sign_stands_in_vain() -> None:
+    names = [layer.replace(".", "_") for layer in FAMILIES]
+    for index, (sign, family) in enumerate(SIGNS):
+        earlier = [pattern for pattern, _ in SIGNS[:index]]
+        new = [n for n in names if re.search(sign, n) and not any(re.search(pattern, n) for pattern in earlier)]
+        assert any(FAMILIES[layer] == family for layer in FAMILIES if layer.replace(".", "_") in new), sign
+
+
+@pytest.mark.parametrize(
+    ("width", "family"), [*TEXT_WIDTHS.items(), (192, "Stable Diffusion with a text width of 192")]
+)
+@pytest.mark.parametrize(
+    "layer", ["lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k", "unet.mid_block.attentions.0.attn2.to_v"]
+)
+def test_the_width_of_texts_tells_unets_apart(layer: str, width: int, family: str) -> None:
+    assert lora_family({layer: lora(4, width), "unet.down_blocks.0.conv": lora(4, 320)}) == family
+    assert TEXT_WIDTHS == {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
+def test_widths_that_disagree_tell_nothing() -> None:
+    layers = {f"unet.mid_block.{i}.attn2.to_k": lora(4, width) for i, width in enumerate((768, 1024))}
+    assert lora_family(layers) == "a UNet of the Stable Diffusion kind"
+    assert lora_family({"unet.mid_block.attn2.to_k": {"alpha": torch.tensor(1.0)}}) == (
+        "a UNet of the Stable Diffusion kind"
+    )
+
+
+def test_nothing_looks_like_nothing() -> None:
+    assert lora_family({}) == "an unknown model"
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (lora(4, 320), 320),
+        ({"hada_w1_a": torch.zeros(8, 4), "hada_w1_b": torch.zeros(4, 320)}, 320),
+        ({"lokr_w1": torch.zeros(2, 16), "lokr_w2": torch.zeros(4, 20)}, 320),
+        ({"lokr_w1": torch.zeros(2, 16), "lokr_w2_a": torch.zeros(4, 3), "lokr_w2_b": torch.zeros(3, 20)}, 320),
+        ({"lokr_w1_b": torch.zeros(2, 16), "lokr_w2_b": torch.zeros(3, 20)}, 320),
+        ({"lokr_w1": torch.zeros(2, 16)}, None),
+        ({"oft_blocks": torch.zeros(2, 4, 4)}, None),
+        ({"alpha": torch.tensor(1.0)}, None),
+        ({}, None),
+    ],
+)
+def test_the_inputs_of_a_layer(parts: dict[str, Tensor], expected: int | None) -> None:
+    assert n_in(parts) == expected
+
+
+@pytest.mark.parametrize("part", ["lora_down.weight", "hada_w1_b", "lokr_w1"])
+def test_a_tensor_without_a_second_axis_says_nothing(part: str) -> None:
+    """Broken files are to be described too."""
+    assert n_in({part: torch.ones(3), "lokr_w2": torch.ones(())}) is None
