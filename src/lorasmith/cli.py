@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,12 +95,12 @@ def inspect(file: Path, /) -> int:
 
     Parameters
     ----------
-    file: safetensors file or diffusers folder
+    file: safetensors file or diffusers folder, or demo for the embedded model
     """
     from lorasmith.console import show_table
     from lorasmith.inspection import inspected
 
-    inspection = inspected(file)
+    inspection = inspected(Path(_with_model({"model": str(file)})["model"]))
     show_table(inspection.facts)
     show_table(inspection.rows, inspection.columns)
     show_table(sorted(inspection.metadata.items()), ("metadata", ""))
@@ -166,6 +167,14 @@ def _save(run: Any) -> None:
         console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
 
 
+def _hush_imports() -> None:
+    """Libraries warn while they are imported, of what they do not find and nobody here asked for."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _refuse_bytes(arguments: Sequence[str]) -> None:
     """ValueError where an argument is not text: Python then has lone surrogates for its bytes."""
     for argument in arguments:
@@ -191,6 +200,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path must not fail where it cannot be printed
     try:
         _refuse_bytes(sys.argv[1:])
+        _hush_imports()
         code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (ValueError, OSError, ArithmeticError, MemoryError, CycloptsError) as error:
         code = _refused(error)

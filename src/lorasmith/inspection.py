@@ -21,6 +21,7 @@ from lorasmith.layouts import by_layer
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
+WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
 BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 Row = tuple[str, ...]
 PARTS = ("part", "tensors", "numbers", "dtype", "MB")
@@ -145,7 +146,14 @@ def _blocks(layers: Layers) -> list[Row]:
         ranks = sorted({rank for parts in members if (rank := _rank(parts))})
         mean, most = float(norms.square().mean().sqrt()), float(norms.max())
         rows.append((block, str(len(members)), ", ".join(ranks), f"{mean:.4g}", f"{most:.4g}"))
-    return sorted(rows, key=lambda row: [int(word) if word.isdigit() else 0 for word in re.split(r"(\d+)", row[0])])
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple[int, str, int]:
+    """Where a block's row comes: by the way of data through the net, then by name and number."""
+    name, _, number = row[0].rpartition(" ")
+    way = next((place for place, words in enumerate(WAY) if row[0].startswith(words)), 1)
+    return (way, name, int(number)) if number.isdigit() else (way, row[0], 0)
 
 
 def _block(layer: str) -> str:

@@ -5,7 +5,7 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -47,11 +47,38 @@ def _walk(model: type[BaseModel], prefix: str) -> list[Setting]:
             names = [str(member.model_fields["name"].default) for member in members]
             default = _shown(getattr(field.default, "name", None))
             found[key] = Setting(key, f"one of {', '.join(names)}", default, field.description or "", None)
-        for member in members:
-            for setting in _walk(member, f"{key}."):
-                if setting.key != f"{key}.name":
-                    found.setdefault(setting.key, setting)
+        found |= {setting.key: setting for setting in _of_members(members, key)}
     return list(found.values())
+
+
+def _of_members(members: Sequence[type[BaseModel]], key: str) -> list[Setting]:
+    """The settings of the models that a field may hold; help and defaults that differ are said with their models."""
+    variants: dict[str, dict[str, Setting]] = {}
+    for member in members:
+        name = str(member.model_fields["name"].default) if "name" in member.model_fields else ""
+        for setting in _walk(member, f"{key}."):
+            if setting.key != f"{key}.name":
+                variants.setdefault(setting.key, {})[name] = setting
+    return [_merged_setting(by_name) for by_name in variants.values()]
+
+
+def _merged_setting(by_name: Mapping[str, Setting]) -> Setting:
+    """The first of {member: setting}, with what the others say differently in its help."""
+    first = next(iter(by_name.values()))
+    helps = _by_text({name: setting.help for name, setting in by_name.items()})
+    defaults = _by_text(
+        {name: setting.default for name, setting in by_name.items() if setting.default != first.default}
+    )
+    said = "; ".join(text if len(helps) == 1 else f"{text} ({', '.join(names)})" for text, names in helps.items())
+    return replace(first, help=said + "".join(f"; default {text} for {', '.join(n)}" for text, n in defaults.items()))
+
+
+def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """{name: text} -> {text: names}."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    return names
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

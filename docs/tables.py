@@ -1,0 +1,225 @@
+"""What these pages take from the code: `python docs/tables.py` writes it anew.
+
+    <!-- table: settings optimizer -->  … <!-- end -->   a table from the schema
+    <!-- table: refused -->             … <!-- end -->   a list of calls that are refused, each with the message
+    <!-- run --> and a block of Python                   an example that runs
+    <!-- output --> and a block of text                  what the example before it prints
+
+tests/test_docs.py fails where a page differs from what would be written.
+"""
+
+import contextlib
+import inspect
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from lorasmith import settings as schema
+from lorasmith.contract import NAMES, train_lora
+from lorasmith.settings import Setting, configured, merged, parsed, settings
+
+DOCS = Path(__file__).parent
+MARKED = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+REFUSED = re.compile(r"^- `([^`]+)`", re.MULTILINE)
+EXAMPLE = re.compile(r"<!-- (run|output) -->\n```(?:python|text)\n(.*?)```", re.DOTALL)
+OF_INPUTS = {name: key for key, name in NAMES.items()} | {
+    "algorithm": "adapter", "targets": "targets.preset", "latents": "data.folder", "positive": "data.folder",
+}  # fmt: skip
+"""{input of train_lora: its setting}, where they differ."""
+WITHOUT_RANGE = ("model", "latents", "positive", "existing_lora", "targets")
+Say = Callable[[str], str]
+
+
+def pages() -> list[Path]:
+    """Every page, translations too."""
+    return sorted(DOCS.rglob("*.md"))
+
+
+# Tables
+
+
+def with_tables(text: str) -> str:
+    """A page's text with the tables from the schema written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        opening, what, held, closing = match.groups()
+        kind, *names = what.split()
+        return match[0] if kind == "refused" else f"{opening}{TABLES[kind](*names)}{closing}"
+
+    return MARKED.sub(table, text)
+
+
+def setting_of(name: str) -> Setting | None:
+    """The setting that an input of train_lora stands for; None for those that only Python has."""
+    return settings().get(OF_INPUTS.get(name, name))
+
+
+def rule_of(name: str) -> str:
+    """An input's range, as the signature and the schema have it; "" where it is no number or choice."""
+    if name in WITHOUT_RANGE:
+        return ""
+    annotation = inspect.signature(train_lora).parameters[name].annotation
+    if annotation is bool:
+        return "true or false"
+    if choices := [choice for choice in get_args(annotation) if isinstance(choice, str)]:
+        return ", ".join(choices)
+    setting = setting_of(name)
+    assert setting is not None, name
+    return setting.rule
+
+
+def default_of(name: str) -> str:
+    """An input's default in Python; "" where there is none."""
+    default = inspect.signature(train_lora).parameters[name].default
+    return "" if default is inspect.Parameter.empty else str(default)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _head(*names: str) -> str:
+    return _row(*names) + f"|{'---|' * len(names)}\n"
+
+
+def _setting_rows(rows: Sequence[Setting]) -> str:
+    if not rows:
+        return "It has no settings of its own.\n"
+    cells = (
+        _row(f"`{row.key}`", row.rule, f"`{row.default}`", row.help.replace("[]", "`[]`").replace("<", "&lt;"))
+        for row in rows
+    )
+    return _head("setting", "value", "default", "meaning") + "".join(cells)
+
+
+def _settings(part: str) -> str:
+    """A part's settings; of the part "top", those that are in no part."""
+    known = settings()
+    parts = {key.partition(".")[0] for key in known if "." in key}
+    held = [
+        key for key in known if key.startswith(f"{part}.") or (part == "top" and key not in parts and "." not in key)
+    ]
+    return _setting_rows([known[key] for key in held])
+
+
+def _kind(key: str) -> str:
+    """The choice among the parts of a kind: its names and its default."""
+    return _setting_rows([settings()[key]])
+
+
+def _part(key: str, name: str) -> str:
+    """The settings of one part: parts of a kind may share a key with other defaults."""
+    part = type(getattr(configured({key: name}), key))
+    return _setting_rows(
+        [schema._leaf(f"{key}.{field}", info) for field, info in part.model_fields.items() if field != "name"]
+    )
+
+
+def _input(name: str) -> str:
+    """An input's range, default and setting."""
+    setting = setting_of(name)
+    keys = [key for key in settings() if name == "targets" and key.startswith("targets.")]
+    keys = keys or ([setting.key] if setting else [])
+    rows = [
+        ("range", rule_of(name)),
+        ("default", f"`{default_of(name)}`" if default_of(name) else "none: it must be given"),
+        ("setting", ", ".join(f"`{key}`" for key in keys) or "only from Python"),
+    ]
+    return _head("", "") + "".join(_row(*row) for row in rows if row[1])
+
+
+TABLES: dict[str, Callable[..., str]] = {"settings": _settings, "kind": _kind, "part": _part, "input": _input}
+
+
+# Refusals
+
+
+def with_refusals(text: str, say: Say) -> str:
+    """A page's text with the message of each call that it lists written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        opening, what, held, closing = match.groups()
+        if what != "refused":
+            return match[0]
+        rows = "".join(f"- `{call}` → `{say(call)}`\n" for call in REFUSED.findall(held))
+        return f"{opening}\n{rows}\n{closing}"
+
+    return MARKED.sub(table, text)
+
+
+class Refusals:
+    """What is said of bad inputs: of train_lora, or of the command line where a call begins with --."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from lorasmith.attach import Targets
+        from lorasmith.demo import BASE
+        from lorasmith.families import opened
+
+        self.names = {"torch": torch, "BASE": BASE, "Targets": Targets}
+        self.given: dict[str, Any] = {
+            "model": opened(BASE).denoiser,
+            "latents": torch.zeros(2, 4, 16, 16),
+            "positive": [torch.zeros(32, 192)] * 2,
+            "steps": 1,
+        }
+
+    def said(self, call: str) -> str:
+        """The message; AssertionError where the call is not refused."""
+        try:
+            if call.startswith("--"):
+                _, values = parsed(call.split())
+                configured(merged({"data": {"folder": "drawings"}, "model": "demo"}, values))
+            else:
+                train_lora(**{**self.given, **eval(f"dict({call})", dict(self.names))})
+        except (ValueError, ArithmeticError) as error:
+            return f"lorasmith: {error}" if call.startswith("--") else str(error)
+        raise AssertionError(f"{call} is not refused")
+
+
+# Examples
+
+
+def with_outputs(text: str) -> str:
+    """A page's text with what its examples print written anew; runs them, in the folder that is the current one."""
+    printed = ""
+
+    def example(match: re.Match[str]) -> str:
+        nonlocal printed
+        if match[1] == "output":
+            return f"<!-- output -->\n```text\n{printed}```"
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(match[2], "example", "exec"), {"__name__": "example"})
+        printed = out.getvalue()
+        return match[0]
+
+    return EXAMPLE.sub(example, text)
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """Examples write their files into a folder that goes away."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    say = Refusals().said
+    for page in [page.resolve() for page in pages()]:
+        text = page.read_text(encoding="utf-8")
+        with elsewhere():
+            new = with_outputs(with_refusals(with_tables(text), say))
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(page.name)
