@@ -192,12 +192,15 @@ def test_a_lack_of_memory_keeps_what_was_trained(home: Path, monkeypatch: pytest
     assert lorafile.read(home / "runs" / "cats" / "lora.safetensors")[1]["lorasmith.steps"] == "1"
 
 
-def full(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_full_disk_leaves_no_partial_lora(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", full)
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     ended = lorasmith(home, "train", "cats", *TINY)
     path = Path("runs", "cats", "lora.safetensors")
     assert (ended.code, ended.err) == (2, f"lorasmith: cannot write {path}: {os.strerror(errno.ENOSPC)}\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "header"),
+    ("draws", "devices", "kernels", "ldm_names", "header", "whole"),
     ("noise", "losses", "optimizers", "adapters", "data.folder", "data.buckets", "plots", "demo", "layouts", "looks"),
     ("attach", "data.cache", "sampling", "validation", "report", "peft_config"),
     ("memory", "config", "lorafile", "loading"),

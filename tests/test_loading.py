@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_listed(denoiser: Any) -> None:
         "lora_te_text_model_x.alpha": (torch.ones(1), r"lora_te_text_model_x \(alpha\): the model has no such layer"),
         f"{key}.dora_scale": (torch.ones(1), f"{key}: dora_scale cannot be trained here"),
         f"{key}.lora_mid.weight": (torch.ones(1), "lora_mid.weight cannot be trained here"),
-        f"{key}.diff": (torch.ones(3), r"diff has the shape \[3\], but the layer has the shape \[\d+, \d+\]"),
+        f"{key}.diff": (torch.ones(3), r"diff must have the shape \[\d+, \d+\], got \[3\]"),
         f"{key}.lora_up.weight": (torch.ones(3, 2), f"{key}: lora_up.weight must have the shape"),
         "diffusion_model.out.0.lora_up.weight": (torch.ones(3, 2), "cannot be trained on a layer of this kind"),
         f"lora_unet_{path.replace('.', '_')}.hada_w1_a": (torch.ones(3, 2), "another key means the same layer"),
@@ -195,3 +195,25 @@ def test_a_lora_for_another_model_says_which(denoiser: Any) -> None:
         ValueError, match="38 of its 38 layers do not, and it looks like one for Flux: .*; and 28 more$"
     ):
         adapters_from(flux, denoiser)
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_is_refused(denoiser: Any, tmp_path: Path, way: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=way)
+    model: Any = peft.get_peft_model(shared_copy(denoiser).unet, config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"must start from the model as it is, got init_lora_weights '{way}', which"):
+        lorafile.read(tmp_path / "adapter_model.safetensors")
+
+
+def test_offsets_are_checked_like_weights(denoiser: Any) -> None:
+    state = comfyui_state(denoiser)
+    key = "diffusion_model.input_blocks.0.0.diff_b"
+    for tensor, message in (
+        (torch.full_like(state[key], float("nan")), "diff_b must be finite, got NaN or infinity"),
+        (state[key].to(torch.int8), "diff_b must hold floating-point numbers, got torch.int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapters_from({**state, key: tensor}, denoiser)
+    with pytest.raises(ValueError, match="unet.conv_in: another key means the same parameter"):
+        adapters_from({**state, "unet.conv_in.diff_b": state[key]}, denoiser)

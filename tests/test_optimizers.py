@@ -108,6 +108,7 @@ def test_masters_do_not_stall() -> None:
         weight.grad = -torch.ones(1, dtype=torch.bfloat16)
         masters.take_gradients()
         optimizer.step()
+        optimizer.zero_grad()
         masters.write()
     assert float(weight.detach()) == 1.25
     assert float(torch.ones(1, dtype=torch.bfloat16) + 2**-12) == 1
@@ -127,7 +128,8 @@ def test_unscaled_gradients_are_those_without_a_scale(values: list[float], expon
             weight = torch.zeros(len(values), dtype=dtype, requires_grad=True)
             weight.grad = torch.tensor(values).to(dtype) * scale
             masters = Masters([weight])
-            masters.take_gradients(scale)
+            masters.take_gradients()
+            masters.unscale(scale)
             assert (grad := masters.tensors[0].grad) is not None and grad.dtype == torch.float32
             taken.append(grad)
         assert torch.equal(*taken)

@@ -219,9 +219,9 @@ def test_a_page_without_pictures_or_with_broken_text_is_written(tmp_path: Path) 
 
 def test_errors_of_the_disk_go_through(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="^cannot write .*loss.png: No such file"):
         save_loss_plot(_noisy(3), missing / "loss.png")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="^cannot write .*grid.png: No such file"):
         save_comparison([("a", [Image.new("RGB", (8, 8))])], ["a"], missing / "grid.png")
     with pytest.raises(FileNotFoundError):
         save_page(tmp_path / "report.html", "a", [], [("gone", missing / "one.png")], "", steps=[])

@@ -41,14 +41,14 @@ def flow_samples(num: int = 6) -> list[Cached]:
 
 def run(
     denoiser: Denoiser, samples: Sequence[Cached], config: Config, *, steps: int, done: int = 0,
-    adapters: AdapterSet | None = None,
+    first: int = 0, adapters: AdapterSet | None = None,
 ) -> tuple[AdapterSet, list[Step]]:  # fmt: skip
     """Trains on a float32 copy."""
     dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
     copy = shared_copy(denoiser, torch.device("cpu"), torch.float32)
     adapters = adapters or AdapterSet.new(copy, config.adapter, config.targets, config.seed)
     with attached(copy, adapters):
-        return adapters, list(train(copy, adapters, dataset, config, steps=steps, done=done))
+        return adapters, list(train(copy, adapters, dataset, config, steps=steps, done=done, first=first))
 
 
 def weights(adapters: AdapterSet) -> list[Tensor]:
@@ -157,7 +157,7 @@ def test_continuing_goes_on_with_the_numbers(flow_denoiser: Any) -> None:
     config = Config(batch_size=2, optimizer="SGD", learning_rate=0.5, targets=FLOW_TARGETS)
     whole, steps = run(flow_denoiser, flow_samples(), config, steps=5)
     half, first = run(flow_denoiser, flow_samples(), config, steps=2)
-    again, rest = run(flow_denoiser, flow_samples(), config, steps=3, done=2, adapters=half)
+    again, rest = run(flow_denoiser, flow_samples(), config, steps=3, done=2, first=2, adapters=half)
     assert [s.step for s in (*first, *rest)] == [s.step for s in steps] == [1, 2, 3, 4, 5]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 

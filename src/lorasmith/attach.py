@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
 
@@ -58,6 +58,26 @@ def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
+def _refuse_wrapped(denoiser: Denoiser) -> None:
+    """ValueError where PEFT holds adapters in the model, whose own layers would be adapted."""
+    for name, net in denoiser.nets.items():
+        for path, module in net.named_modules():
+            if type(module).__module__.startswith("peft."):
+                raise ValueError(
+                    f"model must hold no adapters of PEFT, got one at {name}.{path}: fuse or unload them first"
+                )
+
+
+def _refuse_equal_keys(denoiser: Denoiser, paths: Iterable[str]) -> None:
+    """ValueError where two layers would have one name in a LoRA file, as readers compare them."""
+    named: dict[str, str] = {}
+    for path in paths:
+        key = denoiser.file_key(path).replace(".", "_")
+        if key in named:
+            raise ValueError(f"targets must have different names in a file, got {named[key]} and {path} as {key}")
+        named[key] = path
+
+
 class AdapterSet:
     """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
 
@@ -76,6 +96,8 @@ class AdapterSet:
                 f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "
                 f"{list(targets.exclude)} for {len(layers)} layers such as {', '.join(list(layers)[:3]) or 'none'}"
             )
+        _refuse_wrapped(denoiser)
+        _refuse_equal_keys(denoiser, chosen)
         adapters = {}
         for path, layer in chosen.items():
             try:
@@ -118,20 +140,25 @@ class AdapterSet:
             state[f"{denoiser.file_key(module_path)}.{'diff' if kind == 'weight' else 'diff_b'}"] = offset
         return dict(sorted(state.items()))
 
-    def refuse_unused(self) -> None:
-        """ValueError that names adapters that never ran, or whose output never reached the loss.
+    def freeze(self) -> "AdapterSet":
+        """Makes the parameters constants; returns itself."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        return self
+
+    def refuse_unused(self, gradient: Callable[[Tensor], Tensor | None]) -> None:
+        """ValueError that names adapters that never ran, or whose output never reached the loss, by their gradients.
 
         Adapters whose gradient is exactly zero are named in a warning: most likely their output is thrown away, but a
         net may also ignore it for this input alone.
         """
         idle = [path for path in self.adapters if path not in self.ran]
-        cut_off = [p for p, a in self.adapters.items() if p in self.ran and any(w.grad is None for w in a.parameters())]
+        grads = {path: [gradient(w) for w in adapter.parameters()] for path, adapter in self.adapters.items()}
+        cut_off = [path for path, found in grads.items() if path in self.ran and any(g is None for g in found)]
         for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
             if paths:
                 raise ValueError(f"{self._listed(paths)} {what}; add them to targets.exclude")
-        zero = [
-            p for p, a in self.adapters.items() if not any(w.grad.any() for w in a.parameters() if w.grad is not None)
-        ]
+        zero = [path for path, found in grads.items() if not any(g.any() for g in found if g is not None)]
         if zero:
             log.warning("%s got a gradient of zero in the first step: do their layers matter?", self._listed(zero))
 
@@ -153,10 +180,14 @@ def attach(denoiser: Denoiser, adapters: AdapterSet) -> Sequence[Removable]:
     """
     layers = adaptable_layers(denoiser.nets)
     hooks = [
-        layers[path].register_forward_hook(_hook(adapters, path, adapter), with_kwargs=True)
+        layers[path].register_forward_hook(_Hook(adapters.ran, path, adapter), with_kwargs=True)
         for path, adapter in adapters.adapters.items()
     ]
-    parameters = {f"{name}.{path}": p for name, net in denoiser.nets.items() for path, p in net.named_parameters()}
+    parameters = {
+        f"{name}.{path}": parameter
+        for name, net in denoiser.nets.items()
+        for path, parameter in net.named_parameters(remove_duplicate=False)
+    }
     return [*hooks, *(_Offset(parameters[path], offset) for path, offset in adapters.offsets.items())]
 
 
@@ -172,12 +203,17 @@ class _Offset:
         self.parameter.data = self.before
 
 
-def _hook(adapters: AdapterSet, path: str, adapter: Adapter) -> Any:
-    def adapted(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
-        adapters.ran.add(path)
-        return adapter(args[0] if args else kwargs["input"], y, module.bias)
+class _Hook:
+    """What runs after a layer; an object, so that a deep copy of the net has adapters of its own."""
 
-    return adapted
+    def __init__(self, ran: set[str], path: str, adapter: Adapter) -> None:
+        self.ran, self.path, self.adapter = ran, path, adapter
+
+    def __call__(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        self.ran.add(self.path)
+        if next(self.adapter.parameters()).device != y.device:  # the net was moved after they were attached
+            self.adapter.to(y.device)
+        return self.adapter(args[0] if args else kwargs["input"], y, module.bias)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasmith.attach import Targets, attach
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
-from lorasmith.devices import compute_dtype, device_of
+from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
@@ -89,6 +89,9 @@ def train_lora(
     Returns model_with_lora (a pipeline for a path or pipeline, else a Denoiser), lora {key: tensor}, loss
     {"loss": [one float an optimizer step]} and steps (those of existing_lora included).
 
+    A model that is loaded from a path or hub id trains on the best device, others where they are. Gradients longer
+    than 1 are scaled to 1, as on the command line (max_grad_norm).
+
     Raises ValueError that names the input, the rule and the value, and NonFiniteError on a loss or gradient that is not
     finite.
     """
@@ -98,7 +101,7 @@ def train_lora(
         training_dtype=training_dtype, lora_dtype=lora_dtype, gradient_checkpointing=gradient_checkpointing,
         existing_lora=_path(existing_lora),
         adapter={"name": algorithm, "rank": rank, "alpha": alpha} | ({} if factor is None else {"factor": factor}),
-        targets=targets or Targets(), checkpoint_depth=checkpoint_depth, offloading=offloading,
+        targets=Targets() if targets is None else targets, checkpoint_depth=checkpoint_depth, offloading=offloading,
         quantized_backward=quantized_backward,
     )  # fmt: skip
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
@@ -107,7 +110,8 @@ def train_lora(
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
         metadata = family.metadata() if family else {}
-        job = Job.of(denoiser, dataset, config, device=device_of(denoiser), metadata=metadata)
+        device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
+        job = Job.of(denoiser, dataset, config, device=device, metadata=metadata)
         losses = [step.loss for step in job.steps()]
         lora = job.lora()
         return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.done + len(losses))
@@ -135,5 +139,5 @@ def _path(existing_lora: Any) -> Any:
 def _with_lora(denoiser: Denoiser, family: Family | None, lora: dict[str, Tensor], config: Config) -> Any:
     """The model with exactly what the file holds."""
     copy, device = shared_copy(denoiser), device_of(denoiser)
-    attach(copy, adapters_from(lora, copy).to(device, compute_dtype(config.lora_dtype, device)))
+    attach(copy, adapters_from(lora, copy).freeze().to(device, compute_dtype(config.lora_dtype, device)))
     return copy if family is None else family.pipeline(copy)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.adapters import ADAPTERS
+from lorasmith.adapters.layer import alpha_of, size_of
 from lorasmith.header import Header
 from lorasmith.layouts import by_layer
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
+RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # whose first axis is the rank
 BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 Row = tuple[str, ...]
 PARTS = ("part", "tensors", "numbers", "dtype", "MB")
@@ -91,6 +93,7 @@ def _lora(path: Path) -> Inspection:
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
     algorithms = Counter(algorithm for parts in layers.values() if (algorithm := _algorithm(parts)))
+    num_bad = sum(not tensor.float().isfinite().all() for tensor in state.values())
     others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
     facts = [
         ("kind", "LoRA"),
@@ -98,12 +101,12 @@ def _lora(path: Path) -> Inspection:
         ("algorithm", _counted(algorithms)),
         ("layers", str(len(layers))),
         ("rank", _counted(Counter(rank for parts in layers.values() if (rank := _rank(parts))))),
-        ("alpha", _counted(Counter(f"{float(parts['alpha']):g}" for parts in layers.values() if "alpha" in parts))),
+        ("alpha", _counted(Counter(_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts))),
         ("numbers", f"{sum(t.numel() for parts in layers.values() for p, t in parts.items() if p != 'alpha'):,}"),
         ("dtype", _counted(Counter(str(t.dtype).removeprefix("torch.") for k, t in state.items() if t.ndim))),
         ("steps", metadata.get("lorasmith.steps") or metadata.get("ss_steps") or "not stated"),
         *([("also", _counted(others))] if others else []),
-        *([("not finite", f"{bad} tensors")] if (bad := sum(not t.isfinite().all() for t in state.values())) else []),
+        *([("not finite", f"{num_bad} tensors")] if num_bad else []),
     ]
     return Inspection(
         facts, ("block", "layers", "rank", "norm, root mean square", "greatest"), _blocks(layers), metadata
@@ -120,18 +123,20 @@ def _counted(values: Counter[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in values.most_common(8)) + ("…" if len(values) > 8 else "")
 
 
+def _number(tensor: Tensor) -> str:
+    return f"{float(tensor):g}" if tensor.numel() == 1 else f"{tensor.numel()} numbers"
+
+
 def _algorithm(parts: Mapping[str, Tensor]) -> str | None:
     return next((kind.algorithm for kind in ADAPTERS if kind.MARKS & parts.keys()), None)
 
 
 def _rank(parts: Mapping[str, Tensor]) -> str | None:
     """The rank, or OFT's block, that the shapes show."""
-    if "lora_down.weight" in parts:
-        return str(len(parts["lora_down.weight"]))
     if "oft_blocks" in parts:
-        return f"blocks of {parts['oft_blocks'].shape[-1]}"
-    factor = next((tensor for part, tensor in sorted(parts.items()) if part.endswith("_b")), None)
-    return None if factor is None else str(len(factor))
+        return f"blocks of {size_of(parts, 'oft_blocks', -1)}"
+    factor = next((parts[part] for part in RANKED if part in parts), None)
+    return None if factor is None or not factor.ndim else str(len(factor))
 
 
 def _blocks(layers: Layers) -> list[Row]:
@@ -167,12 +172,12 @@ def _norm(parts: Mapping[str, Tensor]) -> float:
     parts = {part: tensor.float() for part, tensor in parts.items()}
     try:
         return NORMS[str(_algorithm(parts))](parts)
-    except (KeyError, RuntimeError):
+    except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError):
         return math.nan
 
 
 def _scale(parts: Mapping[str, Tensor], rank: int) -> float:
-    return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+    return alpha_of(parts, rank) / rank
 
 
 def _lora_norm(parts: Mapping[str, Tensor]) -> float:
@@ -193,12 +198,15 @@ def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
         parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"].flatten(1)
         for half in ("lokr_w1", "lokr_w2")
     ]
-    ranks = [len(tensor) for part, tensor in parts.items() if part.endswith("_b")]
+    ranks = [len(parts[part]) for part in RANKED if part in parts]
     return math.prod(float(half.norm()) for half in halves) * (abs(_scale(parts, ranks[0])) if ranks else 1.0)
 
 
 def _oft_norm(parts: Mapping[str, Tensor]) -> float:
     q = parts["oft_blocks"] - parts["oft_blocks"].mT
+    limit = alpha_of(parts, 0.0) * q.shape[0] * q.shape[1]
+    if limit > 0:
+        q = q * min(1.0, limit / float(q.norm() + 1e-8))
     return float(torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype) - q, 2 * q).norm())
 
 

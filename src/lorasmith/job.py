@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__, lorafile
-from lorasmith.adapters import Algorithm
-from lorasmith.attach import AdapterSet, attached
+from lorasmith.adapters import Algorithm, LoKr
+from lorasmith.adapters.oft import OFTAdapter
+from lorasmith.attach import AdapterSet, Targets, adaptable_layers, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
@@ -36,6 +38,7 @@ class Job:
     adapters: AdapterSet
     dataset: Dataset
     done: int  # steps of the LoRA that is continued
+    first: int  # number of the first group of samples: those before it were drawn for that LoRA
     metadata: dict[str, str]  # what other tools read of the base model
 
     @classmethod
@@ -47,10 +50,10 @@ class Job:
         assert config.steps is not None
         path = config.existing_lora
         if path is None:
-            adapters, done = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0
+            adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0
         else:
-            adapters, done = _continued(path.expanduser(), denoiser)
-            _warn_of_differences(config, adapters)
+            adapters, done, first = _continued(path, denoiser, config.group_size)
+            _warn_of_differences(config, adapters, denoiser)
         if config.offloading:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
         home = device_of(denoiser) if config.offloading else device
@@ -61,7 +64,7 @@ class Job:
             offload(copy, device)
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
-        return cls(config, denoiser, copy, adapters, dataset, done, {**network, **(metadata or {})})
+        return cls(config, denoiser, copy, adapters, dataset, done, first, {**network, **(metadata or {})})
 
     def steps(self) -> Iterator[Step]:
         """Trains; each step is yielded when it is complete."""
@@ -71,8 +74,9 @@ class Job:
             if self.config.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.denoiser, self.config.checkpoint_depth))
             yield from train(
-                self.denoiser, self.adapters, self.dataset, self.config, steps=self.config.steps, done=self.done
-            )
+                self.denoiser, self.adapters, self.dataset, self.config, steps=self.config.steps, done=self.done,
+                first=self.first,
+            )  # fmt: skip
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""
@@ -84,6 +88,7 @@ class Job:
         own = {
             "lorasmith.version": __version__,
             "lorasmith.steps": str(steps),
+            "lorasmith.samples": str((self.first + steps - self.done) * config.group_size),
             "lorasmith.algorithm": "+".join(self.adapters.algorithms),
             "lorasmith.base_hash": lorafile.base_hash(self.base),
             "lorasmith.config": _portable(config),
@@ -105,17 +110,33 @@ class Job:
         return {**own, **self.metadata}
 
 
-def _continued(path: Path, denoiser: Denoiser) -> tuple[AdapterSet, int]:
-    """The adapters that a LoRA file holds for this denoiser, and its steps; ValueError that names the input."""
+def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[AdapterSet, int, int]:
+    """The adapters that a LoRA file holds for this denoiser, its steps, and the first group whose draws are new.
+
+    ValueError that names the input.
+    """
     try:
         state, metadata = lorafile.read(path)
-        return adapters_from(state, denoiser), lorafile.steps_of(path, metadata)
+        adapters, steps = adapters_from(state, denoiser), lorafile.steps_of(path, metadata)
     except ValueError as error:
         raise ValueError(f"existing_lora: {error}") from error
+    constraint = lorafile.stated_constraint(metadata)
+    for adapter in adapters.adapters.values():
+        if isinstance(adapter, OFTAdapter) and constraint is not None:
+            adapter.constraint = constraint
+    drawn = metadata.get("lorasmith.samples", "")
+    return adapters, steps, math.ceil(int(drawn) / group_size) if drawn.isdecimal() else steps
 
 
-def _warn_of_differences(config: Config, adapters: AdapterSet) -> None:
+def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:
     """Names the inputs that a continued LoRA overrules."""
+    asked_paths = {path for path in adaptable_layers(denoiser.nets) if config.targets.matches(path)}
+    if config.targets != Targets() and asked_paths != adapters.adapters.keys():
+        log.warning(
+            "targets: the LoRA's own %d layers hold, not the %d asked for", len(adapters.adapters), len(asked_paths)
+        )
+    if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:
+        log.warning("factor: the LoRA's own holds, not %d", config.adapter.factor)
     asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
     held = {"algorithm": adapters.algorithms, "rank": adapters.ranks, "alpha": adapters.alphas}
     for name, value in asked.items():

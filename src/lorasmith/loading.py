@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet, adaptable_layers
 from lorasmith.layouts import ModuleNames, by_layer
 from lorasmith.looks import lora_family
@@ -31,7 +31,10 @@ def adapters_from(state: Mapping[str, Tensor], denoiser: Denoiser) -> AdapterSet
             misfits.append(f"{key} ({', '.join(sorted(parts))}): the model has no such layer")
             continue
         try:
-            offsets |= _offsets(path, modules[path], parts)
+            found = _offsets(path, modules[path], parts)
+            if found.keys() & offsets.keys():
+                raise ValueError("another key means the same parameter")
+            offsets |= found
             trained = {part: tensor for part, tensor in parts.items() if part not in OFFSETS}
             if trained and path in adapters:
                 raise ValueError("another key means the same layer")
@@ -53,10 +56,9 @@ def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[
     found = {}
     for part in OFFSETS.keys() & parts.keys():
         parameter = dict(module.named_parameters(recurse=False)).get(OFFSETS[part])
-        if parameter is None or parameter.shape != parts[part].shape:
-            shape = "no such parameter" if parameter is None else f"the shape {list(parameter.shape)}"
-            raise ValueError(f"{part} has the shape {list(parts[part].shape)}, but the layer has {shape}")
-        found[f"{path}.{OFFSETS[part]}"] = parts[part]
+        if parameter is None:
+            raise ValueError(f"{part} has no place: the layer has no {OFFSETS[part]}")
+        found[f"{path}.{OFFSETS[part]}"] = fitting(parts, part, tuple(parameter.shape))
     return found
 
 

@@ -3,25 +3,26 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lorasmith.header import Header
 from lorasmith.peft_config import with_alphas
 from lorasmith.types import Denoiser
+from lorasmith.whole import write_whole
 
 log = logging.getLogger(__name__)
 
 STEPS_KEYS = ("lorasmith.steps", "ss_steps")
-STEPS_IN_NAME = re.compile(r"_(\d+)_steps")
+NUMBER = r"\d{1,12}"
+STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
 
 
 def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -42,34 +43,36 @@ def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing."""
-    content = file_bytes(state, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, file_bytes(state, metadata))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """A file's tensors, with the alphas that PEFT keeps elsewhere, and metadata; ValueError where it is not sound."""
     header = Header.of(path)
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in header.shapes}
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in header.shapes}
+    except SafetensorError as error:  # of dtypes that torch has not
+        raise ValueError(f"{path} must hold tensors that can be read, but: {error}") from error
     return with_alphas(state, header.metadata, path), header.metadata
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
     """How many steps a LoRA was trained: by its metadata, else by its name; 0, with a warning, where neither says."""
-    stated = [text for key in STEPS_KEYS if (text := metadata.get(key, "")).isdecimal()]
+    stated = [text for key in STEPS_KEYS if re.fullmatch(NUMBER, text := metadata.get(key, ""))]
     stated += STEPS_IN_NAME.findall(path.stem)
     if not stated:
         log.warning("existing_lora: %s does not say how many steps it was trained: counting from 0", path.name)
     return int(stated[0]) if stated else 0
+
+
+def stated_constraint(metadata: Mapping[str, str]) -> float | None:
+    """The limit of OFT's rotation that one of our own files was trained with, which its tensors may state greater."""
+    try:
+        adapter = json.loads(metadata.get("lorasmith.config", "{}")).get("adapter", {})
+        return float(adapter["alpha"]) if adapter.get("name") == "OFT" and adapter.get("alpha") else None
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def base_hash(denoiser: Denoiser) -> str:

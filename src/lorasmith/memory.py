@@ -1,6 +1,7 @@
 """Memory: copies that share weights, activations computed again, weights that wait on the CPU, int8 gradients."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from lorasmith.devices import device_of
 from lorasmith.types import Denoiser
 
 D = TypeVar("D", bound=Denoiser)
+log = logging.getLogger(__name__)
 INNERMOST = 5  # the greatest depth: nets that nest deeper give their innermost blocks too
 
 
@@ -68,6 +70,8 @@ def checkpointed(denoiser: Denoiser, depth: int) -> Iterator[None]:
     no depth is clearly slower. Lists of transformers do not nest: all depths are one (measured in docs/memory.md).
     Nothing in a frozen net draws random numbers, so none are kept for the second run.
     """
+    if not any(blocks(net, depth) for net in denoiser.nets.values()):
+        log.warning("gradient_checkpointing does nothing: the model has no lists of blocks")
     held = [(block, block.forward) for net in denoiser.nets.values() for block in blocks(net, depth)]
     for block, forward in held:
         block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

@@ -129,16 +129,27 @@ class Masters:
         self.tensors = [
             p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in params
         ]
+        self.by_param = {id(param): master for param, master in zip(self.params, self.tensors, strict=True)}
 
     @torch.no_grad()
-    def take_gradients(self, scale: float = 1.0) -> None:
-        """The parameters' gradients, divided by the scale, become the masters', in fp32."""
+    def take_gradients(self) -> None:
+        """Adds the parameters' gradients to the masters', in fp32, and takes them from the parameters."""
         for param, master in zip(self.params, self.tensors, strict=True):
-            if master is not param:
-                master.grad = None if param.grad is None else param.grad.float()
+            if master is not param and param.grad is not None:
+                grad = param.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
                 param.grad = None
+
+    @torch.no_grad()
+    def unscale(self, scale: float) -> None:
+        """Divides the masters' gradients by the scale of the loss."""
+        for master in self.tensors:
             if master.grad is not None and scale != 1:
                 master.grad /= scale
+
+    def gradient(self, param: Tensor) -> Tensor | None:
+        """What was taken of a parameter's gradient."""
+        return self.by_param[id(param)].grad
 
     @torch.no_grad()
     def write(self) -> None:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 HEADER = "lora_adapter_metadata"  # diffusers' key in a file's metadata
 RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")  # as many rows as the rank
 BROKEN = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error)
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CONFIG = "adapter_config.json"  # PEFT's file beside adapter_model.safetensors
 
 
@@ -32,6 +33,8 @@ def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
         scaled, silent = _scaled(layers, configs)
     except BROKEN as error:
         raise ValueError(f"cannot read the PEFT configuration of {path}: {error}") from error
+    for config in configs.values():
+        _refuse_changed_base(config, path)
     if silent:
         log.warning(
             "%s: %d layers do not say their alpha: taken as their rank, so that the scale is 1", path.name, silent
@@ -58,6 +61,13 @@ def _scaled(
             rank = config.get("r", 1)
             scaled[f"{layer}.lokr_w1"] = parts["lokr_w1"] * (_alpha(config, layer, rank) / rank)
     return scaled, silent
+
+
+def _refuse_changed_base(config: Mapping[str, Any], path: Path) -> None:
+    """ValueError where PEFT changed the base model's weights when it began, so that the file alone says too little."""
+    way = str(config.get("init_lora_weights", "")).lower()
+    if way.startswith(CHANGES_BASE):
+        raise ValueError(f"{path} must start from the model as it is, got init_lora_weights {way!r}, which changes it")
 
 
 def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:

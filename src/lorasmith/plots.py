@@ -3,6 +3,7 @@
 N steps; along the plot P points, each a bin of W neighbouring steps, the last perhaps of fewer.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from lorasmith.types import Step
+from lorasmith.whole import write_whole
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +28,9 @@ BLUE, PALE_BLUE, TEAL, RED = "#1c56b0", "#a3c0ea", "#0f8577", "#c4302b"
 
 def save_loss_plot(steps: Sequence[Step], path: Path) -> None:
     """Write loss_figure(steps) as a PNG; equal steps give equal bytes. OSError if path cannot be written."""
-    loss_figure(steps).savefig(path, format="png", metadata={"Software": None})
+    content = io.BytesIO()
+    loss_figure(steps).savefig(content, format="png", metadata={"Software": None})
+    write_whole(path, content.getvalue())
 
 
 def loss_figure(steps: Sequence[Step]) -> Figure:

@@ -13,6 +13,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from lorasmith.types import Step
+from lorasmith.whole import write_whole
 
 SMALL, LARGE = 192, 384  # pixels: the grid enlarges pictures below the one and shrinks those above the other
 LINES_MAX = 6  # of a caption above its column
@@ -80,7 +81,9 @@ def save_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions:
             canvas.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
             image.paste(picture, (x, y), picture)
         top += height + gap
-    image.save(path, "PNG")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
@@ -150,7 +153,7 @@ def save_page(
         config=escape(config_toml),
     )
     # text may hold a lone surrogate, from a file name that is not UTF-8
-    path.write_text(page, "utf-8", errors="replace", newline="\n")
+    write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 def _figure(caption: str, file: Path) -> str:

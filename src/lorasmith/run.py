@@ -29,6 +29,7 @@ from lorasmith.sampling import picture_of
 from lorasmith.settings import toml_of
 from lorasmith.types import Cached, Codec, Denoiser, Example, Step
 from lorasmith.validation import Measured, held_out_losses
+from lorasmith.whole import write_whole
 
 VIEWS = 100
 NUM_PROMPTS = 4
@@ -81,7 +82,7 @@ class Run:
         """Makes the run folder with run.toml, then draws and measures without the LoRA."""
         self.folder.mkdir(parents=True)
         with self.kept_once_trained():
-            (self.folder / "run.toml").write_text(toml_of(self.job.config), encoding="utf-8")
+            write_whole(self.folder / "run.toml", toml_of(self.job.config).encode())
             self.drawn.append(("without LoRA", self._draw()))
             self.before = self._measure()
 
@@ -125,10 +126,7 @@ class Run:
         """Writes the LoRA as the last step left it; OSError that names the file where it cannot be written."""
         num_steps = self.taken[-1].step if self.taken else self.job.done
         metadata = {**self.job.file_metadata(num_steps), "modelspec.title": self.title}
-        try:
-            lorafile.write(self.lora_path, self.job.lora(), metadata)
-        except OSError as error:
-            raise OSError(f"cannot write {self.lora_path}: {error.strerror or error}") from error
+        lorafile.write(self.lora_path, self.job.lora(), metadata)
 
     def finish(self) -> list[tuple[str, str]]:
         """Draws and measures with the LoRA and writes the plots and the page; returns the summary, label and text."""

@@ -3,6 +3,7 @@
 B batch, C channels, h w latent height and width.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -32,26 +33,34 @@ class Groups(Protocol):
 
 
 def train(
-    denoiser: Denoiser, adapters: AdapterSet, groups: Groups, config: Config, *, steps: int, done: int = 0
+    denoiser: Denoiser,
+    adapters: AdapterSet,
+    groups: Groups,
+    config: Config,
+    *,
+    steps: int,
+    done: int = 0,
+    first: int = 0,
 ) -> Iterator[Step]:
     """Trains adapters that are attached to the denoiser; yields after each optimizer step.
 
-    `steps` more are made after the `done` ones of a LoRA that is continued, whose samples and draws are not repeated.
+    `steps` more are made after the `done` ones of a LoRA that is continued. `first` is the number of the first group:
+    those before it were drawn already.
     """
+    device = device_of(denoiser)
     masters = Masters(adapters.parameters())
     optimizer = config.optimizer.build(masters.tensors, config.learning_rate)
     scale = LossScale(any(p.dtype == torch.float16 for net in denoiser.nets.values() for p in net.parameters()))
     for step in range(steps):
         began = time.perf_counter()
-        with torch.inference_mode(False), torch.enable_grad():
-            group = groups.group_at(done + step)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            group = groups.group_at(first + step)
             while True:  # a group whose gradient overflows is run again at half the scale: no step is skipped
-                loss = _backward(denoiser, group, config, scale.value)
-                if step == 0:
-                    adapters.refuse_unused()
-                masters.take_gradients(scale.value)
+                loss = _backward(denoiser, masters, group, config, scale.value)
                 if not scale.overflowed(masters.tensors):
                     break
+        if step == 0:
+            adapters.refuse_unused(masters.gradient)
         grad_norm = _clipped(masters.tensors, config.max_grad_norm)
         _refuse_non_finite(grad_norm, "gradient", group, done + step)
         lr = config.learning_rate * config.schedule.factor(step, steps)
@@ -79,19 +88,26 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
     device = device_of(denoiser)
     cond = {name: value.to(device) for name, value in batch.cond.items()}
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)
+    if pred.shape != target.shape:
+        raise ValueError(f"model must predict the latents' shape {list(target.shape)}, got {list(pred.shape)}")
     return by_sample(config.loss, pred, target.to(device))
 
 
-def _backward(denoiser: Denoiser, group: Batch, config: Config, scale: float) -> float:
-    """Adds scale times the gradient of the group's mean loss to the adapters; returns that loss, however it is cut."""
+def _backward(denoiser: Denoiser, masters: Masters, group: Batch, config: Config, scale: float) -> float:
+    """Gives the masters the gradient of the group's mean loss, times scale and back; returns that loss.
+
+    Micro-batches add up in fp32, so that both are the same however the group is cut.
+    """
     losses = []
     for start in range(0, len(group), config.batch_size):
         part = group.part(start, start + config.batch_size)
         part_losses = sample_losses(denoiser, part, config)
         (part_losses.sum() * (scale / len(group))).backward()
+        masters.take_gradients()
         losses += part_losses.tolist()
+    masters.unscale(scale)
     for name, number, loss in zip(group.names, group.numbers, losses, strict=True):
-        if not torch.tensor(loss).isfinite():
+        if not math.isfinite(loss):
             raise NonFiniteError(f"the loss of sample {name} (number {number}) is {loss}")
     return sum(losses) / len(losses)
 
@@ -106,5 +122,5 @@ def _clipped(params: list[Tensor], max_norm: float) -> float:
 
 
 def _refuse_non_finite(value: float, what: str, group: Batch, step: int) -> None:
-    if not torch.tensor(value).isfinite():
+    if not math.isfinite(value):
         raise NonFiniteError(f"the {what} of step {step + 1} is {value}, from samples {', '.join(group.names)}")

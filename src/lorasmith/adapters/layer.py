@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class Adapter(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def to(self, device: torch.device) -> Any:
+        """Moves the parameters, as a module does."""
+        ...
 
     def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """{suffix in the file: tensor}, weights in this dtype."""

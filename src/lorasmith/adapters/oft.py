@@ -35,9 +35,10 @@ class OFT(Component):
         """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
         size, num_blocks = factorized(layer.n_out, self.rank)
         if size == 1:
+            is_prime = factorized(layer.n_out, None)[0] == 1
             raise ValueError(
                 f"OFT needs blocks of 2 or more, but rank {self.rank} cuts {layer.n_out} outputs into single ones; "
-                f"give another rank or add the layer to targets.exclude"
+                f"{'' if is_prime else 'give another rank or '}add the layer to targets.exclude"
             )
         return OFTAdapter(layer, torch.zeros(num_blocks, size, size, dtype=torch.float32), self.alpha or 0.0)
 

@@ -20,9 +20,9 @@ class DenseLinear:
         self, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
     ) -> tuple[Tensor | None, Weights]:
         (weight,) = weights
-        grad_rows = grad.flatten(0, -2)
+        grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_rows @ (weight * scale) if wants_x else None
-        return grad_x, (grad_rows.t() @ x.flatten(0, -2) * scale,)
+        return grad_x, (grad_rows.t() @ x.reshape(-1, x.shape[-1]) * scale,)
 
 
 @dataclass(frozen=True)

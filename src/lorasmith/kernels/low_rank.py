@@ -25,7 +25,7 @@ class LowRankLinear:
         self, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
     ) -> tuple[Tensor | None, Weights]:
         down, up = weights
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_h = F.linear(grad_rows, up.t().contiguous()) * scale
         grad_up = (F.linear(rows, down).t() @ grad_rows).t().contiguous() * scale
         return grad_h @ down if wants_x else None, (grad_h.t() @ rows, grad_up)
