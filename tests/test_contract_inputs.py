@@ -35,7 +35,7 @@ FLAGS = ("gradient_checkpointing", "bucket_mode", "offloading", "quantized_backw
 RULES = {
     **{name: f"{low} to {high}" for name, (low, _, high) in INTEGERS.items()},
     "learning_rate": "1e-07 to 1",
-    "alpha": r"above 0 to 1e\+06",
+    "alpha": r"above 0, up to 1e\+06",
     **{name: rf"one of {', '.join(names)}(, \w+)*" for name, names in CHOICES.items()},
     **{name: "true or false" for name in FLAGS},
 }
@@ -146,14 +146,21 @@ def test_the_most_steps_reach_the_loop(model: Pointwise, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("name", "value"), ILLEGAL)
 def test_an_illegal_value_is_named_with_its_rule(model: Pointwise, name: str, value: Any) -> None:
-    pattern = rf"{name} must be {RULES[name]}, got {re.escape(repr(value))}"
+    kind = ""
+    if name in INTEGERS and type(value) is not int:
+        kind = "a whole number, "
+    if name in ("learning_rate", "alpha") and type(value) not in (int, float):
+        kind = "a number, "
+    pattern = rf"{name} must be {kind}{RULES[name]}, got {re.escape(repr(value))}"
     assert re.fullmatch(pattern, refusal(model, **{name: value}))
     assert not model.seen
 
 
 def test_a_long_value_is_cut_to_one_line(model: Pointwise) -> None:
     """As when the arguments come in another order."""
-    assert refusal(model, batch_size=numbers(50, 50)).startswith("batch_size must be 1 to 10000, got tensor([[")
+    assert refusal(model, batch_size=numbers(50, 50)).startswith(
+        "batch_size must be a whole number, 1 to 10000, got tensor"
+    )
     assert refusal(model, optimizer="A\n" * 5000).startswith("optimizer must be one of AdamW, Adam, SGD, RMSprop")
 
 

@@ -77,7 +77,12 @@ def test_the_contract_lists_every_input_with_its_range_and_default(page: str) ->
             rows[match[1]] = (match[3], match[4].strip("`"))
     assert list(rows)[:16] == INPUTS[:16] and set(rows) == set(INPUTS)
     for name, (rule, default) in rows.items():
-        english = rule.replace("más de ", "above ").replace(" a ", " to ").replace(" o ", " or ")
+        english = (
+            rule.replace("más de ", "above ")
+            .replace(" hasta ", " up to ")
+            .replace(" a ", " to ")
+            .replace(" o ", " or ")
+        )
         assert (english, default) == (tables.rule_of(name), tables.default_of(name)), name
 
 

@@ -18,7 +18,7 @@ from lorasmith.settings import configured, merged, parsed, read_toml, settings, 
 
 KNOWN = settings()
 PARTS = [key for key in KNOWN if any(other.startswith(f"{key}.") for other in KNOWN)]  # chosen by name
-RANGE = re.compile(r"(above )?(-?[0-9.e+-]+) to (below )?([0-9.e+-]+)")
+RANGE = re.compile(r"(above )?(-?[0-9.e+-]+)(?:,? up)? to (below )?([0-9.e+-]+)")
 quick = hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

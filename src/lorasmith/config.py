@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
@@ -16,18 +16,19 @@ from lorasmith.noise import Times, Uniform
 from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
 
 MAX_STEPS = 100_000
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class Data(Component):
     """The pictures."""
 
-    folder: Path | None = Field(default=None, description="folder of pictures with captions beside them")
-    held_out: Path | None = Field(
+    folder: UserPath | None = Field(default=None, description="folder of pictures with captions beside them")
+    held_out: UserPath | None = Field(
         default=None,
         description="pictures never trained on, like the trained ones: their loss is measured before and after",
     )
-    drift: Path | None = Field(
+    drift: UserPath | None = Field(
         default=None,
         description="pictures that the model should go on drawing as before: their loss is measured as well",
     )
@@ -59,14 +60,14 @@ class Config(Component):
         default=None, description="base model: a diffusers folder, a single-file checkpoint or a hub id"
     )
     data: Data = Data()
-    output: Path | None = Field(
+    output: UserPath | None = Field(
         default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken"
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
-    existing_lora: Path | None = Field(
+    existing_lora: UserPath | None = Field(
         default=None, description="LoRA file to go on training, whose algorithm, rank and alpha hold"
     )
     steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")

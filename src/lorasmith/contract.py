@@ -125,7 +125,7 @@ def _config(**inputs: Any) -> Config:
         key, _, rest = shorten(explained(error), 300, placeholder=" …").partition(" ")
         raise ValueError(f"{NAMES.get(key, key)} {rest}") from error
     if config.steps is None:  # which a run from the command line may leave open
-        raise ValueError(f"steps must be {settings()['steps'].rule}, got None")
+        raise ValueError(f"steps must be a whole number, {settings()['steps'].rule}, got None")
     return config
 
 

@@ -25,10 +25,10 @@ class Header:
             raise ValueError(
                 f"{path} must be a safetensors file: a pickle ({path.suffix}) can run code when it is loaded"
             )
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "nothing there"
-            raise ValueError(f"{path} must be a safetensors file, got {found}")
         try:
+            if not path.is_file():
+                found = "a folder" if path.is_dir() else "nothing there"
+                raise ValueError(f"{path} must be a safetensors file, got {found}")
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}

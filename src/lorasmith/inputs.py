@@ -54,6 +54,8 @@ def _bucket(latents: Any, name: str) -> Tensor:
     tensor = latents.get("samples") if isinstance(latents, Mapping) else latents
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor or {{'samples': tensor}}, got {type(latents).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise ValueError(f"{name} must be a plain tensor that holds numbers, got {tensor.layout} on {tensor.device}")
     if tensor.ndim not in (4, 5) or 0 in tensor.shape:
         raise ValueError(f"{name} must be [N,C,h,w] or [N,C,f,h,w], none of them 0, got {list(tensor.shape)}")
     if not tensor.is_floating_point():

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from lorasmith.config import Config
 
+KINDS = {"int": "a whole number", "float": "a number"}  # of pydantic's types of errors
 _TOML_LIST = re.compile(r"""\[\s*["'\]]""")  # other texts in brackets are regular expressions or prompts
 
 
@@ -115,9 +116,9 @@ def _rule(annotation: Any, metadata: Sequence[Any]) -> str:
     low = next((m for m in metadata if isinstance(m, Ge | Gt)), None)
     high = next((m for m in metadata if isinstance(m, Le | Lt)), None)
     if low is not None and high is not None:
-        above = "above " if isinstance(low, Gt) else ""
+        above, to = ("above ", ", up to ") if isinstance(low, Gt) else ("", " to ")
         below = "below " if isinstance(high, Lt) else ""
-        return f"{above}{_number(low)} to {below}{_number(high)}"
+        return f"{above}{_number(low)}{to}{below}{_number(high)}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
     return names.get(annotation, "a list of texts")
 
@@ -160,6 +161,9 @@ def explained(error: ValidationError) -> str:
     if first["type"] == "string_pattern_mismatch":
         return f"{key} must be {known[key].help}, got {first['input']!r}"
     rule = setting.rule if setting else "a table of settings"
+    kind = KINDS.get(first["type"].partition("_")[0])
+    if kind and kind != rule and first["type"] not in ("int_parsing", "float_parsing"):
+        rule = f"{kind}, {rule}"
     return f"{key} must be {rule}, got {first['input']!r}"
 
 
@@ -275,11 +279,24 @@ def _are_other_parts(held: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's values; ValueError where it is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    _refuse_flags(values, "")
+    return values
+
+
+def _refuse_flags(values: Mapping[str, Any], prefix: str) -> None:
+    """ValueError where a number is given as true or false, which would count as 1 or 0."""
+    known = settings()
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _refuse_flags(value, f"{key}.")
+        elif isinstance(value, bool) and key in known and known[key].kind is not bool:
+            raise ValueError(f"{key} must be {known[key].rule}, got {str(value).lower()}")
 
 
 def toml_of(config: Config) -> str:

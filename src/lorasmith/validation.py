@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int)
 
 def _fraction(number: int, index: int, num_samples: int) -> float:
     """The time of a sample under noise `number`, as a fraction in [0, 1)."""
-    place = permutation(_SEED, Purpose.HELD_OUT_TIME, 2 * number, num_samples)[index]
-    within = uniform(_SEED, Purpose.HELD_OUT_TIME, 2 * number + 1, (num_samples,))[index]
-    return (place + float(within)) / num_samples
+    return _fractions(number, num_samples)[index]
+
+
+@cache  # by noise, as drawing them for each sample anew would take the square of their number
+def _fractions(number: int, num_samples: int) -> list[float]:
+    """The times of all samples under noise `number`, one in each of N equal parts, shuffled."""
+    places = permutation(_SEED, Purpose.HELD_OUT_TIME, 2 * number, num_samples)
+    within = uniform(_SEED, Purpose.HELD_OUT_TIME, 2 * number + 1, (num_samples,))
+    return [(place + float(part)) / num_samples for place, part in zip(places, within, strict=True)]

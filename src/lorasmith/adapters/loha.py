@@ -18,7 +18,7 @@ from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Build, Operation, Weights, updated
 
-SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 class LoHa(Component):
@@ -35,7 +35,7 @@ class LoHa(Component):
             std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape)
             if std
             else torch.zeros(shape, dtype=torch.float32)
-            for suffix, std, shape in zip(SUFFIXES, stds, _shapes(layer, self.rank), strict=True)
+            for suffix, std, shape in zip(FACTORS, stds, _shapes(layer, self.rank), strict=True)
         ]
         return LoHaAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
 
@@ -43,7 +43,7 @@ class LoHa(Component):
 class LoHaAdapter(nn.Module):
     """The adapter of one layer."""
 
-    MARKS = frozenset(SUFFIXES)
+    MARKS = frozenset(FACTORS)
     SUFFIXES = MARKS | {"alpha"}
     algorithm = "LoHa"
 
@@ -59,7 +59,7 @@ class LoHaAdapter(nn.Module):
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit; no alpha: scale 1."""
         rank = size_of(tensors, "hada_w1_a", -1)
         shapes = _shapes(layer, rank)
-        factors = [fitting(tensors, suffix, shape) for suffix, shape in zip(SUFFIXES, shapes, strict=True)]
+        factors = [fitting(tensors, suffix, shape) for suffix, shape in zip(FACTORS, shapes, strict=True)]
         return cls(layer, factors, alpha_of(tensors, rank))
 
     @property
@@ -72,7 +72,7 @@ class LoHaAdapter(nn.Module):
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The four factors and alpha under LyCORIS's names."""
-        return for_file(dict(zip(SUFFIXES, self.factors, strict=True)), self.alpha, dtype)
+        return for_file(dict(zip(FACTORS, self.factors, strict=True)), self.alpha, dtype)
 
 
 def _shapes(layer: Layer, rank: int) -> tuple[tuple[int, int], ...]:

@@ -148,6 +148,8 @@ class OpenPipeline:
 
     @property
     def unet(self) -> UNet2DConditionModel:
+        if self.pipe.unet is None:
+            raise ValueError("model must hold a UNet, but the pipeline's is None")
         return self.pipe.unet
 
     @property
@@ -155,7 +157,11 @@ class OpenPipeline:
         return self.pipe.scheduler.config
 
     def encoders(self, device: torch.device) -> Encoders:
-        return Encoders(self.pipe.vae, self.pipe.text_encoder, self.pipe.tokenizer)
+        parts = {name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer")}
+        missing = [name for name, part in parts.items() if part is None]
+        if missing:
+            raise ValueError(f"model must hold {' and '.join(missing)} to encode captions, but the pipeline's is None")
+        return Encoders(**parts)
 
     def pipeline(self, unet: UNet2DConditionModel) -> Any:
         twin = copy.copy(self.pipe)
