@@ -157,9 +157,9 @@ class Refusals:
     def __init__(self) -> None:
         import torch
 
-        from lorasmith.attach import Targets
         from lorasmith.demo import BASE
         from lorasmith.families import opened
+        from lorasmith.targets import Targets
 
         self.names = {"torch": torch, "BASE": BASE, "Targets": Targets}
         self.given: dict[str, Any] = {

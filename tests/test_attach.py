@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, adaptable_layers, attach, attached
+from lorasmith.attach import AdapterSet, attach, attached
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.noise import Flow
+from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cond
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.attach import Targets
 from lorasmith.contract import train_lora
 from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion, StableDiffusionCodec, StableDiffusionDenoiser
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.targets import Targets
 from lorasmith.types import Denoiser
 
 CONTRACT = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.attach import Targets
 from lorasmith.contract import train_lora
 from lorasmith.noise import Flow
+from lorasmith.targets import Targets
 from lorasmith.types import Cond, Result
 
 NAN, INF = float("nan"), float("inf")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.attach import Targets
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.data.cache import Dataset
@@ -18,6 +17,7 @@ from lorasmith.inputs import samples_of
 from lorasmith.job import Job
 from lorasmith.memory import shared_copy
 from lorasmith.noise import Flow
+from lorasmith.targets import Targets
 
 QUICK: dict[str, Any] = {"steps": 1, "rank": 2, "targets": Targets(preset="attention"), "gradient_checkpointing": False}
 

@@ -14,11 +14,11 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.attach import Targets
 from lorasmith.contract import train_lora
 from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion, StableDiffusionDenoiser
 from lorasmith.memory import shared_copy
+from lorasmith.targets import Targets
 from lorasmith.types import Result
 
 QUICK: dict[str, Any] = {"steps": 2, "rank": 2, "targets": Targets(preset="attention"), "gradient_checkpointing": False}

@@ -10,9 +10,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.attach import Targets
 from lorasmith.contract import train_lora
 from lorasmith.noise import Flow
+from lorasmith.targets import Targets
 from lorasmith.types import Cond
 
 STARTS_AT_ZERO = {

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from lorasmith import lorafile
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, attached
+from lorasmith.attach import AdapterSet, attached
 from lorasmith.contract import train_lora
 from lorasmith.families.sd import StableDiffusion, StableDiffusionDenoiser
 from lorasmith.ldm_names import ldm_names
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.targets import Targets
 
 LYCORIS = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
 LAYERS = r".*up_blocks.1.*(to_q|to_out.0|ff.net.0.proj|conv1|proj_in|upsamplers.0.conv)"

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, attached
+from lorasmith.attach import AdapterSet, attached
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.targets import Targets
 
 METADATA = {f"key{i}": str(i) for i in range(20)}
 

@@ -13,18 +13,13 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.lora import LoRA
 from lorasmith.adapters.oft import OFT
-from lorasmith.attach import AdapterSet, Targets, adaptable_layers, attached
+from lorasmith.attach import AdapterSet, attached
+from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.families.sd import StableDiffusion
-from lorasmith.memory import (
-    blocks,
-    checkpointed,
-    offload,
-    quantize_backward,
-    refuse_useless_offloading,
-    shared_copy,
-)
+from lorasmith.memory import blocks, checkpointed, shared_copy
+from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cond, Denoiser
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from lorasmith.attach import Targets
 from lorasmith.contract import train_lora
 from lorasmith.noise import Flow
 from lorasmith.optimizers import SGD, Adam, AdamW, Constant, Cosine, Linear, LossScale, Masters, Optimizer, RMSprop
+from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Cond, Result
 

@@ -11,12 +11,13 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, attached
+from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import shared_copy
+from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError, noised, train
 from lorasmith.types import Cached, Cond, Denoiser, Step
 from lorasmith.validation import held_out_losses

@@ -14,7 +14,8 @@ from diffusers.hooks import apply_group_offloading
 from measure_checkpointing import ROUNDS, Subject, measured, sd3, seconds, subjects
 from torch import Tensor
 
-from lorasmith.memory import quantize_backward, shared_copy
+from lorasmith.base_weights import quantize_backward
+from lorasmith.memory import shared_copy
 from lorasmith.types import Cond
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import AdapterSet, Targets, attached
+from lorasmith.attach import AdapterSet, attached
 from lorasmith.demo import BASE
 from lorasmith.memory import INNERMOST, blocks, checkpointed
 from lorasmith.noise import Flow
+from lorasmith.targets import Targets
 from lorasmith.types import Cond, Denoiser
 
 ROUNDS = 7

@@ -1,61 +1,19 @@
-"""Which layers get an adapter, the set of adapters, and how they hang on a net: by forward hooks."""
+"""The set of adapters, and how they hang on a net: by forward hooks."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from lorasmith.adapters import Algorithm
-from lorasmith.adapters.layer import ADAPTABLE, Adapter, Layer
-from lorasmith.component import Component
+from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
-
-ATTENTION = r"(^|[._])(attn\d*|attention)\."
-MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
-PRESETS = {"attention": (ATTENTION,), "attention+mlp": (ATTENTION, MLP), "all": ("",), "none": ()}
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression ({error}), got {pattern!r}") from error
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_compiles)]
-
-
-class Targets(Component):
-    """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`."""
-
-    preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
-        default="attention+mlp",
-        description="layers of the attention, of the MLPs too, or all linear layers and convolutions",
-    )
-    include: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to adapt as well")
-    exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
-
-    def matches(self, path: str) -> bool:
-        wanted = (*PRESETS[self.preset], *self.include)
-        return any(re.search(p, path) for p in wanted) and not any(re.search(p, path) for p in self.exclude)
-
-
-def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """{path: module} of every layer that could carry an adapter; a path is "<net>.<module path>"."""
-    return {
-        f"{name}.{path}": module
-        for name, net in nets.items()
-        for path, module in net.named_modules()
-        if isinstance(module, ADAPTABLE)
-    }
 
 
 def _refuse_wrapped(denoiser: Denoiser) -> None:

@@ -7,13 +7,13 @@ from pydantic import AfterValidator, Field
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
-from lorasmith.attach import Targets
 from lorasmith.component import Component
 from lorasmith.devices import DtypeName, TrainingDtypeName
 from lorasmith.draws import SEED_MAX
 from lorasmith.losses import MSE, Loss
 from lorasmith.noise import Times, Uniform
 from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
+from lorasmith.targets import Targets
 
 MAX_STEPS = 100_000
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lorasmith.attach import Targets, attach
+from lorasmith.attach import attach
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
@@ -19,6 +19,7 @@ from lorasmith.job import Job
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.settings import explained, settings
+from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
 
 NO_LORA = "[None]"

@@ -14,12 +14,14 @@ from torch import Tensor
 from lorasmith import __version__, lorafile
 from lorasmith.adapters import Algorithm, LoKr
 from lorasmith.adapters.oft import OFTAdapter
-from lorasmith.attach import AdapterSet, Targets, adaptable_layers, attached
+from lorasmith.attach import AdapterSet, attached
+from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.loading import adapters_from
-from lorasmith.memory import checkpointed, offload, quantize_backward, refuse_useless_offloading, shared_copy
+from lorasmith.memory import checkpointed, shared_copy
+from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.training import train
 from lorasmith.types import Denoiser, Step
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Adapter, Layer, fitting
-from lorasmith.attach import AdapterSet, adaptable_layers
+from lorasmith.attach import AdapterSet
 from lorasmith.layouts import ModuleNames, by_layer
 from lorasmith.looks import lora_family
+from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
 OFFSETS = {"diff": "weight", "diff_b": "bias"}

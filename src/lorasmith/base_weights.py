@@ -1,0 +1,70 @@
+"""Base weights that wait on the CPU, and gradients through them as int8 products."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.attach import AdapterSet
+from lorasmith.devices import device_of
+from lorasmith.memory import blocks
+from lorasmith.types import Denoiser
+
+
+def refuse_useless_offloading(base: Denoiser, adapters: AdapterSet, device: torch.device, checkpointing: bool) -> None:
+    """ValueError where offloading would save nothing, or where an adapter would miss a weight that is away."""
+    rules = (
+        (device_of(base).type == device.type, f"on {device.type}: the weights are there already"),
+        (not checkpointing, "without gradient_checkpointing: every weight would stay for the backward pass"),
+        ("OFT" in adapters.algorithms, "with OFT: it reads each layer's bias, which is away by then"),
+        (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are away"),
+    )
+    for broken, why in rules:
+        if broken:
+            raise ValueError(f"offloading must be False {why}")
+
+
+def offload(denoiser: Denoiser, device: torch.device) -> None:
+    """The blocks' weights stay where they are and visit the device while their layer runs; the rest moves there.
+
+    By accelerate's hooks, which put a new parameter in place for each visit: the one that a backward pass needs stays
+    right, which is not so where the data of a parameter are swapped (docs/memory.md).
+    """
+    try:
+        from accelerate import cpu_offload
+    except ModuleNotFoundError:
+        raise ValueError("offloading needs the extra 'offload': pip install 'lorasmith[offload]'") from None
+    for net in denoiser.nets.values():
+        for block in blocks(net, 1):
+            cpu_offload(block, device)
+        for tensor in (*net.parameters(), *net.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+
+
+def quantize_backward(denoiser: Denoiser) -> None:
+    """The gradients of linear layers' inputs become int8 products, each row scaled by its largest number.
+
+    By torchao's linear layer for mixed precision (a prototype there); weights and forward pass stay in their dtype.
+    """
+    try:
+        from torchao.prototype.quantized_training import (  # pyright: ignore[reportMissingImports]
+            Int8MixedPrecisionTrainingConfig,
+        )
+        from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
+    except ImportError:  # an older torchao has the module without the class
+        raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
+    # torchao gives a layer its own class, so one with a forward of its own must stay as it is
+    layers = [m for net in denoiser.nets.values() for m in net.modules() if type(m) is nn.Linear]
+    if not layers:
+        raise ValueError("quantized_backward must be False: the model has no torch.nn.Linear")
+    config = Int8MixedPrecisionTrainingConfig(output=False, grad_input=True, grad_weight=False, module_swap=True)
+    for layer in layers:
+        quantize_(layer, config)
+        layer.register_forward_hook(_contiguous_gradient)
+
+
+def _contiguous_gradient(layer: nn.Module, args: Any, y: Tensor) -> None:
+    """torchao takes views of gradients, and those that attention passes back have none."""
+    if y.requires_grad:
+        y.register_hook(Tensor.contiguous)

@@ -1,0 +1,51 @@
+"""Which layers of a net can carry an adapter, and which of them do."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from torch import nn
+
+from lorasmith.adapters.layer import ADAPTABLE
+from lorasmith.component import Component
+
+ATTENTION = r"(^|[._])(attn\d*|attention)\."
+MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
+PRESETS = {"attention": (ATTENTION,), "attention+mlp": (ATTENTION, MLP), "all": ("",), "none": ()}
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression ({error}), got {pattern!r}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class Targets(Component):
+    """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`."""
+
+    preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
+        default="attention+mlp",
+        description="layers of the attention, of the MLPs too, or all linear layers and convolutions",
+    )
+    include: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to adapt as well")
+    exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
+
+    def matches(self, path: str) -> bool:
+        wanted = (*PRESETS[self.preset], *self.include)
+        return any(re.search(p, path) for p in wanted) and not any(re.search(p, path) for p in self.exclude)
+
+
+def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """{path: module} of every layer that could carry an adapter; a path is "<net>.<module path>"."""
+    return {
+        f"{name}.{path}": module
+        for name, net in nets.items()
+        for path, module in net.named_modules()
+        if isinstance(module, ADAPTABLE)
+    }
