@@ -17,6 +17,7 @@ from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
+from lorasmith.devices import has_int8
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import blocks, checkpointed, shared_copy
 from lorasmith.targets import Targets, adaptable_layers
@@ -221,6 +222,10 @@ def test_what_cannot_be_is_refused_before_training(
         train_lora(family.denoiser, latents, list(texts), checkpoint_depth=6)
 
 
+needs_int8 = pytest.mark.skipif(not has_int8(CPU), reason="int8 products overflow on this processor")
+
+
+@needs_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_gradients_are_close_and_weights_stay(case: Case, dtype: torch.dtype) -> None:
     pytest.importorskip("torchao")
@@ -243,6 +248,14 @@ def test_int8_gradients_are_close_and_weights_stay(case: Case, dtype: torch.dtyp
         assert equal(gradients(copy, case, 2), found)
 
 
+def test_products_that_overflow_are_refused(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("lorasmith.base_weights.has_int8", lambda device: False)
+    with pytest.raises(ValueError, match="^quantized_backward must be False here: this processor's int8 products"):
+        quantize_backward(shared_copy(family.denoiser))
+
+
+@needs_int8
 def test_a_model_without_linear_layers_has_no_int8_gradients() -> None:
     pytest.importorskip("torchao")
     convolutions = Subject(nn.Conv2d(4, 4, 1), lambda net, x, t, cond: net(x))

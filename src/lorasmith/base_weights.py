@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
-from lorasmith.devices import device_of
+from lorasmith.devices import device_of, has_int8
 from lorasmith.memory import blocks
 from lorasmith.types import Denoiser
 
@@ -46,6 +46,7 @@ def quantize_backward(denoiser: Denoiser) -> None:
     """The gradients of linear layers' inputs become int8 products, each row scaled by its largest number.
 
     By torchao's linear layer for mixed precision (a prototype there); weights and forward pass stay in their dtype.
+    ValueError where that cannot be.
     """
     try:
         from torchao.prototype.quantized_training import (  # pyright: ignore[reportMissingImports]
@@ -54,6 +55,8 @@ def quantize_backward(denoiser: Denoiser) -> None:
         from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
     except ImportError:  # an older torchao has the module without the class
         raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
+    if not has_int8(device_of(denoiser)):
+        raise ValueError("quantized_backward must be False here: this processor's int8 products overflow (no VNNI)")
     # torchao gives a layer its own class, so one with a forward of its own must stay as it is
     layers = [m for net in denoiser.nets.values() for m in net.modules() if type(m) is nn.Linear]
     if not layers:

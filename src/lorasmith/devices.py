@@ -38,6 +38,16 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+@cache
+def has_int8(device: torch.device) -> bool:
+    """Whether products of int8 numbers come out right there: processors without VNNI cut sums off on the way."""
+    most = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    try:
+        return bool((torch._int_mm(most, most.t().contiguous()) == 64 * 127 * 127).all())
+    except (RuntimeError, NotImplementedError):  # devices without such products
+        return False
+
+
 def model_dtype(name: TrainingDtypeName, device: torch.device) -> torch.dtype | None:
     """The dtype that a model is copied to: None leaves it in its own."""
     return None if name == "none" else compute_dtype(name, device)
