@@ -1,4 +1,4 @@
-"""What several tests share: calling the command line, and folders of pictures."""
+"""What several tests share: calling the command line, folders of pictures, notes of what a model saw."""
 
 import io
 import logging
@@ -6,6 +6,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -44,3 +45,10 @@ def made(folder: Path, *captions: str) -> Path:
         Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
     return folder
+
+
+class Notes(list[Any]):
+    """What a model saw: one list for all copies of the model."""
+
+    def __deepcopy__(self, memo: Any) -> "Notes":
+        return self

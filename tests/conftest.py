@@ -5,10 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
 from lorasmith.demo import BASE
@@ -42,11 +43,14 @@ def texts() -> Tensor:
     return torch.randn(4, 32, 192, generator=torch.Generator().manual_seed(1))
 
 
+KEYWORDS = {"text": "encoder_hidden_states", "pooled": "pooled_projections"}
+
+
 @dataclass(frozen=True)
 class FlowDenoiser:
-    """A second kind of model behind the same seam: a flow-matching transformer with a pooled vector."""
+    """Other kinds of models behind the same seam: flow-matching transformers of diffusers, of pictures or video."""
 
-    transformer: SD3Transformer2DModel
+    transformer: SD3Transformer2DModel | WanTransformer3DModel
     process: Flow
 
     @property
@@ -55,8 +59,8 @@ class FlowDenoiser:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = self.transformer.dtype
-        text, pooled = cond["text"].to(dtype), cond["pooled"].to(dtype)
-        return self.transformer(x_t.to(dtype), text, pooled, t * 1000).sample.float()
+        inputs: Any = {KEYWORDS[name]: value.to(dtype) for name, value in cond.items()}
+        return self.transformer(hidden_states=x_t.to(dtype), timestep=t * 1000, **inputs).sample.float()
 
     def file_key(self, path: str) -> str:
         return f"lora_{path}".replace(".", "_")
@@ -72,4 +76,16 @@ def flow_denoiser() -> FlowDenoiser:
             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
         )  # fmt: skip
         nn.init.normal_(net.proj_out.weight, std=0.1)
+    return FlowDenoiser(net, Flow(shift=3.0))
+
+
+@pytest.fixture
+def video_denoiser() -> FlowDenoiser:
+    """Wan 2.1's transformer with random weights, the same in every test; x_t [B,4,f,h,w], text [B,L,16]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+            ffn_dim=32, num_layers=2,
+        )  # fmt: skip
     return FlowDenoiser(net, Flow(shift=3.0))

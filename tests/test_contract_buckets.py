@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from commands import Notes
 from torch import Tensor, nn
 
 from lorasmith import lorafile
@@ -25,13 +26,6 @@ class Call(NamedTuple):
     size: tuple[int, ...]
     contents: list[int]
     texts: list[int]
-
-
-class Notes(list[Call]):
-    """One list for all copies of a model."""
-
-    def __deepcopy__(self, memo: Any) -> "Notes":
-        return self
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Notes
 from torch import Tensor, nn
 
 from lorasmith import lorafile
@@ -56,13 +57,6 @@ for _name, _names in CHOICES.items():
     ILLEGAL += [(_name, value) for value in ("Foo", _names[0].swapcase(), "", " ", None, 0, True, NAN, [_names[0]])]
 for _name in FLAGS:
     ILLEGAL += [(_name, value) for value in ("yes", "true", "", 1, 0, 1.0, None, NAN)]
-
-
-class Notes(list[Cond]):
-    """One list for all copies of a model."""
-
-    def __deepcopy__(self, memo: Any) -> "Notes":
-        return self
 
 
 @dataclass(frozen=True)

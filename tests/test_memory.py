@@ -42,8 +42,9 @@ class Case:
 
 @pytest.fixture(params=["unet", "sd3", "wan"])
 def case(
-    request: pytest.FixtureRequest, family: StableDiffusion, flow_denoiser: Any, latents: Tensor, texts: Tensor
-) -> Case:
+    request: pytest.FixtureRequest, family: StableDiffusion, flow_denoiser: Any, video_denoiser: Any, latents: Tensor,
+    texts: Tensor,
+) -> Case:  # fmt: skip
     if request.param == "unet":
         t = torch.tensor([10, 500, 700, 900])
         return Case(shared_copy(family.denoiser, CPU, torch.float32), latents, t, {"text": texts})
@@ -51,14 +52,7 @@ def case(
     if request.param == "sd3":
         cond = {"text": texts[:2, :, :16], "pooled": texts[:2, 0, :8]}
         return Case(shared_copy(flow_denoiser), latents[:2, :, :8, :8], t, cond)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        wan = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-            ffn_dim=32, num_layers=2,
-        )  # fmt: skip
-    subject = Subject(wan, lambda net, x, t, cond: net(x, t * 1000, cond["text"]).sample)
-    return Case(shared_copy(subject), latents[:2, :, None, :8, :8], t, {"text": texts[:2, :, :16]})
+    return Case(shared_copy(video_denoiser), latents[:2, :, None, :8, :8], t, {"text": texts[:2, :, :16]})
 
 
 def gradients(denoiser: Denoiser, case: Case, depth: int | None = None, algorithm: Any = None) -> list[Tensor]:
@@ -117,7 +111,7 @@ def test_blocks_go_a_list_deeper_with_each_depth(family: StableDiffusion, depth:
 
 
 def test_lists_of_transformers_do_not_nest(case: Case) -> None:
-    if isinstance(case.denoiser, Subject):
+    if isinstance(case.net, WanTransformer3DModel):
         assert all(blocks(case.net, depth) == list(case.net.blocks) for depth in range(1, 6))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Denoiser
 
@@ -30,7 +31,7 @@ def _refuse_equal_keys(denoiser: Denoiser, paths: Iterable[str]) -> None:
     """ValueError where two layers would have one name in a LoRA file, as readers compare them."""
     named: dict[str, str] = {}
     for path in paths:
-        key = denoiser.file_key(path).replace(".", "_")
+        key = normal(denoiser.file_key(path))
         if key in named:
             raise ValueError(f"targets must have different names in a file, got {named[key]} and {path} as {key}")
         named[key] = path
@@ -93,9 +94,10 @@ class AdapterSet:
             for path, adapter in self.adapters.items()
             for suffix, tensor in adapter.file_tensors(dtype).items()
         }
+        parts = {name: part for part, name in OFFSETS.items()}
         for path, offset in self.offsets.items():
-            module_path, _, kind = path.rpartition(".")
-            state[f"{denoiser.file_key(module_path)}.{'diff' if kind == 'weight' else 'diff_b'}"] = offset
+            module_path, _, name = path.rpartition(".")
+            state[f"{denoiser.file_key(module_path)}.{parts[name]}"] = offset
         return dict(sorted(state.items()))
 
     def freeze(self) -> "AdapterSet":

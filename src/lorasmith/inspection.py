@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import ADAPTERS
+from lorasmith.adapters import ADAPTERS, kind_of
 from lorasmith.adapters.layer import alpha_of, size_of
+from lorasmith.adapters.oft import turn_of
 from lorasmith.header import Header
-from lorasmith.layouts import by_layer
+from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
-RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # whose first axis is the rank
 BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 Row = tuple[str, ...]
+KNOWN = frozenset[str]().union(*(kind.SUFFIXES for kind in ADAPTERS))
 PARTS = ("part", "tensors", "numbers", "dtype", "MB")
 
 
@@ -92,7 +93,7 @@ def _lora(path: Path) -> Inspection:
     """A LoRA: a row each block, with the norm of what it adds."""
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
-    algorithms = Counter(algorithm for parts in layers.values() if (algorithm := _algorithm(parts)))
+    algorithms = Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts)))
     num_bad = sum(not tensor.float().isfinite().all() for tensor in state.values())
     others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
     facts = [
@@ -113,9 +114,6 @@ def _lora(path: Path) -> Inspection:
     )
 
 
-KNOWN = frozenset[str]().union(*(kind.SUFFIXES for kind in ADAPTERS))
-
-
 def _counted(values: Counter[str]) -> str:
     """ "8 (57 layers), 4 (1)"; a single value alone."""
     if len(values) < 2:
@@ -125,10 +123,6 @@ def _counted(values: Counter[str]) -> str:
 
 def _number(tensor: Tensor) -> str:
     return f"{float(tensor):g}" if tensor.numel() == 1 else f"{tensor.numel()} numbers"
-
-
-def _algorithm(parts: Mapping[str, Tensor]) -> str | None:
-    return next((kind.algorithm for kind in ADAPTERS if kind.MARKS & parts.keys()), None)
 
 
 def _rank(parts: Mapping[str, Tensor]) -> str | None:
@@ -143,7 +137,7 @@ def _blocks(layers: Layers) -> list[Row]:
     """A row each block: layers, ranks, and the norms of what they add."""
     blocks: dict[str, list[Mapping[str, Tensor]]] = {}
     for layer, parts in layers.items():
-        if _algorithm(parts):
+        if kind_of(parts):
             blocks.setdefault(_block(layer), []).append(parts)
     rows = []
     for block, members in blocks.items():
@@ -163,15 +157,17 @@ def _place(row: Row) -> tuple[int, str, int]:
 
 def _block(layer: str) -> str:
     """ "lora_unet_down_blocks_1_attentions_0…" -> "down_blocks 1"; layers outside blocks go by their own name."""
-    found = BLOCK.search(re.sub(r"^(lora|lycoris)_(unet|te\d?|transformer)?_?", "", layer.replace(".", "_")))
+    found = BLOCK.search(re.sub(r"^(lora|lycoris)_(unet|te\d?|transformer)?_?", "", normal(layer)))
     return re.sub(r"_(\d+)$", r" \1", found[0]) if found else layer
 
 
 def _norm(parts: Mapping[str, Tensor]) -> float:
     """The Frobenius norm of an adapter's delta; of OFT, of R - I. NaN where parts are missing or do not match."""
     parts = {part: tensor.float() for part, tensor in parts.items()}
+    kind = kind_of(parts)
+    assert kind is not None
     try:
-        return NORMS[str(_algorithm(parts))](parts)
+        return NORMS[kind.algorithm](parts)
     except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError):
         return math.nan
 
@@ -203,11 +199,8 @@ def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
 
 
 def _oft_norm(parts: Mapping[str, Tensor]) -> float:
-    q = parts["oft_blocks"] - parts["oft_blocks"].mT
-    limit = alpha_of(parts, 0.0) * q.shape[0] * q.shape[1]
-    if limit > 0:
-        q = q * min(1.0, limit / float(q.norm() + 1e-8))
-    return float(torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype) - q, 2 * q).norm())
+    blocks = parts["oft_blocks"]
+    return float(turn_of(blocks, max(0.0, alpha_of(parts, 0.0)) * blocks.shape[0] * blocks.shape[1]).norm())
 
 
 NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {

@@ -126,8 +126,8 @@ def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[Adapter
     for adapter in adapters.adapters.values():
         if isinstance(adapter, OFTAdapter) and constraint is not None:
             adapter.constraint = constraint
-    drawn = metadata.get("lorasmith.samples", "")
-    return adapters, steps, math.ceil(int(drawn) / group_size) if drawn.isdecimal() else steps
+    drawn = lorafile.stated_number(metadata, "lorasmith.samples")
+    return adapters, steps, steps if drawn is None else math.ceil(drawn / group_size)
 
 
 def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:

@@ -28,6 +28,10 @@ SPELLINGS = (
     (r"\.([^.]+)", None),
 )
 """How a key may end, and what that part of an adapter is called here, by kohya and LyCORIS; None: as it is spelt."""
+RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")
+"""The parts that have as many rows as the rank."""
+OFFSETS = {"diff": "weight", "diff_b": "bias"}
+"""The parts that are added to a parameter of the layer, and its name."""
 PREFIXES = (
     "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_", "lora_", "lycoris_", "unet_",
     "transformer_", "model_diffusion_model_", "diffusion_model_",
@@ -67,13 +71,13 @@ class ModuleNames:
             original = _original_names(net)
             for path, module in net.named_modules():
                 if next(module.parameters(recurse=False), None) is not None:
-                    self.written[_normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
+                    self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
                     for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out"), original.get(path, path)):
-                        self.known.setdefault(_normal(alias), set()).add(f"{name}.{path}")
+                        self.known.setdefault(normal(alias), set()).add(f"{name}.{path}")
 
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""
-        name = _normal(layer.replace(".processor.", "."))
+        name = normal(layer.replace(".processor.", "."))
         if name in self.written:
             return self.written[name]
         for candidate in _without_prefixes(name):
@@ -83,7 +87,8 @@ class ModuleNames:
         return None
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+    """A layer's name as readers of files compare it."""
     return name.replace(".", "_")
 
 

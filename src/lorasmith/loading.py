@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
-from lorasmith.layouts import ModuleNames, by_layer
+from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import lora_family
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
-OFFSETS = {"diff": "weight", "diff_b": "bias"}
 MAX_LISTED = 10
 
 

@@ -59,11 +59,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
     """How many steps a LoRA was trained: by its metadata, else by its name; 0, with a warning, where neither says."""
-    stated = [text for key in STEPS_KEYS if re.fullmatch(NUMBER, text := metadata.get(key, ""))]
-    stated += STEPS_IN_NAME.findall(path.stem)
+    stated = [steps for key in STEPS_KEYS if (steps := stated_number(metadata, key)) is not None]
+    stated += map(int, STEPS_IN_NAME.findall(path.stem))
     if not stated:
         log.warning("existing_lora: %s does not say how many steps it was trained: counting from 0", path.name)
-    return int(stated[0]) if stated else 0
+    return stated[0] if stated else 0
+
+
+def stated_number(metadata: Mapping[str, str], key: str) -> int | None:
+    """A whole number that the metadata state; None where it is none, or of more than 12 digits."""
+    text = metadata.get(key, "")
+    return int(text) if re.fullmatch(NUMBER, text) else None
 
 
 def stated_constraint(metadata: Mapping[str, str]) -> float | None:

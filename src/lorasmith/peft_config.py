@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.layouts import by_layer
+from lorasmith.layouts import RANKED, by_layer
 
 log = logging.getLogger(__name__)
 
 HEADER = "lora_adapter_metadata"  # diffusers' key in a file's metadata
-RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")  # as many rows as the rank
 BROKEN = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CONFIG = "adapter_config.json"  # PEFT's file beside adapter_model.safetensors

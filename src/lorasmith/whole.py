@@ -14,8 +14,6 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

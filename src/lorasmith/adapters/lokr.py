@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.adapters.lora import Alpha, Rank
 from lorasmith.component import Component
-from lorasmith.draws import Purpose, path_number, uniform
+from lorasmith.draws import kaiming
 from lorasmith.kernels.dense import DenseConv
 from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
@@ -53,18 +53,13 @@ class LoKr(Component):
         a, c = factorized(layer.n_out, self.factor)
         b, d = factorized(layer.weight_shape[1], self.factor)
         columns = d * math.prod(layer.kernel)
-        factors = {"lokr_w1": _kaiming((a, b), f"{path}.lokr_w1", seed)}
+        factors = {"lokr_w1": kaiming(seed, f"{path}.lokr_w1", (a, b))}
         if 2 * self.rank < max(c, d) and self.rank * (c + columns) < c * columns:
-            factors["lokr_w2_a"] = _kaiming((c, self.rank), f"{path}.lokr_w2_a", seed)
+            factors["lokr_w2_a"] = kaiming(seed, f"{path}.lokr_w2_a", (c, self.rank))
             factors["lokr_w2_b"] = torch.zeros(self.rank, columns, dtype=torch.float32)
         else:
             factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel, dtype=torch.float32)
         return LoKrAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
-
-
-def _kaiming(shape: tuple[int, int], path: str, seed: int) -> Tensor:
-    """Uniform in ±1 / sqrt(columns)."""
-    return (2 * uniform(seed, Purpose.INIT, path_number(path), shape) - 1) / math.sqrt(shape[1])
 
 
 class LoKrAdapter(nn.Module):
@@ -80,6 +75,7 @@ class LoKrAdapter(nn.Module):
         self.names = tuple(factors)
         self.factors = nn.ParameterList(list(factors.values()))
         self._alpha = alpha
+        self.rank = _rank(factors)
         self.operation, self.build = _way(layer, factors)
 
     @classmethod
@@ -105,10 +101,6 @@ class LoKrAdapter(nn.Module):
                 f"lokr_w1 and lokr_w2 must make a weight of {list(layer.weight_shape[:2])}, got {list(product)}"
             )
         return cls(layer, factors, alpha_of(tensors, _rank(factors) or 1))
-
-    @property
-    def rank(self) -> int | None:
-        return _rank(dict(zip(self.names, self.factors, strict=True)))
 
     @property
     def alpha(self) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.component import Component
-from lorasmith.draws import Purpose, path_number, uniform
+from lorasmith.draws import kaiming
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Operation, updated
 
@@ -30,8 +30,7 @@ class LoRA(Component):
 
     def build(self, layer: Layer, path: str, seed: int) -> "LoRAAdapter":
         """A new adapter, the identity; A is uniform in ±1 / sqrt(fan-in), drawn from (seed, path)."""
-        u = uniform(seed, Purpose.INIT, path_number(path), (self.rank, layer.fan_in))
-        down = ((2 * u - 1) / math.sqrt(layer.fan_in)).view(_down_shape(layer, self.rank))
+        down = kaiming(seed, path, (self.rank, layer.fan_in)).view(_down_shape(layer, self.rank))
         up = torch.zeros(_up_shape(layer, self.rank), dtype=torch.float32)
         return LoRAAdapter(layer, down, up, float(self.rank) if self.alpha is None else self.alpha)
 

@@ -81,7 +81,8 @@ class OFTAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
-        return rotated(y, self._turn().to(self.blocks.dtype), bias, self.layer.conv is not None)
+        turn = turn_of(self.blocks.float(), self._limit).to(self.blocks.dtype)
+        return rotated(y, turn, bias, self.layer.conv is not None)
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The blocks, Q within its limit, and the limit as alpha.
@@ -90,19 +91,23 @@ class OFTAdapter(nn.Module):
         is greater, so that both read the same delta.
         """
         blocks = self.blocks.detach().float()
-        limited = self._limited(blocks - blocks.mT)
+        limited = _limited(blocks - blocks.mT, self._limit)
         alpha = max(self.constraint, 1.01 * float(limited.norm())) if self.constraint else 0.0
         return for_file({"oft_blocks": blocks if alpha == self.constraint else limited / 2}, alpha, dtype)
 
-    def _turn(self) -> Tensor:
-        """R - I = 2 (I - Q)^-1 Q, [n, s, s], float32: without a difference of near equals, and 0 where Q is."""
-        blocks = self.blocks.float()
-        q = self._limited(blocks - blocks.mT)
-        return torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q, 2 * q)
+    @property
+    def _limit(self) -> float:
+        return self.constraint * self.layer.n_out
 
-    def _limited(self, q: Tensor) -> Tensor:
-        limit = self.constraint * self.layer.n_out
-        if not limit:
-            return q
-        norm = q.norm() + 1e-8
-        return q * (limit / norm).clamp(max=1)
+
+def turn_of(blocks: Tensor, limit: float) -> Tensor:
+    """blocks [n, s, s] -> R - I = 2 (I - Q)^-1 Q: without a difference of near equals, and 0 where Q is.
+
+    limit: the greatest norm of Q; 0 for none.
+    """
+    q = _limited(blocks - blocks.mT, limit)
+    return torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q, 2 * q)
+
+
+def _limited(q: Tensor, limit: float) -> Tensor:
+    return q * (limit / (q.norm() + 1e-8)).clamp(max=1) if limit else q
