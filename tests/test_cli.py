@@ -22,12 +22,14 @@ from lorasmith import __version__, lorafile, training
 from lorasmith.demo import BASE
 from lorasmith.settings import settings
 
-FILES = {"lora.safetensors", "loss.png", "report.html", "run.toml", "steps.jsonl"}
+NOT_YET = "output must be a folder that does not exist yet, unless --resume is given"
+UNFINISHED = {".lock", "checkpoints", "run.toml", "steps.jsonl"}
+FILES = UNFINISHED | {"lora.safetensors", "loss.png", "report.html"}
 
 
 def listing(folder: Path) -> set[str]:
-    """Every path below the folder."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    """Every path below the folder, but for the checkpoints themselves."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.parent.name != "checkpoints"}
 
 
 @pytest.fixture
@@ -81,7 +83,9 @@ def test_a_run_can_be_made_again_from_its_toml(trained: tuple[Path, Ended]) -> N
     assert (first / "lora.safetensors").read_bytes() == (third / "lora.safetensors").read_bytes()
     again = lorasmith(folder, "train", "first/lora/run.toml")
     assert again == Ended(
-        2, "", f"lorasmith: output must be a folder that does not exist yet, got {first.relative_to(folder)}\n"
+        2,
+        "",
+        f"lorasmith: {NOT_YET}, got {first.relative_to(folder)}\n",
     )
 
 
@@ -118,14 +122,14 @@ def test_odd_names_work(tmp_path: Path) -> None:
     assert listing(tmp_path / output) == FILES
 
 
-def at_step(number: int, action: Callable[[], torch.Tensor | None]) -> Callable[..., torch.Tensor]:
-    """A stand-in for the loss of a batch: that loss but, in this step, what the action returns, if anything."""
+def at_step(number: int, action: Callable[[], torch.Tensor | None], times: int = 1) -> Callable[..., torch.Tensor]:
+    """A stand-in for the loss of a batch: that loss but, from this one on, what the action returns, if anything."""
     losses, calls = training.sample_losses, 0
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        replaced = action() if calls == number else None
+        replaced = action() if number <= calls < number + times else None
         return losses(*args) if replaced is None else replaced
 
     return counted
@@ -137,8 +141,8 @@ def test_ctrl_c_ends_after_the_step_in_hand(home: Path, monkeypatch: pytest.Monk
     ended = lorasmith(home, "train", "cats", *TINY, "--steps", "4")
     assert (ended.code, ended.err) == (130, "")
     path = Path("runs", "cats", "lora.safetensors")
-    assert ended.out.endswith(f"LoRA of 2 steps: {path}\nstopped after step 2 of 4\n")
-    assert listing(home / "runs" / "cats") == {"lora.safetensors", "run.toml", "steps.jsonl"}
+    assert ended.out.endswith(f"LoRA of 2 steps: {path}\nstopped after step 2 of 4; --resume goes on\n")
+    assert listing(home / "runs" / "cats") == UNFINISHED | {"lora.safetensors"}
     assert lorafile.read(home / path)[1]["lorasmith.steps"] == "2"
     assert signal.getsignal(signal.SIGINT) is usual
 
@@ -151,11 +155,11 @@ def test_a_second_ctrl_c_ends_at_once(home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(training, "sample_losses", at_step(2, twice))
     ended = lorasmith(home, "train", "cats", *TINY)
     assert (ended.code, ended.err) == (130, "lorasmith: stopped\n")
-    assert listing(home / "runs" / "cats") == {"run.toml", "steps.jsonl"}
+    assert listing(home / "runs" / "cats") == UNFINISHED
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.run.picture_of", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("lorasmith.run.toml_of", lambda config: signal.raise_signal(signal.SIGINT))
     ended = lorasmith(home, "train", "cats", "--model", "demo")
     assert ended == Ended(130, "", "lorasmith: stopped\n")
     assert not listing(home / "runs")
@@ -165,15 +169,15 @@ def nan() -> torch.Tensor:
     return torch.full((1,), math.nan, requires_grad=True)
 
 
-def test_a_loss_that_is_no_number_keeps_what_was_trained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_are_no_numbers_keep_what_was_trained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "sample_losses", at_step(1, nan))
+        patch.setattr(training, "sample_losses", at_step(1, nan, times=3))
         assert lorasmith(home, "train", "cats", *TINY).code == 2
     assert not listing(home / "runs")
-    monkeypatch.setattr(training, "sample_losses", at_step(3, nan))
+    monkeypatch.setattr(training, "sample_losses", at_step(3, nan, times=3))
     ended = lorasmith(home, "train", "cats", *TINY, "--steps", "4")
     assert ended.code == 2
-    assert re.fullmatch(r"lorasmith: the loss of sample [01]\.png \(number 2\) is nan\n", ended.err)
+    assert ended.err.splitlines()[-1].startswith("lorasmith: not finite 3 times in a row: ")
     assert f"LoRA of 2 steps: {Path('runs', 'cats', 'lora.safetensors')}\n" in ended.out
     tensors, metadata = lorafile.read(home / "runs" / "cats" / "lora.safetensors")
     assert metadata["lorasmith.steps"] == "2"
@@ -187,7 +191,7 @@ def test_a_lack_of_memory_keeps_what_was_trained(home: Path, monkeypatch: pytest
     monkeypatch.setattr(training, "sample_losses", at_step(2, failing))
     ended = lorasmith(home, "train", "cats", *TINY)
     assert ended.code == 2
-    assert ended.err.startswith("lorasmith: out of memory, try a smaller batch_size or data.resolution: Default")
+    assert ended.err.startswith("lorasmith: out of memory: try --memory_ladder, or a smaller batch_size")
     assert ended.err.count("\n") == 1
     assert lorafile.read(home / "runs" / "cats" / "lora.safetensors")[1]["lorasmith.steps"] == "1"
 
@@ -202,9 +206,10 @@ def test_a_full_disk_leaves_no_partial_lora(home: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "replace", full)
     ended = lorasmith(home, "train", "cats", *TINY)
-    path = Path("runs", "cats", "lora.safetensors")
+    path = Path("runs", "cats", "checkpoints", "step-0000002.safetensors")
     assert (ended.code, ended.err) == (2, f"lorasmith: cannot write {path}: {os.strerror(errno.ENOSPC)}\n")
-    assert listing(home / "runs" / "cats") == {"run.toml", "steps.jsonl"}
+    assert listing(home / "runs" / "cats") == UNFINISHED
+    assert not list((home / path).parent.iterdir())
 
 
 Prepare = Callable[[Path], object]
@@ -248,7 +253,11 @@ BAD: list[tuple[Prepare, str, str]] = [
     (nothing, "cats --model cats", r"cats must be a diffusers folder .*, got a folder without it"),
     (truncated_model, "cats --model broken", "cannot load broken.vae: .+"),
     (pickled_model, "cats --model pickled", "pickled.unet must hold safetensors weights: pickles can run code .*"),
-    (nothing, "cats --output cats", "output must be a folder that does not exist yet, got cats"),
+    (
+        nothing,
+        "cats --output cats",
+        "output must be a folder that does not exist yet, unless --resume is given, got cats",
+    ),
     (written("run.toml", b""), "cats --output run.toml/x", r".*run\.toml.x.*"),
     (nothing, "cats --rank 4", r"there is no setting rank: did you mean adapter\.rank\?"),
     (nothing, "cats --seed -1", "seed must be 0 to 18446744073709551615, got '-1'"),

@@ -130,7 +130,7 @@ def test_a_limit_of_oft_outlives_its_file(denoiser: Any, latents: Tensor, texts:
     dataset = Dataset.of(samples, [1] * 4, seed=0, group_size=1)
     job = Job.of(denoiser, dataset, Config(**values), device=torch.device("cpu"))
     list(job.steps())
-    lorafile.write(tmp_path / "oft.safetensors", job.lora(), job.file_metadata(5))
+    lorafile.write(tmp_path / "oft.safetensors", job.lora(), job.file_metadata())
     again = Job.of(
         denoiser, dataset, Config(**values, existing_lora=tmp_path / "oft.safetensors"), device=torch.device("cpu")
     )
@@ -149,8 +149,11 @@ def test_draws_are_not_repeated_whatever_the_group(
         return Job.of(denoiser, dataset, config, device=torch.device("cpu"))
 
     first = job(4)
-    lorafile.write(tmp_path / "a.safetensors", first.lora(), first.file_metadata(3))
+    first.state.counters.step = first.state.counters.group = 3
+    lorafile.write(tmp_path / "a.safetensors", first.lora(), first.file_metadata())
     again = job(5, existing_lora=tmp_path / "a.safetensors")
-    assert (again.done, again.first) == (3, 3)
-    assert min(again.dataset.group_at(again.first).numbers) >= 12
-    assert again.file_metadata(6)["lorasmith.samples"] == "30"
+    counters = again.state.counters
+    assert (again.done, counters.group, counters.step) == (3, 3, 0)
+    assert min(again.dataset.group_at(counters.group).numbers) >= 12
+    counters.step, counters.group = 3, 6
+    assert again.file_metadata()["lorasmith.samples"] == "30"

@@ -6,12 +6,28 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "header", "whole"),
-    ("noise", "losses", "optimizers", "adapters", "data.folder", "data.buckets", "plots", "demo", "layouts", "looks"),
+    ("draws", "devices", "kernels", "ldm_names", "header", "whole", "world", "digests"),
+    (
+        "noise",
+        "losses",
+        "optimizers",
+        "adapters",
+        "data.folder",
+        "data.buckets",
+        "plots",
+        "demo",
+        "layouts",
+        "looks",
+        "step_log",
+        "lock",
+    ),
     ("targets", "data.cache", "sampling", "validation", "report", "peft_config"),
     ("attach", "memory", "config", "lorafile"),
-    ("settings", "training", "families", "inspection", "loading", "base_weights"),
+    ("settings", "objective", "state", "families", "inspection", "loading", "base_weights", "sharding"),
+    ("diagnosis", "checkpoints"),
+    ("training", "resuming"),
     ("job", "inputs"),
+    ("keeping", "run_folder"),
     ("run", "contract", "console"),
     ("cli",),
     ("__main__",),
@@ -60,6 +76,8 @@ def climbs(module: str, imported: str) -> bool:
         "kernels",
         "families",
     )
+    if module == "training" and imported.startswith("families"):  # the loop knows a Denoiser, not a model
+        return True
     return not same_package and floor_of(imported) >= floor_of(module)
 
 

@@ -5,71 +5,83 @@ import re
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import made
 
 from lorasmith import run
-from lorasmith.config import Config
 from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion
-from lorasmith.run import Run, free_folder
+from lorasmith.run import Run, opened_run
+from lorasmith.run_folder import numbered_folder
 from lorasmith.settings import configured, merged
+
+Opened = Callable[..., AbstractContextManager[Run]]
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: StableDiffusion) -> Callable[..., Run]:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: StableDiffusion) -> Opened:
     """Opens runs of the embedded model, which is loaded once, on two captioned pictures."""
     monkeypatch.setattr(run, "opened", lambda model: family)
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "cats", "a cat", "a black cat")
     base = {"model": str(BASE), "device": "cpu", "data": {"folder": "cats"}, "sampling": {"steps": 1}}
-    return lambda **values: Run.opened(configured(merged(base, values)))
+    return lambda **values: opened_run(configured(merged(base, values)))
 
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "expected"), [(1, 1, 700), (5, 1, 140), (2, 4, 88), (700, 1, 1), (10_000, 4, 1)]
 )
 def test_the_default_is_100_views_of_each_picture(
-    opened: Callable[..., Run], tmp_path: Path, batch_size: int, accumulation: int, expected: int
+    opened: Opened, tmp_path: Path, batch_size: int, accumulation: int, expected: int
 ) -> None:
     made(tmp_path / "dogs" / "5_dog", "a dog")
     made(tmp_path / "dogs" / "plain", "a dog", "another")
-    found = opened(data={"folder": "dogs"}, batch_size=batch_size, grad_accumulation_steps=accumulation)
-    assert found.num_steps == expected
-    assert found.job.config.data.resolution == 64  # the model's own, now that it is known
+    with opened(data={"folder": "dogs"}, batch_size=batch_size, grad_accumulation_steps=accumulation) as found:
+        assert found.num_steps == expected
+        assert found.job.config.data.resolution == 64  # the model's own, now that it is known
 
 
-def test_steps_that_are_set_stay(opened: Callable[..., Run]) -> None:
-    assert opened(steps=7, batch_size=50).num_steps == 7
+def test_steps_that_are_set_stay(opened: Opened) -> None:
+    with opened(steps=7, batch_size=50) as found:
+        assert found.num_steps == 7
 
 
 def test_folders_are_numbered_where_their_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert free_folder("cats") == Path("runs/cats")
+    for is_there in (False, True):
+        assert numbered_folder("cats", is_there=is_there) == Path("runs/cats")
     for name in ("cats", "cats-2", "cats-4", "dogs-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert free_folder("cats") == Path("runs/cats-3")
-    assert free_folder("dogs") == Path("runs/dogs")
+    assert numbered_folder("cats", is_there=False) == Path("runs/cats-3")
+    assert numbered_folder("cats", is_there=True) == Path("runs/cats-2")
+    assert numbered_folder("dogs", is_there=False) == Path("runs/dogs")
     (tmp_path / "runs" / "dogs").write_text("a file")
-    assert free_folder("dogs") == Path("runs/dogs-3")
+    assert numbered_folder("dogs", is_there=False) == Path("runs/dogs-3")
 
 
-def test_the_folder_is_named_after_the_pictures(opened: Callable[..., Run], tmp_path: Path) -> None:
-    assert opened().folder == Path("runs/cats")
-    assert opened(data={"folder": "cats/../cats"}).folder == Path("runs/cats")
-    assert opened(output="x/y").folder == Path("x/y")
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()  # opening writes nothing
+def test_the_folder_is_named_after_the_pictures(opened: Opened, tmp_path: Path) -> None:
+    for values, path in (
+        ({}, "runs/cats"),
+        ({"data": {"folder": "cats/../cats"}}, "runs/cats-2"),
+        ({"output": "x/y"}, "x/y"),
+    ):
+        with opened(**values) as found:
+            assert found.folder is not None and found.folder.path == Path(path)
 
 
-def test_the_first_captions_are_the_prompts(opened: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_first_captions_are_the_prompts(opened: Opened, tmp_path: Path) -> None:
     made(tmp_path / "many", "c", "b", "c", "a", "", "d")
-    assert opened(data={"folder": "many"}).prompts == ("c", "b", "a", "")
-    assert opened(sampling={"prompts": []}).prompts == ()
-    assert opened(sampling={"prompts": ["x", "x"]}).prompts == ("x", "x")
+    for values, prompts in (
+        ({"data": {"folder": "many"}}, ("c", "b", "a", "")),
+        ({"sampling": {"prompts": []}}, ()),
+        ({"sampling": {"prompts": ["x", "x"]}}, ("x", "x")),
+    ):
+        with opened(**values) as found:
+            assert found.prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -77,8 +89,11 @@ def test_the_first_captions_are_the_prompts(opened: Callable[..., Run], tmp_path
     [
         ({"model": None}, "model must be set: there is no default"),
         ({"data": {"folder": None}}, r"data\.folder must be set: there is no default"),
-        ({"output": "cats"}, "output must be a folder that does not exist yet, got cats"),
-        ({"output": "cats/0.png"}, r"output must be a folder that does not exist yet, got cats/0\.png"),
+        ({"output": "cats"}, "output must be a folder that does not exist yet, unless --resume is given, got cats"),
+        (
+            {"output": "cats/0.png"},
+            r"output must be a folder that does not exist yet, unless --resume is given, got cats/0\.png",
+        ),
         (
             {"output": "cats/runs/1"},
             "output must be outside the picture folder, lest its plots be trained on, got cats/runs/1",
@@ -89,27 +104,34 @@ def test_the_first_captions_are_the_prompts(opened: Callable[..., Run], tmp_path
         ({"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none'.*"),
     ],
 )
-def test_what_cannot_be_run_is_refused(opened: Callable[..., Run], values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        opened(**values)
+def test_what_cannot_be_run_is_refused(opened: Opened, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"), opened(**values):
+        pass
+    assert not Path("runs").exists()
 
 
-def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Callable[..., Run], tmp_path: Path) -> None:
+def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opened, tmp_path: Path) -> None:
     made(tmp_path / "held out", "a white cat", "a grey cat")
     made(tmp_path / "others", "a house", "a tree", "a car")
-    measured = opened(data={"held_out": "held out", "drift": "others"}, steps=2, sampling={"prompts": []})
-    measured.begin()
-    assert list(measured.steps()) == measured.taken
-    measured.save()
-    summary = dict(measured.finish())
+    values = {"data": {"held_out": "held out", "drift": "others"}, "steps": 2, "sampling": {"prompts": []}}
+    with opened(**values) as measured:
+        assert len(list(measured.steps())) == 2
+        summary = dict(measured.finish())
     number = r"[+-]?\d+\.\d+"
-    for name, count in (("held-out", 2), ("drift", 3)):
-        line = rf"{number} ± {number} before, {number} ± {number} after: {number} ± {number}"
-        assert re.fullmatch(line, summary[f"{name} loss"])
-        assert measured.before[name].shape == measured.after[name].shape == (count,)
-        assert not torch.equal(measured.before[name], measured.after[name])
-        assert f"{name} loss" in (measured.folder / "report.html").read_text("utf-8")
+    for name in ("held-out", "drift"):
+        line = rf"({number}) ± {number} before, ({number}) ± {number} after: {number} ± {number}"
+        found = re.fullmatch(line, summary[f"{name} loss"])
+        assert found and f"{name} loss" in Path("runs/cats/report.html").read_text("utf-8")
     assert summary["steps"] == "2 of 2, 1 samples each" and summary["pictures"] == "2"
+
+
+def saved(run: AbstractContextManager[Run]) -> Path:
+    """Trains to the end; returns the path of the LoRA."""
+    with run as trained:
+        list(trained.steps())
+        path = trained.save()
+    assert path is not None
+    return path
 
 
 def header(path: Path) -> dict[str, str]:
@@ -119,81 +141,65 @@ def header(path: Path) -> dict[str, str]:
     return json.loads(content[8 : 8 + length])["__metadata__"]
 
 
-def test_the_file_tells_nothing_of_the_machine_or_the_hour(opened: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_file_tells_nothing_of_the_machine_or_the_hour(opened: Opened, tmp_path: Path) -> None:
     made(tmp_path / "held out", "a white cat", "a grey cat")
     folders = {"folder": str(tmp_path / "cats"), "held_out": str(tmp_path / "held out")}
-    trained = opened(data=folders, output=str(tmp_path / "x" / "my LoRA"), steps=1, sampling={"prompts": []})
-    trained.begin()
-    list(trained.steps())
-    trained.save()
-    content = trained.lora_path.read_bytes()
+    path = saved(opened(data=folders, output=str(tmp_path / "x" / "my LoRA"), steps=1, sampling={"prompts": []}))
+    content = path.read_bytes()
     for told in (tmp_path, BASE, BASE.parent, Path.home()):
         assert str(told).encode() not in content or len(str(told)) < 4
-    metadata = header(trained.lora_path)
+    metadata = header(path)
     text = "\n".join(f"{key}={value}" for key, value in metadata.items())
     assert socket.gethostname() not in text.split()
     assert not re.search(r"\d\d\d\d-\d\d-\d\d|\d\d:\d\d", text)
     assert not re.search(r'["=]([A-Za-z]:)?[/\\]', text)  # a path from the root
     assert metadata["modelspec.title"] == "my LoRA"
     config = json.loads(metadata["lorasmith.config"])
-    assert config["data"]["folder"] == "cats" and config["data"]["held_out"] == "held out"
+    assert config["data"] == {"folder": "cats", "resolution": 64}
     assert config["model"] == metadata["ss_sd_model_name"] == BASE.name
 
 
-def test_equal_runs_make_equal_files_whatever_their_number(opened: Callable[..., Run]) -> None:
-    files = []
-    for _ in range(2):
-        trained = opened(steps=1, sampling={"prompts": []})
-        trained.begin()
-        list(trained.steps())
-        trained.save()
-        files.append(trained.lora_path)
+def test_equal_runs_make_equal_files_whatever_their_number(opened: Opened) -> None:
+    files = [saved(opened(steps=1, sampling={"prompts": []})) for _ in range(2)]
     assert files == [Path("runs/cats/lora.safetensors"), Path("runs/cats-2/lora.safetensors")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert header(files[1])["modelspec.title"] == "cats"
 
 
-def test_the_folder_goes_where_nothing_was_trained(
-    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_folder_goes_where_nothing_was_trained(opened: Opened) -> None:
+    with pytest.raises(KeyboardInterrupt), opened(output="x/y", steps=2, sampling={"prompts": []}):
+        assert Path("x/y/run.toml").exists()
+        raise KeyboardInterrupt
+    assert not Path("x/y").exists()
+    with pytest.raises(KeyboardInterrupt), opened(output="x/y", steps=2, sampling={"prompts": []}) as run:
+        next(run.steps())
+        raise KeyboardInterrupt
+    assert len(Path("x/y/steps.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_folder_that_another_run_made_meanwhile_is_left_alone(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(config: Config) -> str:
-        raise OSError("full")
+    path = tmp_path / "runs" / "cats" / "lora.safetensors"
+    encode = run.encoded
 
-    failing = opened(output="x/y", steps=2, sampling={"prompts": []})
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="^full$"):
-        patch.setattr(run, "toml_of", full)
-        failing.begin()
-    assert not (tmp_path / "x" / "y").exists()
-    failing.begin()
-    with pytest.raises(KeyboardInterrupt), failing.kept_once_trained():
-        raise KeyboardInterrupt
-    assert not (tmp_path / "x" / "y").exists()
-    failing.begin()
-    with pytest.raises(KeyboardInterrupt), failing.kept_once_trained():
-        next(failing.steps())
-        raise KeyboardInterrupt
-    assert len((tmp_path / "x" / "y" / "steps.jsonl").read_text().splitlines()) == 1
+    def late(*args: Any) -> Any:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of the other run")
+        return encode(*args)
+
+    monkeypatch.setattr(run, "encoded", late)
+    with pytest.raises(FileExistsError), opened(steps=1):
+        pass
+    assert path.read_text() == "of the other run"
 
 
-def test_a_folder_that_another_run_made_meanwhile_is_left_alone(opened: Callable[..., Run], tmp_path: Path) -> None:
-    late = opened(steps=1)
-    (tmp_path / "runs" / "cats").mkdir(parents=True)
-    (tmp_path / "runs" / "cats" / "lora.safetensors").write_text("of the other run")
-    with pytest.raises(FileExistsError):
-        late.begin()
-    assert (tmp_path / "runs" / "cats" / "lora.safetensors").read_text() == "of the other run"
-
-
-def test_a_run_continues_a_lora(opened: Callable[..., Run], tmp_path: Path, caplog: Any) -> None:
+def test_a_run_continues_a_lora(opened: Opened, tmp_path: Path, caplog: Any) -> None:
     """Its algorithm, rank and steps are the file's; the file's name alone goes into the next one."""
-    first = opened(steps=2, adapter={"name": "LoHa", "rank": 2}, sampling={"prompts": []})
-    first.begin()
-    list(first.steps())
-    first.save()
-    second = opened(steps=3, existing_lora=first.lora_path, sampling={"prompts": []})
-    assert second.job.adapters.algorithms == ["LoHa"] and "rank: the LoRA's own (2) holds, not 8" in caplog.text
-    second.begin()
-    assert [step.step for step in second.steps()] == [3, 4, 5]
-    metadata = second.job.file_metadata(5)
+    path = saved(opened(steps=2, adapter={"name": "LoHa", "rank": 2}, sampling={"prompts": []}))
+    with opened(steps=3, existing_lora=path, sampling={"prompts": []}) as second:
+        assert second.job.adapters.algorithms == ["LoHa"] and "rank: the LoRA's own (2) holds, not 8" in caplog.text
+        assert [step.step for step in second.steps()] == [3, 4, 5]
+        metadata = second.job.file_metadata()
     assert json.loads(metadata["lorasmith.config"])["existing_lora"] == "lora.safetensors"
     assert metadata["ss_network_args"] == '{"algo": "loha"}' and metadata["lorasmith.steps"] == "5"

@@ -22,10 +22,11 @@ INTERRUPTED = 130
 
 
 @app.command(help_flags=[])
-def train(*tokens: Tokens) -> int:
+def train(*tokens: Tokens, resume: bool = False) -> int:
     """Train a LoRA: `lorasmith train PICTURES --model MODEL`. `lorasmith train --help` lists every setting.
 
-    PICTURES is a folder of pictures with captions (.txt) beside them. A TOML file of settings serves as well.
+    PICTURES is a folder of pictures with captions (.txt) beside them. A TOML file of settings serves as well. With
+    `--resume`, an interrupted run goes on from its newest checkpoint: give the same command, or its run.toml.
     """
     from lorasmith.settings import configured, merged, parsed, read_toml
 
@@ -39,26 +40,28 @@ def train(*tokens: Tokens) -> int:
         values = merged(read_toml(source), values)
     else:
         values = merged({"data": {"folder": str(source)}}, values)
-    return _execute(configured(_with_model(values)))
+    folder = source.parent if resume and source.name == "run.toml" and source.is_file() else None
+    return _execute(configured(_with_model(values)), resume=resume, folder=folder)
 
 
 @app.command
-def demo(*tokens: Tokens, concept: str = "line_drawing") -> int:
+def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -> int:
     """Train a LoRA on the embedded model and pictures, and show what it learnt.
 
     Parameters
     ----------
     concept: the style to learn: line_drawing, plain to the eye, or flat, the subtler one
+    resume: go on from the newest checkpoint of the last demo that was interrupted
     """
     from lorasmith.demo import demo_settings
-    from lorasmith.run import free_folder
+    from lorasmith.run_folder import numbered_folder
     from lorasmith.settings import configured, merged, parsed
 
     others, values = parsed(tokens)
     if others:
         raise ValueError(f"demo takes settings only, got {' '.join(others)}")
-    folder = {"output": str(free_folder(f"demo-{concept}"))}
-    return _execute(configured(merged({**demo_settings(concept), **folder}, values)))
+    folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
+    return _execute(configured(merged({**demo_settings(concept), **folder}, values)), resume=resume)
 
 
 @app.command
@@ -127,7 +130,7 @@ def _show_settings() -> int:
     from lorasmith.console import console
     from lorasmith.settings import settings
 
-    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …]\n")
+    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …] [--resume]\n")
     table = Table(Column("setting", no_wrap=True), "value", "default", "what", box=None, pad_edge=False)
     for setting in settings().values():
         table.add_row(f"--{setting.key}", setting.rule, setting.default, setting.help)
@@ -135,36 +138,50 @@ def _show_settings() -> int:
     return 0
 
 
-def _execute(config: Any) -> int:
+def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
     from lorasmith.console import console, follow, interruptible, show_table
-    from lorasmith.run import Run
+    from lorasmith.run import opened_run
+    from lorasmith.world import joined, num_restarts
 
     _prepare_terminal()
-    run = Run.opened(config)
-    run.begin()
-    with run.kept_once_trained(), interruptible() as stop:
+    is_resuming = resume or num_restarts() > 0
+    with (
+        joined(config.device) as world,
+        opened_run(config, is_resuming=is_resuming, folder=folder, world=world) as run,
+        interruptible() as stop,
+    ):
+        console.quiet = not world.is_first
         try:
-            follow(run.steps(), run.num_steps, stop)
+            follow(run.steps(stop), run.num_steps, run.job.done)
         except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError):
-            _save(run)
+            _save_if_possible(run)
             raise
         _save(run)
-    if stop.is_set():
-        console.print(f"stopped after step {len(run.taken)} of {run.num_steps}")
-        return INTERRUPTED
-    show_table(run.finish())
-    console.print(f"run folder: {run.folder}", soft_wrap=True)
+        if run.num_done < run.num_steps:
+            console.print(f"stopped after step {run.num_done} of {run.num_steps}; --resume goes on")
+            return INTERRUPTED
+        show_table(run.finish())
+        if run.folder is not None:
+            console.print(f"run folder: {run.folder.path}", soft_wrap=True)
     return 0
 
 
 def _save(run: Any) -> None:
-    """Keeps the LoRA of the steps taken, if any, and says where."""
+    """Keeps the LoRA of the steps done, if any, and says where."""
     from lorasmith.console import console
 
-    if run.taken:
-        run.save()
-        console.print(f"LoRA of {len(run.taken)} steps: {run.lora_path}", soft_wrap=True)
+    path = run.save()
+    if path is not None:
+        console.print(f"LoRA of {run.num_done} steps: {path}", soft_wrap=True)
+
+
+def _save_if_possible(run: Any) -> None:
+    """After an error, which is to be told, not another that follows from it."""
+    try:
+        _save(run)
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:
+        log.debug("no LoRA of the last step", exc_info=error)
 
 
 def _hush_imports() -> None:
@@ -182,11 +199,6 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
             raise ValueError(f"arguments must be UTF-8, got {argument!r}")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """By its text: torch raises a class of its own for some devices alone."""
-    return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
-
-
 def _refused(error: Exception) -> int:
     """One line for the user; the traceback for LORASMITH_LOG=debug."""
     log.debug("", exc_info=error)
@@ -202,12 +214,15 @@ def main() -> None:
         _refuse_bytes(sys.argv[1:])
         _hush_imports()
         code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
-    except (ValueError, OSError, ArithmeticError, MemoryError, CycloptsError) as error:
+    except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
         code = _refused(error)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        from lorasmith.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        code = _refused(MemoryError(f"out of memory, try a smaller batch_size or data.resolution: {error}"))
+        advice = "try --memory_ladder, or a smaller batch_size or data.resolution, and --resume"
+        code = _refused(MemoryError(f"out of memory: {advice} ({error})"))
     except KeyboardInterrupt:
         print("lorasmith: stopped", file=sys.stderr)
         code = INTERRUPTED

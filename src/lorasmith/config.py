@@ -51,6 +51,40 @@ class Sampling(Component):
         default=5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance; 1: none"
     )
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives the noise that pictures start from")
+    every: Steps | None = Field(default=None, description="draw the prompts every so many steps too; none: at the end")
+
+
+class Checkpoints(Component):
+    """The checkpoints that an interrupted run resumes from."""
+
+    steps: Steps | None = Field(default=None, description="write one every so many steps; none: by minutes alone")
+    minutes: float = Field(
+        default=5.0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="write one every so many minutes, but spend at most 1 % of the time on these; 0: by steps alone",
+    )
+    keep: int = Field(default=2, ge=1, le=1000, description="how many of the newest are kept")
+
+
+class NonFinite(Component):
+    """What follows a loss or gradient that is NaN or infinite: its group of samples is left out, and told of."""
+
+    limit: int = Field(default=3, ge=1, le=1000, description="groups left out in a row at which the run stops")
+    returns: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="how often the run goes back to its last checkpoint by steps instead of stopping",
+    )
+    rate_factor: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="what the learning rate is multiplied by each time the run goes back",
+    )
 
 
 class Config(Component):
@@ -93,6 +127,11 @@ class Config(Component):
     quantized_backward: bool = Field(
         default=False, description="take gradients through linear layers as int8 products, a few percent off"
     )
+    memory_ladder: bool = Field(
+        default=False,
+        description="where memory runs out, checkpoint activations, then halve batch_size, instead of stopping",
+    )
+    sharded: bool = Field(default=False, description="share the model's weights out over the processes (FSDP2)")
     adapter: Algorithm = LoRA()
     targets: Targets = Targets()
     optimizer: Optimizer = Field(default=AdamW(), description="how gradients become steps")
@@ -100,8 +139,11 @@ class Config(Component):
     loss: Loss = Field(default=MSE(), description="distance of prediction and target")
     times: Times = Field(default=Uniform(), description="law that noise levels are drawn from")
     sampling: Sampling = Sampling()
+    checkpoints: Checkpoints = Checkpoints()
+    non_finite: NonFinite = NonFinite()
+    tensorboard: bool = Field(default=False, description="log to TensorBoard as well, in the run folder")
 
     @property
     def group_size(self) -> int:
-        """Samples an optimizer step."""
+        """Samples an optimizer step and process."""
         return self.batch_size * self.grad_accumulation_steps

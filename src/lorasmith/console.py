@@ -4,8 +4,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
@@ -14,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from lorasmith.types import Step
+from lorasmith.world import is_under_torchrun
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 console = Console(markup=False, emoji=False)  # paths are shown as they are
 
 
@@ -38,35 +40,39 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the flag; a second one ends the program at once, as usual."""
+    """Ctrl-C, or a SIGTERM, sets the flag; a second one ends the program at once, as usual.
+
+    But not where torchrun started the program: it passes Ctrl-C on, so that each comes twice, and kills what goes on.
+    """
     stop = threading.Event()
-    usual = signal.getsignal(signal.SIGINT)
+    usual = {name: signal.getsignal(name) for name in STOPPING}
 
     def first(signum: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, usual)
+        if not is_under_torchrun():
+            signal.signal(signum, usual[signal.Signals(signum)])
 
-    signal.signal(signal.SIGINT, first)
+    for name in STOPPING:
+        signal.signal(name, first)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for name, handler in usual.items():
+            signal.signal(name, handler)
 
 
-def follow(steps: Generator[Step, None, None], total: int, stop: threading.Event) -> None:
-    """Runs through the steps with a progress bar, and closes them after the step in hand once the flag is set."""
+def follow(steps: Iterator[Step], total: int, before: int) -> None:
+    """Runs through the steps with a progress bar; those of a LoRA that is continued, `before`, do not count."""
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
     )  # fmt: skip
     mean = None
-    with closing(steps), Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total, loss="-", rate="-")
         for step in steps:
             mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss
-            progress.update(task, advance=1, loss=f"{mean:.4f}", rate=f"{1 / step.seconds:.2f}")
-            if stop.is_set():
-                break
+            progress.update(task, completed=step.step - before, loss=f"{mean:.4f}", rate=f"{1 / step.seconds:.2f}")
 
 
 def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:

@@ -1,6 +1,7 @@
 """train_lora: the sixteen inputs and four outputs of the training node. N samples, C channels, h w latent sides."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -10,17 +11,22 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lorasmith.attach import attach
-from lorasmith.config import Config
+from lorasmith.checkpoints import CheckpointFolder
+from lorasmith.config import Checkpoints, Config, NonFinite
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
+from lorasmith.keeping import kept_steps, resumed
 from lorasmith.loading import adapters_from
+from lorasmith.lock import FolderLock
 from lorasmith.memory import shared_copy
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
+from lorasmith.whole import remove_partial
+from lorasmith.world import ALONE, World
 
 NO_LORA = "[None]"
 NAMES = {
@@ -58,6 +64,12 @@ def train_lora(
     offloading: bool = False,
     quantized_backward: bool = False,
     bucket_mode: bool = False,
+    checkpoint_folder: str | Path | None = None,
+    resume_from: str | Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    non_finite: NonFinite | None = None,
+    memory_ladder: bool = False,
+    world: World = ALONE,
 ) -> Result:
     """Trains a LoRA; the model that comes in stays as it is.
 
@@ -86,6 +98,15 @@ def train_lora(
     offloading: refused, as the model that comes in stays on the device that it is trained on.
     quantized_backward: take gradients through linear layers as int8 products, a few percent off, with torchao.
     bucket_mode: latents may be a list of several sizes; every step trains on samples of one size.
+    checkpoint_folder: where to write checkpoints, also when an error or Ctrl-C breaks the training off; None: nowhere.
+    resume_from: a checkpoint, or a folder of checkpoints of which the newest sound one is taken; None: none. The result
+        is bit for bit that of a training that was not interrupted; what has changed since is logged.
+    checkpoints: when to write one and how many to keep; None: every 5 minutes, and the newest 2.
+    non_finite: what follows a loss or gradient that is not finite; None: its group of samples is left out, and the
+        third such group in a row is an error.
+    memory_ladder: where memory runs out, use gradient_checkpointing, then halve batch_size, instead of stopping.
+    world: the processes that train this LoRA together (`lorasmith.world.joined`); each has the whole of the inputs and
+        gets the whole of the outputs.
 
     Returns model_with_lora (a pipeline for a path or pipeline, else a Denoiser), lora {key: tensor}, loss
     {"loss": [one float an optimizer step]} and steps (those of existing_lora included).
@@ -93,29 +114,49 @@ def train_lora(
     A model that is loaded from a path or hub id trains on the best device, others where they are. Gradients longer
     than 1 are scaled to 1, as on the command line (max_grad_norm).
 
-    Raises ValueError that names the input, the rule and the value, and NonFiniteError on a loss or gradient that is not
-    finite.
+    Raises ValueError that names the input, the rule and the value, and NonFiniteError on losses or gradients that are
+    not finite.
     """
     config = _config(
         batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps, steps=steps,
         learning_rate=learning_rate, optimizer=optimizer, loss=loss_function, seed=seed,
         training_dtype=training_dtype, lora_dtype=lora_dtype, gradient_checkpointing=gradient_checkpointing,
-        existing_lora=_path(existing_lora),
+        existing_lora=None if existing_lora == NO_LORA else _text_as_path(existing_lora),
         adapter={"name": algorithm, "rank": rank, "alpha": alpha} | ({} if factor is None else {"factor": factor}),
         targets=Targets() if targets is None else targets, checkpoint_depth=checkpoint_depth, offloading=offloading,
-        quantized_backward=quantized_backward,
+        quantized_backward=quantized_backward, checkpoints=checkpoints or Checkpoints(),
+        non_finite=non_finite or NonFinite(), memory_ladder=memory_ladder,
     )  # fmt: skip
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = None if isinstance(model, Denoiser) else opened(model)
         denoiser: Denoiser = model if family is None else family.denoiser
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
-        dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
+        dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
         metadata = family.metadata() if family else {}
         device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
-        job = Job.of(denoiser, dataset, config, device=device, metadata=metadata)
-        losses = [step.loss for step in job.steps()]
+        job = Job.of(denoiser, dataset, config, device=device, metadata=metadata, world=world)
+        losses = _losses(job, _path(checkpoint_folder, "checkpoint_folder"), _path(resume_from, "resume_from"))
         lora = job.lora()
-        return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.done + len(losses))
+        return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.steps_in_all)
+
+
+def _losses(job: Job, folder: Path | None, source: Path | None) -> list[float]:
+    """Trains, from a checkpoint of `source` on where that is given; returns the losses of all steps."""
+    checkpoints = None if folder is None else CheckpointFolder(folder, job.config.checkpoints)
+    with ExitStack() as stack:
+        if folder is not None and job.world.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(folder)
+            lock.acquire()
+            stack.callback(lock.release)
+            remove_partial([folder])
+        if source is not None and not resumed(job, source) and source != folder:
+            raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
+        if source is None and checkpoints is not None and checkpoints.steps():
+            raise ValueError(f"checkpoint_folder must hold no checkpoints unless resume_from is given, got {folder}")
+        for _ in kept_steps(job, checkpoints, None):
+            pass
+    return job.state.losses
 
 
 def _config(**inputs: Any) -> Config:
@@ -130,11 +171,15 @@ def _config(**inputs: Any) -> Config:
     return config
 
 
-def _path(existing_lora: Any) -> Any:
-    """Text becomes a path, of which the word for none is none; the schema refuses what is neither."""
-    if existing_lora == NO_LORA:
-        return None
-    return Path(existing_lora) if isinstance(existing_lora, str) else existing_lora
+def _text_as_path(value: Any) -> Any:
+    """The schema, which is strict, refuses what is neither."""
+    return Path(value) if isinstance(value, str) else value
+
+
+def _path(value: Any, name: str) -> Path | None:
+    if value is not None and not isinstance(value, str | Path):
+        raise ValueError(f"{name} must be a path or None, got {value!r}")
+    return None if value is None else Path(value).expanduser()
 
 
 def _with_lora(denoiser: Denoiser, family: Family | None, lora: dict[str, Tensor], config: Config) -> Any:

@@ -60,3 +60,12 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
         log.info("%s has no bf16: computing in fp32 instead", device.type)
         return torch.float32
     return DTYPES[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """By its text where it is a RuntimeError: torch raises a class of its own for some devices alone."""
+    words = (
+        "out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "could not create a memory",
+        "could not create a primitive",
+    )  # fmt: skip
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))

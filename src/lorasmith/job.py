@@ -3,8 +3,8 @@
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,18 @@ from lorasmith.adapters import Algorithm, LoKr
 from lorasmith.adapters.oft import OFTAdapter
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
+from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.loading import adapters_from
-from lorasmith.memory import checkpointed, shared_copy
+from lorasmith.memory import shared_copy
+from lorasmith.resuming import WITHOUT_EFFECT, facts_of, group_to_go_on_with, tell_changes
+from lorasmith.state import State
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.training import train
 from lorasmith.types import Denoiser, Step
+from lorasmith.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -39,60 +43,91 @@ class Job:
     denoiser: Denoiser  # the copy, frozen, in the dtype that is computed in
     adapters: AdapterSet
     dataset: Dataset
+    state: State
     done: int  # steps of the LoRA that is continued
-    first: int  # number of the first group of samples: those before it were drawn for that LoRA
+    facts: dict[str, str]  # what decides the result besides the config
     metadata: dict[str, str]  # what other tools read of the base model
+    world: World
 
     @classmethod
     def of(
         cls, denoiser: Denoiser, dataset: Dataset, config: Config, *, device: torch.device,
-        metadata: dict[str, str] | None = None,
+        metadata: dict[str, str] | None = None, world: World = ALONE,
     ) -> "Job":  # fmt: skip
         """New adapters, or those of an existing LoRA."""
         assert config.steps is not None
+        if config.non_finite.returns and config.checkpoints.steps is None:  # by the clock it could be another step
+            raise ValueError("checkpoints.steps must be set where non_finite.returns is, got none")
         path = config.existing_lora
         if path is None:
             adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0
         else:
-            adapters, done, first = _continued(path, denoiser, config.group_size)
+            adapters, done, first = _continued(path, denoiser, dataset.order.group_size)
             _warn_of_differences(config, adapters, denoiser)
         if config.offloading:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
-        home = device_of(denoiser) if config.offloading else device
+        if config.sharded:
+            from lorasmith.sharding import refuse_useless_sharding, shard
+
+            refuse_useless_sharding(config, adapters, world)
+        home = device_of(denoiser) if config.offloading or config.sharded else device
         copy = shared_copy(denoiser, home, model_dtype(config.training_dtype, device))
         if config.quantized_backward:
             quantize_backward(copy)
         if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps
             offload(copy, device)
+        is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
+        if config.sharded:
+            shard(copy, device)
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
-        return cls(config, denoiser, copy, adapters, dataset, done, first, {**network, **(metadata or {})})
+        facts = facts_of(denoiser, adapters, dataset, device, world)
+        state = State(adapters, config, is_fp16=is_fp16, group=first)
+        return cls(
+            config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world
+        )
 
-    def steps(self) -> Iterator[Step]:
-        """Trains; each step is yielded when it is complete."""
-        assert self.config.steps is not None
-        with ExitStack() as stack:
-            stack.enter_context(attached(self.denoiser, self.adapters))
-            if self.config.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.denoiser, self.config.checkpoint_depth))
+    def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:
+        """Trains on from where the state is, until `stop` is set; each step is yielded when it is complete."""
+        with attached(self.denoiser, self.adapters):
             yield from train(
-                self.denoiser, self.adapters, self.dataset, self.config, steps=self.config.steps, done=self.done,
-                first=self.first,
+                self.denoiser, self.adapters, self.dataset, self.config, state=self.state, done=self.done,
+                world=self.world, stop=stop,
             )  # fmt: skip
+
+    @property
+    def steps_in_all(self) -> int:
+        """Steps completed, those of the LoRA that is continued included."""
+        return self.done + self.state.counters.step
+
+    def checkpoint(self) -> Checkpoint:
+        """What a run resumes from; ValueError where weights are not finite."""
+        config = self.config.model_dump(mode="json")
+        counters = self.state.counters
+        return Checkpoint(counters.step, self.state.tensors(), self.state.numbers(), config, self.facts)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint and tells what has changed since; ValueError where it does not fit."""
+        try:
+            self.state.load(checkpoint.tensors, checkpoint.numbers)
+        except ValueError as error:
+            raise ValueError(f"cannot resume from the checkpoint of step {checkpoint.step}: {error}") from error
+        self.state.counters.group = group_to_go_on_with(checkpoint, self.dataset.order.group_size)
+        tell_changes(checkpoint, self.config, self.facts)
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""
         return self.adapters.file_state(self.denoiser, DTYPES[self.config.lora_dtype])
 
-    def file_metadata(self, steps: int) -> dict[str, str]:
-        """What the file says of itself after so many steps; nothing that differs between equal runs."""
-        config = self.config
+    def file_metadata(self) -> dict[str, str]:
+        """What the file says of itself; nothing that differs between equal runs."""
+        config, steps = self.config, self.steps_in_all
         own = {
             "lorasmith.version": __version__,
             "lorasmith.steps": str(steps),
-            "lorasmith.samples": str((self.first + steps - self.done) * config.group_size),
+            "lorasmith.samples": str(self.state.counters.group * self.dataset.order.group_size),
             "lorasmith.algorithm": "+".join(self.adapters.algorithms),
-            "lorasmith.base_hash": lorafile.base_hash(self.base),
+            "lorasmith.base_hash": self.facts["base model"],
             "lorasmith.config": _portable(config),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.implementation": "diffusers",
@@ -166,11 +201,9 @@ def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
 
 
 def _portable(config: Config) -> str:
-    """The config as JSON, with paths cut to their last name: a file tells nothing of the machine it was made on."""
-    values = config.model_dump(mode="json", exclude={"output", "device"})
-    for key in ("model", "existing_lora"):
-        values[key] = None if values[key] is None else Path(values[key]).name
-    for key in ("folder", "held_out", "drift"):
-        path = values["data"][key]
-        values["data"][key] = None if path is None else Path(path).name
+    """What decides the result, as JSON; paths are cut to their last name: a file tells nothing of its machine."""
+    without = {"output": True, "device": True, "sampling": True, "data": {"held_out", "drift"}}
+    values = config.model_dump(mode="json", exclude={**without, **dict.fromkeys(WITHOUT_EFFECT, True)})
+    for table, key in ((values, "model"), (values, "existing_lora"), (values["data"], "folder")):
+        table[key] = None if table[key] is None else Path(table[key]).name
     return json.dumps(values, sort_keys=True)

@@ -1,6 +1,5 @@
 """LoRA files: safetensors, and no other format; equal content makes equal bytes."""
 
-import hashlib
 import json
 import logging
 import re
@@ -8,11 +7,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lorasmith.digests import digest
 from lorasmith.header import Header
 from lorasmith.peft_config import with_alphas
 from lorasmith.types import Denoiser
@@ -25,20 +24,25 @@ NUMBER = r"\d{1,12}"
 STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
 
 
-def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; ValueError that names a tensor with NaN or infinity.
+def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """A safetensors file, its head and its tensors.
 
-    The library writes metadata in an order that changes between runs, so the header's is set here, sorted.
+    The library writes metadata in an order that changes between runs, so the head's is set here, sorted.
     """
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
     plain = save({key: tensor.contiguous() for key, tensor in sorted(state.items())})
     (length,) = struct.unpack("<Q", plain[:8])
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[8 : 8 + length])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + plain[8 + length :]
+    return struct.pack("<Q", len(text)) + text, memoryview(plain)[8 + length :]
+
+
+def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A LoRA as a safetensors file; ValueError that names a tensor with NaN or infinity."""
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
+    return b"".join(file_pieces(state, metadata))
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -83,9 +87,8 @@ def stated_constraint(metadata: Mapping[str, str]) -> float | None:
 
 def base_hash(denoiser: Denoiser) -> str:
     """SHA-256 over names and values (as float32) of the nets' parameters: equal however the model was handed over."""
-    digest = hashlib.sha256()
-    for name, net in sorted(denoiser.nets.items()):
-        for key, value in sorted(net.state_dict().items()):
-            digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
-            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy())
-    return digest.hexdigest()
+    return digest(
+        (f"{name}.{key}", value)
+        for name, net in sorted(denoiser.nets.items())
+        for key, value in sorted(net.state_dict().items())
+    )

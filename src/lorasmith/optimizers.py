@@ -147,6 +147,20 @@ class Masters:
             if master.grad is not None and scale != 1:
                 master.grad /= scale
 
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        for tensor in (*self.params, *self.tensors):
+            tensor.grad = None
+
+    def flat_gradient(self) -> Tensor:
+        """All gradients in one vector; zeros where there is none."""
+        return torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).flatten() for m in self.tensors])
+
+    def set_gradient(self, flat: Tensor) -> None:
+        """The opposite of flat_gradient."""
+        for master, part in zip(self.tensors, flat.split([m.numel() for m in self.tensors]), strict=True):
+            master.grad = part.view_as(master)
+
     def gradient(self, param: Tensor) -> Tensor | None:
         """What was taken of a parameter's gradient."""
         return self.by_param[id(param)].grad
@@ -171,6 +185,7 @@ class LossScale:
         self.needed = needed
         self.value = self.START if needed else 1.0
         self.good = 0  # steps since the scale changed
+        self.proven = self.value  # the scale of the last gradients that were finite
 
     def overflowed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these gradients are not finite and a lower scale can be tried: then they are taken away.
@@ -179,13 +194,19 @@ class LossScale:
         """
         if not self.needed:
             return False
-        grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        if self.value > 1 and not torch.nn.utils.get_total_norm(grads).isfinite():
+        is_finite = bool(torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None]).isfinite())
+        if not is_finite and self.value > 1:
             self.value, self.good = self.value / 2, 0
             for tensor in tensors:
                 tensor.grad = None
             return True
-        self.good += 1
-        if self.good == self.PATIENCE:
-            self.value, self.good = min(2 * self.value, self.LIMIT), 0
+        if is_finite:
+            self.good += 1
+            if self.good == self.PATIENCE:
+                self.value, self.good = min(2 * self.value, self.LIMIT), 0
+            self.proven = self.value
         return False
+
+    def restore(self) -> None:
+        """Gradients were not finite at any scale, which was not the scale's fault."""
+        self.value = self.proven

@@ -1,11 +1,10 @@
 """One run with a folder of its own: config -> model and samples -> job -> steps, LoRA file, report."""
 
-import dataclasses
-import json
-import shutil
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,95 +14,126 @@ from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.attach import attached
+from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import MAX_STEPS, Config, Sampling
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.folder import examples
 from lorasmith.devices import best_device, compute_dtype, model_dtype
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
+from lorasmith.keeping import keep, kept_steps, resumed
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.plots import save_loss_plot
 from lorasmith.report import save_comparison, save_page
+from lorasmith.run_folder import RunFolder, chosen_folder
 from lorasmith.sampling import picture_of
 from lorasmith.settings import toml_of
+from lorasmith.step_log import StepLog, TensorBoardLog
 from lorasmith.types import Cached, Codec, Denoiser, Example, Step
 from lorasmith.validation import Measured, held_out_losses
-from lorasmith.whole import write_whole
+from lorasmith.world import ALONE, World
+
+log = logging.getLogger(__name__)
 
 VIEWS = 100
 NUM_PROMPTS = 4
 
 
+@contextmanager
+def opened_run(
+    config: Config, *, is_resuming: bool = False, folder: Path | None = None, world: World = ALONE
+) -> Iterator["Run"]:
+    """Loads the model, encodes the data, and makes the run folder or takes up the one that is there.
+
+    folder: the run folder to resume in, where it is known. ValueError on bad input, and then nothing is written. A new
+    folder is taken away again where an error comes before the first step is done.
+    """
+    if config.model is None or config.data.folder is None:
+        raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
+    held = RunFolder(folder or chosen_folder(config, is_resuming=is_resuming)) if world.is_first else None
+    with held.held() if held else nullcontext(), closing(Run.of(config, held, world)) as run:
+        run.begin()
+        yield run
+
+
 @dataclass
 class Run:
-    """A run with a folder of its own: opened, begun, stepped, finished."""
+    """A job with pictures to draw and losses to measure; the first process writes of it into its folder."""
 
     job: Job
     codec: Codec
     captions: Sequence[str]
     measured: dict[str, list[Cached]]  # what is measured before and after: {"held-out": samples, "drift": samples}
-    folder: Path
-    before: dict[str, Tensor] = field(default_factory=dict)
-    after: dict[str, Tensor] = field(default_factory=dict)
-    drawn: list[tuple[str, list[Image.Image]]] = field(default_factory=list)
-    taken: list[Step] = field(default_factory=list)
+    folder: RunFolder | None  # of the first process alone, as are the logs
+    checkpoints: CheckpointFolder
+    log: StepLog | None = None
+    tensorboard: TensorBoardLog | None = None
 
     @classmethod
-    def opened(cls, config: Config) -> "Run":
-        """Loads the model and encodes the data; ValueError on bad input. Writes nothing."""
-        if config.model is None or config.data.folder is None:
-            raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
-        if config.output is not None and config.output.exists():
-            raise ValueError(f"output must be a folder that does not exist yet, got {config.output}")
+    def of(cls, config: Config, folder: RunFolder | None, world: World) -> "Run":
+        """Writes nothing."""
+        assert config.model is not None and config.data.folder is not None
         found = examples(config.data.folder)
-        folder = config.output or free_folder(config.data.folder.resolve().name)
-        if folder.resolve().is_relative_to(config.data.folder.resolve()):
-            raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {folder}")
         measured = {
-            name: examples(folder)
-            for name, folder in (("held-out", config.data.held_out), ("drift", config.data.drift))
-            if folder is not None
+            name: examples(path)
+            for name, path in (("held-out", config.data.held_out), ("drift", config.data.drift))
+            if path is not None
         }
         family = opened(config.model)
-        device = _device(config)
+        device = _device(config, world)
         codec = family.codec(device)
         resolution = config.data.resolution or codec.resolution
-        config = _resolved(config, found, resolution)
+        config = _resolved(config, found, resolution, world)
         samples = list(encoded(found, codec, resolution))
         dataset = Dataset.of(
-            samples, [example.repeats for example in found], seed=config.seed, group_size=config.group_size
+            samples,
+            [example.repeats for example in found],
+            seed=config.seed,
+            group_size=config.group_size * world.size,
         )
-        job = Job.of(family.denoiser, dataset, config, device=device, metadata=_base_metadata(family, config))
+        metadata = _base_metadata(family, config)
+        job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
         encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
-        return cls(job, codec, [example.caption for example in found], encoded_measured, folder)
+        checkpoints = CheckpointFolder(folder.checkpoints_path if folder else Path(), config.checkpoints)
+        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, checkpoints)
 
     def begin(self) -> None:
-        """Makes the run folder with run.toml, then draws and measures without the LoRA."""
-        self.folder.mkdir(parents=True)
-        with self.kept_once_trained():
-            write_whole(self.folder / "run.toml", toml_of(self.job.config).encode())
-            self.drawn.append(("without LoRA", self._draw()))
-            self.before = self._measure()
+        """Goes on from the newest sound checkpoint, if there is one, and makes the folder's files ready."""
+        is_resumed = resumed(self.job, self.checkpoints.path)
+        if self.folder is None:
+            return
+        if is_resumed:
+            log.info("resuming %s after step %d of %d", self.folder.path, self.num_done, self.num_steps)
+        elif not self.folder.is_new:
+            log.info("%s holds no checkpoint to resume from: starting with step 1", self.folder.path)
+        self.folder.begin(toml_of(self.job.config))
+        self.log = StepLog.opened(self.folder.steps_path, self.job.steps_in_all, before=self.job.done)
+        if self.job.config.tensorboard:
+            self.tensorboard = TensorBoardLog(self.folder.path / "tensorboard", self.job.steps_in_all)
 
-    @contextmanager
-    def kept_once_trained(self) -> Iterator[None]:
-        """Takes the run folder away again where an error or Ctrl-C comes before the first step is done."""
-        try:
-            yield
-        except BaseException:
-            if not self.taken:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+    def close(self) -> None:
+        for opened_log in (self.log, self.tensorboard):
+            if opened_log is not None:
+                opened_log.close()
 
-    def steps(self) -> Generator[Step, None, None]:
-        """Trains; every step is a line of steps.jsonl before it is yielded."""
-        with (self.folder / "steps.jsonl").open("w", encoding="utf-8") as file:
-            for step in self.job.steps():
-                self.taken.append(step)
-                file.write(json.dumps(dataclasses.asdict(step)) + "\n")
-                file.flush()
-                yield step
+    def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:
+        """Trains to the end, or until `stop` is set in one of the processes; all that is due in between is done."""
+        every = self.job.config.sampling.every
+        for step in kept_steps(self.job, self.checkpoints, self.log, stop):
+            if self.folder is not None and self.log is not None and self.folder.made_again():
+                self.log.rewrite()
+                keep(self.job, self.checkpoints, self.log)
+            if self.tensorboard is not None:
+                self.tensorboard.append(step)
+            if every is not None and self.num_done % every == 0:
+                self._draw_on_the_way()
+            yield step
+
+    @property
+    def num_done(self) -> int:
+        """Optimizer steps completed, those before an interruption included."""
+        return self.job.state.counters.step
 
     @property
     def num_steps(self) -> int:
@@ -118,52 +148,78 @@ class Run:
         name = (config.output or config.data.folder.resolve()).name
         return name.encode(errors="replace").decode()  # folders may have names that no text file can hold
 
-    @property
-    def lora_path(self) -> Path:
-        return self.folder / "lora.safetensors"
+    def save(self) -> Path | None:
+        """Writes the LoRA of the last sound step and returns its path; None where there is no such step.
 
-    def save(self) -> None:
-        """Writes the LoRA as the last step left it; OSError that names the file where it cannot be written."""
-        num_steps = self.taken[-1].step if self.taken else self.job.done
-        metadata = {**self.job.file_metadata(num_steps), "modelspec.title": self.title}
-        lorafile.write(self.lora_path, self.job.lora(), metadata)
+        OSError that names the file where it cannot be written.
+        """
+        if not self.job.state.is_sound and not resumed(self.job, self.checkpoints.path):
+            return None
+        if self.folder is None or not self.num_done:
+            return None
+        self.folder.made_again()
+        metadata = {**self.job.file_metadata(), "modelspec.title": self.title}
+        lorafile.write(self.folder.lora_path, self.job.lora(), metadata)
+        return self.folder.lora_path
 
     def finish(self) -> list[tuple[str, str]]:
-        """Draws and measures with the LoRA and writes the plots and the page; returns the summary, label and text."""
+        """Draws and measures without and with the LoRA, writes plots and page; returns the summary, label and text.
+
+        Of several processes all must call this where the model is sharded.
+        """
+        if self.folder is None and not self.job.config.sharded:
+            return []
+        drawn, measured = [("without LoRA", self._draw())], [self._measure()]
         with attached(self.job.denoiser, self.job.adapters):
-            self.drawn.append(("with LoRA", self._draw()))
-            self.after = self._measure()
-        save_loss_plot(self.taken, self.folder / "loss.png")
-        shown = [("Loss", self.folder / "loss.png")]
+            drawn.append(("with LoRA", self._draw()))
+            measured.append(self._measure())
+        if self.folder is None or self.log is None:
+            return []
+        path, steps = self.folder.path, self.log.steps
+        save_loss_plot(steps, path / "loss.png")
+        shown = [("Loss", path / "loss.png")]
         if self.prompts:
-            save_comparison(self.drawn, self.prompts, self.folder / "before_after.png")
-            shown.insert(0, ("Before and after", self.folder / "before_after.png"))
-        summary = self.summary()
-        save_page(
-            self.folder / "report.html", self.folder.name, summary, shown, toml_of(self.job.config), steps=self.taken
-        )
+            save_comparison(drawn, self.prompts, path / "before_after.png")
+            shown.insert(0, ("Before and after", path / "before_after.png"))
+        summary = self.summary(steps, *measured)
+        save_page(path / "report.html", path.name, summary, shown, toml_of(self.job.config), steps=steps)
         return summary
 
-    def summary(self) -> list[tuple[str, str]]:
+    def summary(
+        self, steps: Sequence[Step], before: dict[str, Tensor], after: dict[str, Tensor]
+    ) -> list[tuple[str, str]]:
         """What the run did: label and text."""
-        config, adapters = self.job.config, self.job.adapters
-        trained = sum(p.numel() for p in adapters.parameters())
+        job = self.job
+        trained = sum(p.numel() for p in job.adapters.parameters())
         rows = [
-            ("steps", f"{len(self.taken)} of {config.steps}, {config.group_size} samples each"),
-            ("pictures", str(len(self.job.dataset.samples))),
-            ("adapters", f"{'+'.join(adapters.algorithms)} on {len(adapters.adapters)} layers, {trained:,} numbers"),
-            ("training time", f"{sum(step.seconds for step in self.taken):.0f} s"),
+            ("steps", f"{self.num_done} of {self.num_steps}, {job.dataset.order.group_size} samples each"),
+            ("pictures", str(len(job.dataset.samples))),
+            (
+                "adapters",
+                f"{'+'.join(job.adapters.algorithms)} on {len(job.adapters.adapters)} layers, {trained:,} numbers",
+            ),
+            ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
         ]
-        for name, before in self.before.items():
-            after = self.after[name]
-            change = Measured.of(after - before)
-            rows.append((f"{name} loss", f"{Measured.of(before)} before, {Measured.of(after)} after: {change:+}"))
+        for name in before:
+            change = Measured.of(after[name] - before[name])
+            values = f"{Measured.of(before[name])} before, {Measured.of(after[name])} after: {change:+}"
+            rows.append((f"{name} loss", values))
         return rows
 
     @property
     def prompts(self) -> Sequence[str]:
         chosen = self.job.config.sampling.prompts
         return tuple(dict.fromkeys(self.captions))[:NUM_PROMPTS] if chosen is None else chosen
+
+    def _draw_on_the_way(self) -> None:
+        """Draws with the LoRA as it is, into samples/."""
+        if not self.prompts or (self.folder is None and not self.job.config.sharded):
+            return
+        drawn = self._draw()
+        if self.folder is not None:
+            path = self.folder.path / "samples" / f"step-{self.num_done:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_comparison([(f"step {self.num_done}", drawn)], self.prompts, path)
 
     def _draw(self) -> list[Image.Image]:
         return pictures(self.job.denoiser, self.codec, self.prompts, self.job.config.sampling)
@@ -191,7 +247,7 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     assert config.model is not None and config.sampling.prompts
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
-    family, device = opened(config.model), _device(config)
+    family, device = opened(config.model), _device(config, ALONE)
     adapters = None if lora is None else adapters_from(lorafile.read(lora)[0], family.denoiser)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
@@ -203,11 +259,13 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     save_comparison(rows, config.sampling.prompts, output)
 
 
-def _device(config: Config) -> torch.device:
-    if config.device == "auto":
-        return best_device()
+def _device(config: Config, world: World) -> torch.device:
+    """The device asked for; of several processes, each has the GPU of its own number."""
+    name = best_device().type if config.device == "auto" else config.device
     try:
-        return torch.empty(0, device=config.device).device
+        if world.size > 1 and name in ("cuda", "mps"):
+            name = f"{name}:{world.local_rank}"
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # either, where torch was built without the device
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device must be one that this machine has, got {config.device}: {reason}") from error
@@ -218,10 +276,10 @@ def _as_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(((pixels.nan_to_num(0) + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))
 
 
-def _resolved(config: Config, found: Sequence[Example], resolution: int) -> Config:
+def _resolved(config: Config, found: Sequence[Example], resolution: int, world: World) -> Config:
     """The config with everything set that follows from the data."""
     views = VIEWS * sum(example.repeats for example in found)
-    steps = config.steps or min(MAX_STEPS, max(1, round(views / config.group_size)))
+    steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
     data = config.data.model_copy(update={"resolution": resolution})
     return config.model_copy(update={"steps": steps, "data": data})
 
@@ -235,9 +293,3 @@ def _base_metadata(family: Family, config: Config) -> dict[str, str]:
         "modelspec.resolution": f"{resolution}x{resolution}",
         "ss_resolution": f"({resolution}, {resolution})",
     }
-
-
-def free_folder(name: str) -> Path:
-    """runs/NAME or, where that is taken, runs/NAME-2 and so on."""
-    candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
-    return next(path for path in candidates if not path.exists())

@@ -1,11 +1,14 @@
 """The loop: groups of samples in, optimizer steps out. It knows a Denoiser, not a model.
 
-B batch, C channels, h w latent height and width.
+G samples in a group, P processes that share it, B in a micro-batch.
 """
 
+import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
@@ -13,22 +16,27 @@ from torch import Tensor
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
-from lorasmith.devices import device_of
-from lorasmith.draws import Purpose, normal, uniform
-from lorasmith.losses import by_sample
-from lorasmith.optimizers import LossScale, Masters
+from lorasmith.devices import device_of, is_out_of_memory
+from lorasmith.diagnosis import origin_of_non_finite
+from lorasmith.memory import checkpointed
+from lorasmith.objective import sample_losses
+from lorasmith.optimizers import Masters
+from lorasmith.state import State
 from lorasmith.types import Batch, Denoiser, Step
+from lorasmith.world import ALONE, World
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient was NaN or infinite; the adapters are as the last finite step left them."""
+    """Losses, gradients or weights were NaN or infinite, more often than the config lets pass."""
 
 
 class Groups(Protocol):
     """Where the loop gets its samples."""
 
     def group_at(self, step: int) -> Batch:
-        """The samples of optimizer step `step`, counted from 0: a pure function."""
+        """The samples of group `step`, counted from 0: a pure function."""
         ...
 
 
@@ -38,89 +46,149 @@ def train(
     groups: Groups,
     config: Config,
     *,
-    steps: int,
+    state: State,
     done: int = 0,
-    first: int = 0,
+    world: World = ALONE,
+    stop: threading.Event | None = None,
 ) -> Iterator[Step]:
-    """Trains adapters that are attached to the denoiser; yields after each optimizer step.
+    """Trains adapters that are attached to the denoiser from the state's step on; yields after each optimizer step.
 
-    `steps` more are made after the `done` ones of a LoRA that is continued. `first` is the number of the first group:
-    those before it were drawn already.
+    The `done` steps of a LoRA that is continued count in what is yielded. Ends early, after the same step in all
+    processes, once `stop` is set in one of them. Between steps the state is whole: it may be saved, or loaded and begun
+    with anew.
     """
+    assert config.steps is not None
+    counters, masters = state.counters, state.masters
     device = device_of(denoiser)
-    masters = Masters(adapters.parameters())
-    optimizer = config.optimizer.build(masters.tensors, config.learning_rate)
-    scale = LossScale(any(p.dtype == torch.float16 for net in denoiser.nets.values() for p in net.parameters()))
-    for step in range(steps):
-        began = time.perf_counter()
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            group = groups.group_at(first + step)
-            while True:  # a group whose gradient overflows is run again at half the scale: no step is skipped
-                loss = _backward(denoiser, masters, group, config, scale.value)
-                if not scale.overflowed(masters.tensors):
-                    break
-        if step == 0:
-            adapters.refuse_unused(masters.gradient)
-        grad_norm = _clipped(masters.tensors, config.max_grad_norm)
-        _refuse_non_finite(grad_norm, "gradient", group, done + step)
-        lr = config.learning_rate * config.schedule.factor(step, steps)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        masters.write()
-        yield Step(done + step + 1, loss, lr, grad_norm, time.perf_counter() - began)
+    is_new, is_checkpointed, is_stopping = counters.step == 0, False, False
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        while counters.step < config.steps and not is_stopping:
+            if counters.checkpointing and not is_checkpointed:
+                stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
+                is_checkpointed = True
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                group = groups.group_at(counters.group)
+                losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
+            if is_new and not is_short:
+                adapters.refuse_unused(masters.gradient)
+                is_new = False
+            losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
+            if is_short:
+                _go_down_the_ladder(state)
+                continue
+            masters.unscale(state.scale.value)
+            is_finite = math.isfinite(sum(losses))
+            if is_finite and state.scale.overflowed(masters.tensors):
+                continue  # with the same group at half the scale: no group is skipped
+            grad_norm = _norm([t.grad for t in masters.tensors if t.grad is not None])
+            if not (is_finite and math.isfinite(grad_norm)):
+                _leave_out(denoiser, adapters, group, config, state=state, losses=losses)
+                continue
+            lr = config.learning_rate * counters.rate * config.schedule.factor(counters.step, config.steps)
+            loss = sum(losses) / len(losses)
+            _update(state, config.max_grad_norm, loss=loss, grad_norm=grad_norm, lr=lr)
+            yield Step(done + counters.step, loss, lr, grad_norm, time.perf_counter() - began)
+            began = time.perf_counter()
 
 
-def noised(denoiser: Denoiser, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """batch -> x_t [B,C,h,w], t [B], target [B,C,h,w]; each sample's draws depend on (seed, its number) alone."""
-    process = denoiser.process
-    u = torch.cat([uniform(config.seed, Purpose.TIME, number, (1,)) for number in batch.numbers])
-    t = process.time(config.times.fraction(u).clamp(0, 1 - 2**-24))
-    shape = tuple(batch.x0.shape[1:])
-    eps = torch.stack([normal(config.seed, Purpose.NOISE, number, shape) for number in batch.numbers])
-    return process.noise(batch.x0, eps, t), t, process.target(batch.x0, eps, t)
+def _gradients(
+    denoiser: Denoiser, masters: Masters, group: Batch, config: Config, *, state: State, world: World
+) -> tuple[list[float], bool]:
+    """Gives the masters this process's part of the gradient of the group's mean loss, times the scale.
 
-
-def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
-    """batch -> each sample's loss [B], float32, where the net is."""
-    x_t, t, target = noised(denoiser, batch, config)
-    device = device_of(denoiser)
-    cond = {name: value.to(device) for name, value in batch.cond.items()}
-    pred = denoiser.predict(x_t.to(device), t.to(device), cond)
-    if pred.shape != target.shape:
-        raise ValueError(f"model must predict the latents' shape {list(target.shape)}, got {list(pred.shape)}")
-    return by_sample(config.loss, pred, target.to(device))
-
-
-def _backward(denoiser: Denoiser, masters: Masters, group: Batch, config: Config, scale: float) -> float:
-    """Gives the masters the gradient of the group's mean loss, times scale and back; returns that loss.
-
-    Micro-batches add up in fp32, so that both are the same however the group is cut.
+    Returns the samples' losses [G], zeros for other processes' samples, and whether memory ran out on the way.
+    Micro-batches add up in fp32, so that the gradient is the same however the group is cut.
     """
-    losses = []
-    for start in range(0, len(group), config.batch_size):
-        part = group.part(start, start + config.batch_size)
-        part_losses = sample_losses(denoiser, part, config)
-        (part_losses.sum() * (scale / len(group))).backward()
-        masters.take_gradients()
-        losses += part_losses.tolist()
-    masters.unscale(scale)
-    for name, number, loss in zip(group.names, group.numbers, losses, strict=True):
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"the loss of sample {name} (number {number}) is {loss}")
-    return sum(losses) / len(losses)
+    masters.clear()
+    share = world.share(len(group))
+    losses = [0.0] * len(group)
+    try:
+        for start in range(share.start, share.stop, state.counters.batch_size):
+            stop = min(start + state.counters.batch_size, share.stop)
+            part_losses = sample_losses(denoiser, group.part(start, stop), config)
+            (part_losses.sum() * (state.scale.value / len(group))).backward()
+            masters.take_gradients()
+            losses[start:stop] = part_losses.tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not config.memory_ladder or not is_out_of_memory(error):
+            raise
+        masters.clear()
+        return losses, True
+    return losses, False
 
 
-def _clipped(params: list[Tensor], max_norm: float) -> float:
-    """Scales the gradients together down to max_norm (0: leaves them); returns their norm before."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+def _exchanged(
+    masters: Masters, losses: list[float], is_short: bool, stop: threading.Event | None, world: World
+) -> tuple[list[float], bool, bool]:
+    """Adds up gradients and losses over the processes, and tells whether one is short of memory, or is to stop.
+
+    All of it travels in one flat buffer: the gradients, G losses, each a zero in all processes but one, and two flags.
+    """
+    is_stopping = stop is not None and stop.is_set()
+    if world.size == 1:
+        return losses, is_short, is_stopping
+    told = torch.tensor([*losses, float(is_short), float(is_stopping)])
+    flat = torch.cat([masters.flat_gradient(), told.to(masters.tensors[0])])
+    world.add_up(flat)
+    size = len(flat) - len(told)
+    masters.set_gradient(flat[:size])
+    *losses, num_short, num_stopping = flat[size:].tolist()
+    return losses, num_short > 0, num_stopping > 0
+
+
+def _go_down_the_ladder(state: State) -> None:
+    """The next rung after running out of memory; the group and its draws stay. MemoryError after the last one."""
+    counters = state.counters
+    if not counters.checkpointing:
+        counters.checkpointing = True
+        log.warning("out of memory: going on with gradient_checkpointing")
+    elif counters.batch_size > 1:
+        counters.batch_size = (counters.batch_size + 1) // 2
+        log.warning("out of memory: going on with micro-batches of %d", counters.batch_size)
+    else:
+        raise MemoryError(
+            "out of memory, with gradient_checkpointing and micro-batches of 1 too: make pictures smaller"
+        )
+
+
+def _leave_out(
+    denoiser: Denoiser, adapters: AdapterSet, group: Batch, config: Config, *, state: State, losses: list[float]
+) -> None:
+    """Tells where numbers stopped being finite; NonFiniteError where that was once too often in a row."""
+    counters = state.counters
+    bad = [place for place, loss in enumerate(losses) if not math.isfinite(loss)]
+    suspects = group if not bad else group.part(bad[0], bad[0] + 1)
+    scale = state.scale.value * len(suspects) / len(group)
+    origin = origin_of_non_finite(denoiser, adapters, suspects, config, scale)
+    counters.group += 1
+    counters.skipped += 1
+    state.scale.restore()
+    log.warning("step %d: %s; the update is left out", counters.step + 1, origin)
+    if counters.skipped == config.non_finite.limit:
+        counters.skipped = 0  # for a run that resumes here
+        raise NonFiniteError(f"not finite {config.non_finite.limit} times in a row: {origin}")
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(tensors))
+
+
+def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr: float) -> None:
+    """One step of the optimizer, on gradients scaled together down to max_norm (0: as they are)."""
+    masters = state.masters
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    return float(norm)
-
-
-def _refuse_non_finite(value: float, what: str, group: Batch, step: int) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the {what} of step {step + 1} is {value}, from samples {', '.join(group.names)}")
+        torch.nn.utils.clip_grads_with_norm_(masters.tensors, max_norm, torch.tensor(grad_norm).to(masters.tensors[0]))
+    for param_group in state.optimizer.param_groups:
+        param_group["lr"] = lr
+    state.is_sound = False
+    state.optimizer.step()
+    state.counters.step += 1
+    state.counters.group += 1
+    state.counters.skipped = 0
+    state.losses.append(loss)
+    masters.clear()
+    if not math.isfinite(_norm(masters.tensors)):
+        raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
+    masters.write()
+    state.is_sound = True

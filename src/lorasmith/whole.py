@@ -1,19 +1,43 @@
 """Files that are written whole or not at all."""
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+PARTIAL = ".partial"
 
-def write_whole(path: Path, content: bytes) -> None:
-    """All of the content or, where that fails, what was there before; OSError that names the file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_whole(path: Path, *content: bytes | memoryview) -> None:
+    """All of the content, on disk once this returns, or what was there before; OSError that names the file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for piece in content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses even where there is nothing to remove
+            temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Brings a folder's names to disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_partial(folders: Iterable[Path]) -> None:
+    """Removes what writers that were killed left in these folders; no other may be writing there."""
+    for folder in folders:
+        for path in folder.glob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Examples -> latents and conditioning -> the groups that the loop reads. B batch, C channels, h w latent sides."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, fitted
 from lorasmith.data.folder import picture
+from lorasmith.digests import digest
 from lorasmith.types import Batch, Cached, Codec, Example
 
 
@@ -51,6 +53,15 @@ class Dataset:
     def of(cls, samples: Sequence[Cached], repeats: Sequence[int], *, seed: int, group_size: int) -> "Dataset":
         classes = classes_by_shape([_shape(sample) for sample in samples], repeats)
         return cls(samples, Order(seed, group_size, classes))
+
+    def digest(self) -> str:
+        """SHA-256 of what is trained on, repeats included; names do not count."""
+        named = [
+            (f"{index} {name}", value)
+            for index, sample in enumerate(self.samples)
+            for name, value in (("", sample.latent), *sorted(sample.cond.items()))
+        ]
+        return hashlib.sha256(f"{self.order.classes} {digest(named)}".encode()).hexdigest()
 
     def group_at(self, step: int) -> Batch:
         """The samples of optimizer step `step`, counted from 0, all of one shape; a pure function of (seed, step)."""

@@ -1,0 +1,160 @@
+"""Checkpoints: written whole, verified by their hash when they are read, the newest sound one taken.
+
+One is a safetensors file. Its metadata hold the numbers as JSON and the SHA-256 of the whole file, in which the hash's
+own 64 digits count as zeros.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from lorasmith import lorafile
+from lorasmith.config import Checkpoints
+from lorasmith.whole import write_whole
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"step-(\d{7})\.safetensors")
+SUBFOLDER = "checkpoints"  # of a run folder
+NO_HASH = "0" * 64
+HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+SHARE_OF_TIME = 0.01  # that checkpoints by the clock may take
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as it was after a step."""
+
+    step: int
+    tensors: Mapping[str, Tensor]  # of State.tensors
+    numbers: Mapping[str, Any]  # of State.numbers
+    config: Mapping[str, Any]  # the run's, as JSON has it
+    facts: Mapping[str, str]  # what else decides the result: of the model, the data, the machine
+
+    def pieces(self) -> tuple[bytes, memoryview]:
+        """The file."""
+        rest = {"step": self.step, "numbers": self.numbers, "config": self.config, "facts": self.facts}
+        metadata = {
+            "lorasmith.checkpoint": json.dumps(rest, sort_keys=True),
+            "lorasmith.config_hash": config_hash(self.config),
+            "sha256": NO_HASH,
+        }
+        head, data = lorafile.file_pieces(self.tensors, metadata)
+        digest = hashlib.sha256(head)
+        digest.update(data)
+        field_of_hash = b'"sha256":"%s"'
+        zeros, own = (field_of_hash % text.encode() for text in (NO_HASH, digest.hexdigest()))
+        return head.replace(zeros, own, 1), data
+
+    @classmethod
+    def of_bytes(cls, content: bytes) -> "Checkpoint":
+        """ValueError where the content is not sound."""
+        stated = HASH.search(content)
+        if stated is None:
+            raise ValueError("it states no hash")
+        digest = hashlib.sha256(content[: stated.start(1)])
+        digest.update(NO_HASH.encode())
+        digest.update(memoryview(content)[stated.end(1) :])
+        if digest.hexdigest().encode() != stated[1]:
+            raise ValueError("its content does not have the hash that it states")
+        try:
+            length = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+            rest = json.loads(metadata["lorasmith.checkpoint"])
+            return cls(rest["step"], load(content), rest["numbers"], rest["config"], rest["facts"])
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"it is none of this program: {error}") from error
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a config as JSON has it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class CheckpointFolder:
+    """The checkpoints of a run, and when the next one is due."""
+
+    path: Path
+    rule: Checkpoints
+    since: float = field(default_factory=time.monotonic)  # of the last one; the clock on the wall may jump
+    cost: float = 0.0  # seconds that the last one took
+    last: int | None = None  # step of the last one written
+
+    def file_path(self, step: int) -> Path:
+        return self.path / f"step-{step:07d}.safetensors"
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, sound or not, from the first."""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
+
+    def is_due(self, step: int) -> bool:
+        """Whether one is to be written after this step."""
+        if self.is_regular(step):
+            return True
+        minutes = self.rule.minutes
+        return minutes > 0 and time.monotonic() - self.since >= max(60 * minutes, self.cost / SHARE_OF_TIME)
+
+    def is_regular(self, step: int) -> bool:
+        """Whether one is written after this step in every run of this config, however it was interrupted."""
+        return self.rule.steps is not None and step % self.rule.steps == 0
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Writes one, then removes those that are too many.
+
+        Those of later steps are of a past that was left, or not sound. They go first: a run that is killed on the way
+        must not resume from them.
+        """
+        began = time.monotonic()
+        self.path.mkdir(parents=True, exist_ok=True)
+        for later in [step for step in self.steps() if step > checkpoint.step]:
+            self.file_path(later).unlink()
+        write_whole(self.file_path(checkpoint.step), *checkpoint.pieces())
+        steps = self.steps()
+        regular = [step for step in steps if self.is_regular(step)]
+        for step in set(steps[: -self.rule.keep]) - set(regular[-1:]):
+            self.file_path(step).unlink()
+        self.since, self.last = time.monotonic(), checkpoint.step
+        self.cost = self.since - began
+
+    def newest(self, *, regular: bool = False) -> Checkpoint | None:
+        """The newest sound checkpoint, of the regular ones where asked for; names those that are not sound."""
+        steps = [step for step in self.steps() if not regular or self.is_regular(step)]
+        return _first_sound([self.file_path(step) for step in reversed(steps)])
+
+
+def newest_in(source: Path) -> Checkpoint | None:
+    """A checkpoint itself, or the newest sound one of a folder of checkpoints or of a run folder."""
+    if source.is_file():
+        return read(source)
+    return (
+        CheckpointFolder(source, Checkpoints()).newest() or CheckpointFolder(source / SUBFOLDER, Checkpoints()).newest()
+    )
+
+
+def _first_sound(paths: list[Path]) -> Checkpoint | None:
+    for path in paths:
+        try:
+            return read(path)
+        except ValueError as error:
+            log.warning("%s", error)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """ValueError that names the file where it is not sound; OSError where it cannot be read."""
+    try:
+        return Checkpoint.of_bytes(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is not sound: {error}") from error

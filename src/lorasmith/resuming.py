@@ -1,0 +1,92 @@
+"""What has changed between a checkpoint and the run that resumes from it, and whether the result can still be exact."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lorasmith import __version__
+from lorasmith.attach import AdapterSet
+from lorasmith.checkpoints import Checkpoint
+from lorasmith.config import Config
+from lorasmith.data.cache import Dataset
+from lorasmith.digests import digest
+from lorasmith.lorafile import base_hash
+from lorasmith.types import Denoiser
+from lorasmith.world import World
+
+log = logging.getLogger(__name__)
+
+GROUP_SIZE = "samples a step"
+WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "sharded", "offloading")
+HARMLESS = (
+    *WITHOUT_EFFECT, "output", "sampling", "data", "model", "existing_lora", "device", "gradient_checkpointing",
+    "checkpoint_depth",
+)  # fmt: skip
+"""Settings that leave the result as it is, or leave it to the facts."""
+
+
+def facts_of(
+    denoiser: Denoiser, adapters: AdapterSet, dataset: Dataset, device: torch.device, world: World
+) -> dict[str, str]:
+    """What decides a run's result besides its config; the adapters are new, or those of an existing LoRA."""
+    is_cpu = device.type == "cpu"
+    return {
+        "base model": base_hash(denoiser),
+        "data": dataset.digest(),
+        "first weights": digest(adapters.file_state(denoiser, torch.float32).items()),
+        GROUP_SIZE: str(dataset.order.group_size),
+        "processes": str(world.size),
+        "processor": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(device)
+        if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()) if is_cpu else "any",
+        "torch": torch.__version__,
+        "lorasmith": __version__,
+    }  # fmt: skip
+
+
+def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:
+    """Logs what is not as it was when the checkpoint was written."""
+    old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    harmless = [key for key in keys if key.partition(".")[0] in HARMLESS or _is_harmless(key, checkpoint, config)]
+    changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]
+    changes += [
+        f"{name} {checkpoint.facts.get(name, 'unknown'):.12} -> {fact:.12}"
+        for name, fact in facts.items()
+        if checkpoint.facts.get(name) != fact
+    ]
+    if harmless:
+        told = ", ".join(f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in harmless)
+        log.info("changed since the checkpoint, without effect on the result: %s", told)
+    if changes:
+        log.warning(
+            "changed since the checkpoint, so that the result is not that of a run which was never interrupted: %s",
+            ", ".join(changes),
+        )
+
+
+def group_to_go_on_with(checkpoint: Checkpoint, group_size: int) -> int:
+    """The number of the first group whose samples' draws are new."""
+    drawn = checkpoint.numbers["counters"]["group"] * int(checkpoint.facts[GROUP_SIZE])
+    return math.ceil(drawn / group_size)
+
+
+def _is_harmless(key: str, checkpoint: Checkpoint, config: Config) -> bool:
+    """More or fewer steps change nothing before them where the rate does not depend on their number."""
+    return key == "steps" and config.schedule.name == "constant" == checkpoint.config["schedule"]["name"]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values -> (dotted key, value)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

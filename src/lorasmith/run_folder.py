@@ -1,0 +1,119 @@
+"""A run's folder: who may write in it, what is in it from the start, and what becomes of it when it is deleted."""
+
+import itertools
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorasmith.checkpoints import SUBFOLDER
+from lorasmith.config import Config
+from lorasmith.lock import FolderLock
+from lorasmith.whole import remove_partial, write_whole
+from lorasmith.world import num_restarts
+
+log = logging.getLogger(__name__)
+
+PATIENCE_AT_RESTART = 30.0  # seconds for the processes of the last start to be gone
+
+
+class RunFolder:
+    """The folder of a run, made or found, and locked while the run has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = FolderLock(path)
+        self.is_new = not path.exists()
+        self.toml = ""
+
+    @property
+    def lora_path(self) -> Path:
+        return self.path / "lora.safetensors"
+
+    @property
+    def steps_path(self) -> Path:
+        return self.path / "steps.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / SUBFOLDER
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Locks a folder that is there, and lets go of it at the end; ValueError where another run has it.
+
+        A folder that was made in between is taken away again where an error comes before there is a step to keep.
+        """
+        if not self.is_new:
+            self.lock.acquire(PATIENCE_AT_RESTART if num_restarts() else 0.0)
+        try:
+            yield
+        except BaseException:
+            if self.is_new and self.toml and not self._has_steps():
+                self.lock.release()
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        finally:
+            self.lock.release()
+
+    def begin(self, toml: str) -> None:
+        """Makes and locks the folder where it is not there, and writes run.toml."""
+        self.path.mkdir(parents=True, exist_ok=not self.is_new)
+        self.toml = toml
+        if self.is_new:
+            self.lock.acquire()
+        remove_partial((self.path, self.checkpoints_path))
+        write_whole(self.path / "run.toml", toml.encode())
+
+    def made_again(self) -> bool:
+        """Whether the folder had been deleted; then it is there again, locked, with run.toml alone."""
+        if self.lock.is_intact:
+            return False
+        log.warning("run folder %s was deleted: making it again", self.path)
+        self.lock.release()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        write_whole(self.path / "run.toml", self.toml.encode())
+        return True
+
+    def _has_steps(self) -> bool:
+        return self.checkpoints_path.is_dir() or (self.steps_path.is_file() and self.steps_path.stat().st_size > 0)
+
+
+def chosen_folder(config: Config, *, is_resuming: bool) -> Path:
+    """The folder that a run is to have: a new one or, to resume, the one that the last run had.
+
+    ValueError where it cannot have it.
+    """
+    assert config.data.folder is not None
+    pictures = config.data.folder.resolve()
+    if not is_resuming:
+        if config.output is not None and config.output.exists():
+            raise ValueError(
+                f"output must be a folder that does not exist yet, unless --resume is given, got {config.output}"
+            )
+        path = config.output or numbered_folder(pictures.name, is_there=False)
+    else:
+        path = config.output or numbered_folder(pictures.name, is_there=True)
+        if path.exists() and not _is_run_folder(path):
+            raise ValueError(f"output must be a run folder to resume, or nothing yet, got {path} without run.toml")
+    if path.resolve().is_relative_to(pictures):
+        raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {path}")
+    return path
+
+
+def numbered_folder(name: str, *, is_there: bool) -> Path:
+    """Of runs/NAME, runs/NAME-2 and so on, the first that is not there, or the one before it, if there is one."""
+    last = None
+    for number in itertools.count(1):
+        path = Path("runs", name if number == 1 else f"{name}-{number}")
+        if not path.exists():
+            return last if is_there and last is not None else path
+        last = path
+    raise AssertionError  # the count does not end
+
+
+def _is_run_folder(path: Path) -> bool:
+    """Whether a run was there, or was killed before it had written anything."""
+    return path.is_dir() and ((path / "run.toml").is_file() or all(p.name.startswith(".") for p in path.iterdir()))

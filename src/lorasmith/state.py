@@ -1,0 +1,113 @@
+"""Everything that a step changes: the adapters' masters, the optimizer, the scale of the losses, and counters."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.attach import AdapterSet
+from lorasmith.config import Config
+from lorasmith.optimizers import LossScale, Masters
+
+MASTER, OPTIMIZER, LOSSES = "master", "optimizer", "losses"
+
+
+@dataclass
+class Counters:
+    """Where a run is."""
+
+    batch_size: int  # samples a micro-batch; fewer once memory ran out
+    checkpointing: bool  # whether activations are computed again; so once memory ran out
+    step: int = 0  # optimizer steps completed
+    group: int = 0  # number of the next group of samples
+    skipped: int = 0  # groups in a row that were left out, as their numbers were not finite
+    returns: int = 0  # times that the run went back to an earlier step
+    rate: float = 1.0  # what the learning rate is multiplied by, after going back
+
+
+class State:
+    """What makes an interrupted run end as an uninterrupted one does, together with its config, model and data."""
+
+    def __init__(self, adapters: AdapterSet, config: Config, *, is_fp16: bool, group: int = 0) -> None:
+        self.names = [
+            f"{path}/{name}" for path, adapter in adapters.adapters.items() for name, _ in adapter.named_parameters()
+        ]
+        self.masters = Masters(adapters.parameters())
+        self.config = config.optimizer
+        self.optimizer = self.config.build(self.masters.tensors, config.learning_rate)
+        self.scale = LossScale(is_fp16)
+        self.counters = Counters(config.batch_size, config.gradient_checkpointing, group=group)
+        self.losses: list[float] = []  # of each step
+        self.is_sound = True  # False inside an update, and where one made weights that are not finite
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "losses", float64, one for each step."""
+        found = {f"{MASTER}/{name}": t.detach() for name, t in zip(self.names, self.masters.tensors, strict=True)}
+        for name, values in self._optimizer_state().items():
+            found |= {f"{OPTIMIZER}/{name}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        return {**found, LOSSES: torch.tensor(self.losses, dtype=torch.float64)}
+
+    def numbers(self) -> dict[str, Any]:
+        """What is no tensor, as JSON holds it exactly."""
+        plain = {
+            name: {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+            for name, values in self._optimizer_state().items()
+        }
+        return {
+            "counters": dataclasses.asdict(self.counters),
+            "scale": {"value": self.scale.value, "good": self.scale.good},
+            OPTIMIZER: {name: values for name, values in plain.items() if values},
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Becomes what `tensors` and `numbers` said of another state.
+
+        ValueError, and nothing changed, where that one had other adapters or its optimizer kept other numbers.
+        """
+        held = {key.removeprefix(f"{MASTER}/"): t for key, t in tensors.items() if key.startswith(f"{MASTER}/")}
+        own = dict(zip(self.names, self.masters.tensors, strict=True))
+        odd = sorted(held.keys() ^ own.keys()) or [n for n in self.names if held[n].shape != own[n].shape]
+        if odd:
+            raise ValueError(f"it must hold the same adapters, but {len(odd)} differ, such as {odd[0]}")
+        states: dict[str, dict[str, Any]] = {name: dict(numbers[OPTIMIZER].get(name, {})) for name in self.names}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind == OPTIMIZER:
+                name, _, part = rest.rpartition("/")
+                states[name][part] = tensor.clone()  # tensors of files are not aligned as others are
+        kept, keeps = {key for values in states.values() for key in values}, self._optimizer_keys()
+        if kept and kept != keeps:
+            raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(kept)}")
+        self.is_sound = False
+        with torch.no_grad():
+            for name, master in own.items():
+                master.copy_(held[name])
+                master.grad = None
+        self.masters.write()
+        groups = self.optimizer.state_dict()["param_groups"]
+        filled = {index: states[name] for index, name in enumerate(self.names) if states[name]}
+        self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
+        self.scale.value = self.scale.proven = numbers["scale"]["value"]
+        self.scale.good = numbers["scale"]["good"]
+        self.counters = Counters(**numbers["counters"])
+        self.losses = tensors[LOSSES].tolist()
+        self.is_sound = True
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        by_index = self.optimizer.state_dict()["state"]
+        return {name: by_index[index] for index, name in enumerate(self.names) if index in by_index}
+
+    def _optimizer_keys(self) -> set[str]:
+        """What such an optimizer keeps of a weight."""
+        weight = torch.zeros(1, requires_grad=True)
+        weight.grad = torch.zeros(1)
+        optimizer = self.config.build([weight], 1.0)
+        optimizer.step()
+        return set(optimizer.state[weight])
+
+
+def _listed(keys: set[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"

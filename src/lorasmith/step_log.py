@@ -1,0 +1,146 @@
+"""What a run logs of its steps: steps.jsonl, always, and TensorBoard's events where they are asked for."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from lorasmith.types import Step
+from lorasmith.whole import flush_folder, write_whole
+
+log = logging.getLogger(__name__)
+
+
+class StepLog:
+    """steps.jsonl: a line for each optimizer step, as they were made.
+
+    What a failed write left out of the file is kept, and goes there before anything that is written later.
+    """
+
+    def __init__(self, path: Path, steps: list[Step]) -> None:
+        """The file must hold these steps, or be missing where there are none."""
+        self.path = path
+        self.steps = steps
+        with _naming(path):
+            self._file = path.open("ab")
+
+    @classmethod
+    def opened(cls, path: Path, done: int, *, before: int = 0) -> "StepLog":
+        """Goes on after step `done`; the file's first line is that of step `before` + 1.
+
+        Cuts off later lines and those that are not sound, and warns where steps are missing.
+        """
+        assert before <= done
+        content = path.read_bytes() if path.exists() else b""
+        steps = list(_sound_steps(content, before, done))
+        if content != _lines(steps):
+            write_whole(path, _lines(steps))
+        if len(steps) < done - before:
+            log.warning("%s lacks %d of the steps %d to %d", path, done - before - len(steps), before + 1, done)
+        return cls(path, steps)
+
+    def append(self, step: Step) -> None:
+        """OSError that names the file; the line may be torn then, which the next opening cuts off."""
+        line = _line(step)
+        with _naming(self.path):
+            self._file.write(line)
+            self.steps.append(step)
+            self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """All lines are on disk once this returns; OSError that names the file."""
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            flush_folder(self.path.parent)
+
+    def cut(self, done: int) -> None:
+        """Takes the steps after `done` away; OSError that names the file."""
+        kept = [step for step in self.steps if step.step <= done]
+        with _naming(self.path):
+            self._file.truncate(len(_lines(kept)))
+        self.steps[:] = kept
+
+    def rewrite(self) -> None:
+        """Puts the file back where its folder was deleted and made again; OSError that names the file."""
+        write_whole(self.path, _lines(self.steps))
+        with _naming(self.path):
+            old, self._file = self._file, self.path.open("ab")
+        with suppress(OSError):  # what it lacked is in the new one
+            old.close()
+
+    def close(self) -> None:
+        """OSError that names the file where lines are missing from it."""
+        with _naming(self.path):
+            self._file.close()
+
+
+class TensorBoardLog:
+    """Loss, rate and gradient norm as TensorBoard's events."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        """Steps after `done` take the place of those that the folder has; ValueError without the extra."""
+        self.folder = folder
+        self._begin(done)
+
+    def append(self, step: Step) -> None:
+        """A step that comes again takes the place of the first; OSError that names the folder."""
+        if step.step <= self._done or not self.folder.is_dir():  # gone back, or the run folder was deleted
+            self.close()
+            self._begin(step.step - 1)
+        with _naming(self.folder):
+            for name, value in (("loss", step.loss), ("lr", step.lr), ("grad_norm", step.grad_norm)):
+                self._writer.add_scalar(name, value, step.step)
+            self._writer.flush()  # a thread writes, whose errors are raised here or by the next call
+        self._done = step.step
+
+    def close(self) -> None:
+        """OSError that names the folder where events are missing from it."""
+        with _naming(self.folder):
+            self._writer.close()
+
+    def _begin(self, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise ValueError(
+                "tensorboard needs the extra 'tensorboard': pip install 'lorasmith[tensorboard]'"
+            ) from None
+        with _naming(self.folder):
+            self._writer = SummaryWriter(self.folder, purge_step=done + 1)
+            self._writer.flush()
+        self._done = done
+
+
+def _sound_steps(content: bytes, before: int, done: int) -> Iterator[Step]:
+    """The steps `before` + 1 to `done` of a file, as far as it has them, in order."""
+    reader = TypeAdapter(Step)
+    last = before
+    for line in content.split(b"\n"):
+        with suppress(ValueError):  # not JSON, not a step, or not finite
+            step = reader.validate_json(line, strict=True)
+            if last < step.step <= done and _line(step):
+                yield step
+                last = step.step
+
+
+def _line(step: Step) -> bytes:
+    return json.dumps(dataclasses.asdict(step), allow_nan=False).encode() + b"\n"
+
+
+def _lines(steps: Iterable[Step]) -> bytes:
+    return b"".join(map(_line, steps))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error

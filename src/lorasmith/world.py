@@ -1,0 +1,87 @@
+"""The processes that train one LoRA together, as torchrun starts them (torch.distributed)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # for the others, while the first process draws or writes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; alone, nothing is sent anywhere."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among those of this machine
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` things; the processes' parts follow each other."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def add_up(self, flat: Tensor) -> None:
+        """Replaces the tensor, in place, by its sum over the processes; bitwise the same in each of them."""
+        if self.size > 1:
+            dist.all_reduce(flat)
+
+    def from_first(self, value: T) -> T:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, device=torch.device("cpu"))
+        return held[0]
+
+    def of_all(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = World()
+
+
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def num_restarts() -> int:
+    """How often torchrun has started this group again after one of its processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world that torchrun's environment variables describe, for as long as this is open; alone without them.
+
+    device: "auto", "cpu", "cuda" …; gradients travel by nccl between GPUs, by gloo otherwise.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    on_gpu = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
