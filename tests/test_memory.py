@@ -227,7 +227,7 @@ def test_int8_gradients_are_close_and_weights_stay(case: Case, dtype: torch.dtyp
     case.cond.update({name: value.to(dtype) for name, value in case.cond.items()})
     expected = torch.cat([g.flatten() for g in gradients(case.denoiser, case)])
     copy = shared_copy(case.denoiser)
-    quantize_backward(copy)
+    quantize_backward(copy, torch.device("cpu"))
     twin = next(iter(copy.nets.values()))
     pairs = zip(case.net.named_parameters(), twin.named_parameters(), strict=True)
     assert all(one == other and a.data_ptr() == b.data_ptr() for (one, a), (other, b) in pairs)
@@ -246,7 +246,7 @@ def test_products_that_overflow_are_refused(family: StableDiffusion, monkeypatch
     pytest.importorskip("torchao")
     monkeypatch.setattr("lorasmith.base_weights.has_int8", lambda device: False)
     with pytest.raises(ValueError, match="^quantized_backward must be False here: this processor's int8 products"):
-        quantize_backward(shared_copy(family.denoiser))
+        quantize_backward(shared_copy(family.denoiser), torch.device("cpu"))
 
 
 @needs_int8
@@ -254,4 +254,4 @@ def test_a_model_without_linear_layers_has_no_int8_gradients() -> None:
     pytest.importorskip("torchao")
     convolutions = Subject(nn.Conv2d(4, 4, 1), lambda net, x, t, cond: net(x))
     with pytest.raises(ValueError, match="quantized_backward must be False: the model has no torch.nn.Linear"):
-        quantize_backward(convolutions)
+        quantize_backward(convolutions, torch.device("cpu"))

@@ -283,8 +283,8 @@ def about_sd3() -> dict[str, Any]:
     found |= compared(case, copy, product(ALGORITHMS, DEPTHS)) | {"device": str(net.device), "dtype": str(net.dtype)}
     if find_spec("torchao") and has_int8(CPU):
         whole, copy = whole_copy(case.denoiser), shared_copy(case.denoiser)
-        quantize_backward(whole)
-        quantize_backward(copy)
+        quantize_backward(whole, torch.device("cpu"))
+        quantize_backward(copy, torch.device("cpu"))
         shard(copy, CPU)
         found["int8"] = equal(*(trained(case, d, LoRA(rank=2), 2) for d in (copy, whole)))
     return found

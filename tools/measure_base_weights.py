@@ -37,7 +37,7 @@ MEANS: dict[str, Means] = {
     "diffusers, blocks": groups("block_level"),
 }
 if find_spec("torchao"):
-    MEANS["int8 gradients"] = lambda subject, folder: quantize_backward(subject)
+    MEANS["int8 gradients"] = lambda subject, folder: quantize_backward(subject, torch.device("cpu"))
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def offload(denoiser: Denoiser, device: torch.device) -> None:
                 tensor.data = tensor.data.to(device)
 
 
-def quantize_backward(denoiser: Denoiser) -> None:
+def quantize_backward(denoiser: Denoiser, device: torch.device) -> None:
     """The gradients of linear layers' inputs become int8 products, each row scaled by its largest number.
 
     By torchao's linear layer for mixed precision (a prototype there); weights and forward pass stay in their dtype.
@@ -55,7 +55,7 @@ def quantize_backward(denoiser: Denoiser) -> None:
         from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
     except ImportError:  # an older torchao has the module without the class
         raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
-    if not has_int8(device_of(denoiser)):
+    if not has_int8(device):
         raise ValueError("quantized_backward must be False here: this processor's int8 products overflow (no VNNI)")
     # torchao gives a layer its own class, so one with a forward of its own must stay as it is
     layers = [m for net in denoiser.nets.values() for m in net.modules() if type(m) is nn.Linear]

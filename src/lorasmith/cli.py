@@ -202,7 +202,8 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
 def _refused(error: Exception) -> int:
     """One line for the user; the traceback for LORASMITH_LOG=debug."""
     log.debug("", exc_info=error)
-    print(f"lorasmith: {' '.join(str(error).split())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):  # bad input is every process's
+        print(f"lorasmith: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 

@@ -14,15 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from lorasmith.types import Step
-from lorasmith.world import is_under_torchrun
+from lorasmith.world import is_first_here, is_under_torchrun
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 console = Console(markup=False, emoji=False)  # paths are shown as they are
 
 
 def set_up_logging() -> None:
-    """Our own logs to stderr, at the level that LORASMITH_LOG names (info by default); libraries' from errors on."""
-    level = os.environ.get("LORASMITH_LOG", "info").upper()
+    """Our own logs to stderr, at the level that LORASMITH_LOG names (info by default); libraries' from errors on.
+
+    Of several processes on a machine, one speaks.
+    """
+    level = os.environ.get("LORASMITH_LOG", "info").upper() if is_first_here() else "ERROR"
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=level != "INFO")
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
     logging.getLogger("lorasmith").setLevel(level)

@@ -22,7 +22,8 @@ from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
-from lorasmith.resuming import WITHOUT_EFFECT, facts_of, group_to_go_on_with, tell_changes
+from lorasmith.resuming import WITHOUT_EFFECT, facts_of, group_to_go_on_with, refuse_differences, tell_changes
+from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.state import State
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.training import train
@@ -67,13 +68,11 @@ class Job:
         if config.offloading:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
         if config.sharded:
-            from lorasmith.sharding import refuse_useless_sharding, shard
-
             refuse_useless_sharding(config, adapters, world)
         home = device_of(denoiser) if config.offloading or config.sharded else device
         copy = shared_copy(denoiser, home, model_dtype(config.training_dtype, device))
         if config.quantized_backward:
-            quantize_backward(copy)
+            quantize_backward(copy, device)
         if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps
             offload(copy, device)
         is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
@@ -82,6 +81,7 @@ class Job:
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
         facts = facts_of(denoiser, adapters, dataset, device, world)
+        refuse_differences(world, config, facts)
         state = State(adapters, config, is_fp16=is_fp16, group=first)
         return cls(
             config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world

@@ -20,11 +20,11 @@ from lorasmith.world import World
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = "samples a step"
-WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "sharded", "offloading")
-HARMLESS = (
-    *WITHOUT_EFFECT, "output", "sampling", "data", "model", "existing_lora", "device", "gradient_checkpointing",
-    "checkpoint_depth",
-)  # fmt: skip
+PLACES = ("output", "data", "model", "existing_lora", "device")
+"""Settings that may differ between machines: what is found there is compared instead."""
+SHARED_FACTS = ("base model", "data", "first weights", GROUP_SIZE, "lorasmith")
+WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading")
+HARMLESS = (*WITHOUT_EFFECT, *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth")
 """Settings that leave the result as it is, or leave it to the facts."""
 
 
@@ -45,6 +45,19 @@ def facts_of(
         "torch": torch.__version__,
         "lorasmith": __version__,
     }  # fmt: skip
+
+
+def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -> None:
+    """ValueError where the processes would not train the same LoRA."""
+    settings = {key: str(v) for key, v in _flat(config.model_dump(mode="json")) if key.partition(".")[0] not in PLACES}
+    first, *others = world.of_all(settings | {name: facts[name] for name in SHARED_FACTS})
+    for rank, other in enumerate(others, 1):
+        for key in first.keys() | other.keys():
+            if first.get(key) != other.get(key):
+                raise ValueError(
+                    f"{key} must be the same in all processes, got {first.get(key)} in process 0 and "
+                    f"{other.get(key)} in process {rank}"
+                )
 
 
 def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:

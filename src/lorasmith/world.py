@@ -57,6 +57,11 @@ class World:
 ALONE = World()
 
 
+def is_first_here() -> bool:
+    """Whether this is the process that speaks for its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 

@@ -57,3 +57,11 @@ def test_a_gradient_that_is_one_number_repeated_in_memory(random: Any) -> None:
     fused = torch.autograd.grad(updated(x, y, LowRankLinear(), (down, up), 0.7).sum(), (x, y, down, up))
     plain = torch.autograd.grad((y + 0.7 * (x @ down.T @ up.T)).sum(), (x, y, down, up))
     torch.testing.assert_close(fused, plain)
+
+
+def test_an_activation_may_change_the_output_in_place(random: Any) -> None:
+    x, y, weight = random(3, 6), random(3, 4), random(4, 6)
+    out = torch.relu_(updated(x, y, DenseLinear(), (weight,), 1.0))
+    torch.testing.assert_close(out, torch.relu(y + x @ weight.T))
+    out.sum().backward()
+    assert weight.grad is not None and weight.grad.any()

@@ -44,7 +44,8 @@ class _Updated(torch.autograd.Function):
         ctx.operation, ctx.build, ctx.scale = operation, build, scale
         weights = build(*(factor.detach() for factor in factors))  # a matrix that wants a gradient makes matmul copy
         delta = operation.run(x.to(factors[0].dtype), weights)
-        return delta.view(y.shape).mul_(scale).to(y.dtype).add_(y)
+        # not view(): autograd refuses what changes a custom function's view in place, as an activation may
+        return torch.ops.aten._unsafe_view(delta, y.shape).mul_(scale).to(y.dtype).add_(y)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,348 @@
+"""Resuming: a training that was broken off, anywhere and any number of times, ends bit for bit as one that was not."""
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FlowDenoiser
+from torch import Tensor
+
+from lorasmith import contract, lorafile, training
+from lorasmith.checkpoints import CheckpointFolder, read
+from lorasmith.config import Checkpoints, NonFinite
+from lorasmith.optimizers import SGD, LossScale, RMSprop
+from lorasmith.targets import Targets
+from lorasmith.training import NonFiniteError
+from lorasmith.types import Result
+
+STEPS = 6
+TARGETS = Targets(preset="none", include=(r"blocks\.0\.attn\.(to_q|to_v|to_out)",))
+EVERY_STEP = Checkpoints(steps=1, keep=100)
+
+
+class PowerCut(BaseException):
+    """Ends a training, as Ctrl-C would."""
+
+
+def inputs(num: int = 5, sizes: tuple[int, ...] = (8,)) -> dict[str, Any]:
+    """Latents of these sides, in buckets where there are several, and their conditioning."""
+    generator = torch.Generator().manual_seed(0)
+    buckets = [torch.randn(num, 4, side, 8, generator=generator) for side in sizes]
+    cond = [
+        {"text": torch.randn(5, 16, generator=generator), "pooled": torch.randn(8, generator=generator)}
+        for _ in range(num * len(sizes))
+    ]
+    return {"latents": buckets, "positive": cond, "bucket_mode": len(sizes) > 1}
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the training break off at its n-th loss from now on; 0: never."""
+    losses = training.sample_losses
+
+    def broken_at(number: int) -> None:
+        calls = 0
+
+        def counted(*args: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise PowerCut
+            return losses(*args)
+
+        monkeypatch.setattr(training, "sample_losses", counted)
+
+    return broken_at
+
+
+@pytest.fixture
+def train(flow_denoiser: FlowDenoiser) -> Callable[..., Result]:
+    def trained(**values: Any) -> Result:
+        quick = {"steps": STEPS, "batch_size": 2, "rank": 2, "learning_rate": 0.01, "targets": TARGETS}
+        return contract.train_lora(flow_denoiser, **{**inputs(), **quick, **values})
+
+    return trained
+
+
+Train = Callable[..., Result]
+Breaking = Callable[[int], None]
+
+
+def bytes_of(result: Result) -> bytes:
+    return lorafile.file_bytes(result.lora, {"loss": str(result.loss), "steps": str(result.steps)})
+
+
+def interrupted(train: Train, breaking: Breaking, folder: Path, at: tuple[int, ...], **values: Any) -> Result:
+    """Broken off at these losses, one after the other, and resumed each time."""
+    for number in at:
+        breaking(number)
+        with pytest.raises(PowerCut):
+            train(checkpoint_folder=folder, resume_from=folder, checkpoints=EVERY_STEP, **values)
+    breaking(0)
+    return train(checkpoint_folder=folder, resume_from=folder, checkpoints=EVERY_STEP, **values)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"algorithm": algorithm, "optimizer": optimizer, "lora_dtype": lora_dtype}
+    for algorithm in ("LoRA", "LoHa", "LoKr", "OFT")
+    for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")
+    for lora_dtype in ("bf16", "fp32")
+] + [
+    {"training_dtype": "fp32"},
+    {"training_dtype": "none"},
+    {"gradient_checkpointing": False},
+    {"grad_accumulation_steps": 3},
+    {"batch_size": 7},
+    {"seed": 2**64 - 1},
+    {"loss_function": "Huber"},
+    {"alpha": 0.5},
+    inputs(3, (8, 4, 6)),
+    {**inputs(1, (8, 4)), "batch_size": 3},
+]
+
+
+@pytest.mark.parametrize("values", SETTINGS, ids=[" ".join(map(str, s.values()))[:40] for s in SETTINGS])
+def test_a_training_that_was_broken_off_ends_as_if_it_had_not_been(
+    train: Train, breaking: Breaking, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    whole = bytes_of(train(**values))
+    assert bytes_of(interrupted(train, breaking, tmp_path, (1, 3, 2, 3), **values)) == whole
+
+
+@pytest.mark.parametrize("optimizer", [SGD(momentum=0.9), RMSprop(momentum=0.5)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_momentum_and_schedule_are_kept(
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, schedule: str
+) -> None:
+    config = contract._config
+    monkeypatch.setattr(
+        contract, "_config", lambda **values: config(**{**values, "optimizer": optimizer, "schedule": schedule})
+    )
+    assert bytes_of(interrupted(train, breaking, tmp_path, (3, 2))) == bytes_of(train())
+
+
+def test_the_scale_of_fp16_losses_is_kept(
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow_denoiser: FlowDenoiser
+) -> None:
+    """A scale that overflows at first and grows every other step: its value and its count matter."""
+    flow_denoiser.transformer.half()
+    monkeypatch.setattr(LossScale, "START", 2.0**40)
+    monkeypatch.setattr(LossScale, "PATIENCE", 2)
+    values = {"training_dtype": "none", "lora_dtype": "fp32"}
+    whole = train(**values, checkpoint_folder=tmp_path / "a", checkpoints=EVERY_STEP)
+    scales = [read(path).numbers["scale"] for path in sorted((tmp_path / "a").glob("*.safetensors"))]
+    assert len({scale["value"] for scale in scales}) > 1 and {scale["good"] for scale in scales} == {0, 1}
+    assert bytes_of(interrupted(train, breaking, tmp_path / "b", (20, 4), **values)) == bytes_of(whole)
+
+
+def test_a_continued_lora_is_resumed(train: Train, breaking: Breaking, tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    lorafile.write(path, train(algorithm="LoHa", steps=2).lora, {"lorasmith.steps": "2", "lorasmith.samples": "4"})
+    whole = train(existing_lora=path)
+    assert whole.steps == STEPS + 2 and len(whole.loss["loss"]) == STEPS
+    assert bytes_of(interrupted(train, breaking, tmp_path / "run", (4,), existing_lora=path)) == bytes_of(whole)
+
+
+def test_more_steps_of_a_finished_training(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    train(steps=4, checkpoint_folder=tmp_path)
+    more = train(checkpoint_folder=tmp_path, resume_from=tmp_path)
+    assert bytes_of(more) == bytes_of(train())
+    assert "changed since the checkpoint, without effect on the result: steps 4 -> 6" in caplog.text
+    assert bytes_of(train(resume_from=tmp_path)) == bytes_of(more)  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0.02}, "learning_rate 0.01 -> 0.02"),
+        ({"seed": 1}, r"seed 0 -> 1, first weights \w{12} -> \w{12}$"),
+        ({"optimizer": "Adam"}, "optimizer.name AdamW -> Adam, optimizer.weight_decay 0.01 -> 0.0"),
+        ({"batch_size": 3}, "batch_size 2 -> 3, samples a step 4 -> 6"),
+        ({"batch_size": 4, "grad_accumulation_steps": 1}, "batch_size 2 -> 4, grad_accumulation_steps 2 -> 1$"),
+        (inputs(4), r"data \w{12} -> \w{12}$"),
+    ],
+)
+def test_what_breaks_exactness_is_said(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, values: dict[str, Any], message: str
+) -> None:
+    train(steps=STEPS, grad_accumulation_steps=2, checkpoint_folder=tmp_path, checkpoints=Checkpoints(steps=2, keep=9))
+    caplog.clear()
+    train(**{"grad_accumulation_steps": 2, "resume_from": tmp_path / "step-0000002.safetensors", **values})
+    pattern = f"changed since the checkpoint, so that the result is not that of a run .* interrupted: {message}"
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(re.search(pattern, record.message) for record in caplog.records)
+
+
+def test_samples_are_not_drawn_twice_with_another_group(train: Train, tmp_path: Path) -> None:
+    """2 steps of 4 samples are 8; with 3 a step, the first group whose draws are new begins with the ninth."""
+    train(steps=2, grad_accumulation_steps=2, checkpoint_folder=tmp_path)
+    train(steps=3, batch_size=3, checkpoint_folder=tmp_path, resume_from=tmp_path)
+    assert read(tmp_path / "step-0000003.safetensors").numbers["counters"]["group"] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rank": 3},
+            "cannot resume from the checkpoint of step 6: it must hold the same adapters, but 6 differ",
+        ),
+        ({"algorithm": "LoHa"}, "cannot resume .*: it must hold the same adapters, but 18 differ, such as .*"),
+        ({"targets": Targets(preset="attention")}, "cannot resume .*: it must hold the same adapters, but .*"),
+        ({"optimizer": "SGD"}, "cannot resume .*: its optimizer must keep nothing as this one does, got exp_avg, "),
+        (
+            {"resume_from": "nowhere"},
+            "resume_from must be a checkpoint or a folder that holds .*, got nowhere",
+        ),
+        ({"resume_from": 3}, "resume_from must be a path or None, got 3"),
+        ({"resume_from": __file__}, "checkpoint .*test_resume.py is not sound: it states no hash"),
+        ({"resume_from": None}, "checkpoint_folder must hold no checkpoints unless resume_from is given, got "),
+        ({"checkpoint_folder": __file__}, ".*test_resume.py"),
+        ({"checkpoints": {"steps": 0}}, "checkpoints.steps must be 1 to 100000, got 0"),
+        ({"non_finite": NonFinite(returns=1)}, "checkpoints.steps must be set where non_finite.returns is, got none"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(train: Train, tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    train(checkpoint_folder=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises((ValueError, OSError), match=f"^{message}"):
+        train(**{"checkpoint_folder": tmp_path, "resume_from": tmp_path, **values})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, bad: Callable[[tuple[int, ...], float], bool]) -> list[tuple[int, ...]]:
+    """Makes losses NaN where `bad` says so of their samples' numbers and the rate; returns the numbers seen."""
+    losses, seen = training.sample_losses, []
+
+    def spoilt(denoiser: Any, batch: Any, config: Any) -> Tensor:
+        seen.append(batch.numbers)
+        found = losses(denoiser, batch, config)
+        return found * math.nan if bad(batch.numbers, config.learning_rate) else found
+
+    monkeypatch.setattr(training, "sample_losses", spoilt)
+    return seen
+
+
+def test_a_group_that_is_not_finite_is_left_out(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = planted(monkeypatch, lambda numbers, _: 4 in numbers)
+    result = train(steps=3)
+    assert seen == [(0, 1), (2, 3), (4, 5), (6, 7)] and len(result.loss["loss"]) == result.steps == 3
+    assert all(map(math.isfinite, result.loss["loss"])) and "step 3: " in caplog.text
+    assert all(tensor.isfinite().all() for tensor in result.lora.values())
+
+
+def test_groups_left_out_before_an_interruption_stay_so(
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, lambda numbers, _: bool({2, 4, 10} & set(numbers)))
+    losses = training.sample_losses
+    whole = bytes_of(train())
+    for number in (4, 3):
+        calls = []
+
+        def counted(*args: Any, number: int = number, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            if len(calls) == number:
+                raise PowerCut
+            return losses(*args)
+
+        monkeypatch.setattr(training, "sample_losses", counted)
+        with pytest.raises(PowerCut):
+            train(checkpoint_folder=tmp_path, resume_from=tmp_path, checkpoints=EVERY_STEP)
+    monkeypatch.setattr(training, "sample_losses", losses)
+    assert bytes_of(train(checkpoint_folder=tmp_path, resume_from=tmp_path)) == whole
+
+
+def test_too_many_in_a_row_stop_the_run_where_it_can_be_resumed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        planted(patch, lambda numbers, _: numbers[0] >= 6)
+        with pytest.raises(NonFiniteError, match="^not finite 2 times in a row: "):
+            train(checkpoint_folder=tmp_path, non_finite=NonFinite(limit=2))
+    assert CheckpointFolder(tmp_path, Checkpoints()).steps() == [3]
+    result = train(checkpoint_folder=tmp_path, resume_from=tmp_path)
+    assert result.steps == STEPS and len(result.loss["loss"]) == STEPS
+
+
+GOING_BACK = {"checkpoints": Checkpoints(steps=2, keep=1), "non_finite": NonFinite(limit=2, returns=2, rate_factor=0.5)}
+
+
+def spoilt_until_lower(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Losses from the sixth sample on are NaN until the rate has been lowered; returns the rates of the updates."""
+    rates: list[float] = []
+    update = training._update
+
+    def noted(state: Any, *args: Any, lr: float, **kwargs: Any) -> None:
+        rates.append(lr)
+        update(state, *args, lr=lr, **kwargs)
+
+    lowered = {"rate": 1.0}
+    gradients = training._gradients
+
+    def watched(*args: Any, state: Any, **kwargs: Any) -> Any:
+        lowered["rate"] = state.counters.rate
+        return gradients(*args, state=state, **kwargs)
+
+    planted(monkeypatch, lambda numbers, _: numbers[0] >= 6 and lowered["rate"] == 1.0)
+    monkeypatch.setattr(training, "_update", noted)
+    monkeypatch.setattr(training, "_gradients", watched)
+    return rates
+
+
+def test_going_back_lowers_the_rate(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    rates = spoilt_until_lower(monkeypatch)
+    result = train(checkpoint_folder=tmp_path, **GOING_BACK)
+    assert rates == [0.01] * 3 + [0.005] * 4 and result.steps == STEPS and len(result.loss["loss"]) == STEPS
+    assert "back to step 2, the learning rate times 0.5" in caplog.text
+
+
+def test_going_back_is_the_same_after_an_interruption(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt_until_lower(monkeypatch)
+    whole = bytes_of(train(checkpoint_folder=tmp_path / "a", **GOING_BACK))
+    losses = training.sample_losses
+    for number in range(1, 13):
+        folder, calls = tmp_path / str(number), []
+
+        def counted(*args: Any, number: int = number, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            if len(calls) == number:
+                raise PowerCut
+            return losses(*args)
+
+        monkeypatch.setattr(training, "sample_losses", counted)
+        try:
+            train(checkpoint_folder=folder, **GOING_BACK)
+        except PowerCut:
+            monkeypatch.setattr(training, "sample_losses", losses)
+            assert bytes_of(train(checkpoint_folder=folder, resume_from=folder, **GOING_BACK)) == whole
+        else:
+            break
+    assert number > 8
+
+
+def test_weights_that_overflow_are_never_kept(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer makes them infinite in the fourth step: the checkpoint of the third is the newest, and sound."""
+    calls = []
+
+    def exploding(optimizer: Any, *args: Any) -> None:
+        calls.append(1)
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.data.add_(math.inf if len(calls) == 4 else 0.01)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", exploding)
+    with pytest.raises(NonFiniteError, match="the weights of step 4 are not finite: the learning rate is too high"):
+        train(checkpoint_folder=tmp_path, optimizer="SGD", checkpoints=Checkpoints(steps=1))
+    assert CheckpointFolder(tmp_path, Checkpoints()).steps() == [2, 3]
+    assert all(t.isfinite().all() for t in read(tmp_path / "step-0000003.safetensors").tensors.values())
