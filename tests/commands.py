@@ -3,15 +3,21 @@
 import io
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from lorasmith import training
 from lorasmith.cli import main
+
+UNFINISHED = {".lock", "checkpoints", "run.toml", "steps.jsonl"}
+FILES = UNFINISHED | {"lora.safetensors", "loss.png", "report.html"}
 
 TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompts", "[]")
 
@@ -52,3 +58,21 @@ class Notes(list[Any]):
 
     def __deepcopy__(self, memo: Any) -> "Notes":
         return self
+
+
+def listing(folder: Path) -> set[str]:
+    """Every path below the folder, but for the checkpoints themselves."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.parent.name != "checkpoints"}
+
+
+def at_step(number: int, action: Callable[[], torch.Tensor | None], times: int = 1) -> Callable[..., torch.Tensor]:
+    """A stand-in for the loss of a batch: that loss but, from this one on, what the action returns, if anything."""
+    losses, calls = training.sample_losses, 0
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        replaced = action() if number <= calls < number + times else None
+        return losses(*args) if replaced is None else replaced
+
+    return counted

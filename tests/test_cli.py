@@ -11,11 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from commands import TINY, Ended, lorasmith, made
+from commands import FILES, TINY, UNFINISHED, Ended, at_step, listing, lorasmith, made
 from PIL import Image
 
 from lorasmith import __version__, lorafile, training
@@ -23,13 +22,6 @@ from lorasmith.demo import BASE
 from lorasmith.settings import settings
 
 NOT_YET = "output must be a folder that does not exist yet, unless --resume is given"
-UNFINISHED = {".lock", "checkpoints", "run.toml", "steps.jsonl"}
-FILES = UNFINISHED | {"lora.safetensors", "loss.png", "report.html"}
-
-
-def listing(folder: Path) -> set[str]:
-    """Every path below the folder, but for the checkpoints themselves."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.parent.name != "checkpoints"}
 
 
 @pytest.fixture
@@ -120,19 +112,6 @@ def test_odd_names_work(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert f"LoRA of 2 steps: {output / 'lora.safetensors'}\n" in ended.out
     assert listing(tmp_path / output) == FILES
-
-
-def at_step(number: int, action: Callable[[], torch.Tensor | None], times: int = 1) -> Callable[..., torch.Tensor]:
-    """A stand-in for the loss of a batch: that loss but, from this one on, what the action returns, if anything."""
-    losses, calls = training.sample_losses, 0
-
-    def counted(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        replaced = action() if number <= calls < number + times else None
-        return losses(*args) if replaced is None else replaced
-
-    return counted
 
 
 def test_ctrl_c_ends_after_the_step_in_hand(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

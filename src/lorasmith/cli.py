@@ -149,11 +149,11 @@ def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     with (
         joined(config.device) as world,
         opened_run(config, is_resuming=is_resuming, folder=folder, world=world) as run,
-        interruptible() as stop,
     ):
         console.quiet = not world.is_first
         try:
-            follow(run.steps(stop), run.num_steps, run.job.done)
+            with interruptible() as stop:
+                follow(run.steps(stop), run.num_steps, run.job.done)
         except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError):
             _save_if_possible(run)
             raise

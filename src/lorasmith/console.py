@@ -4,8 +4,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from types import FrameType
 
 from rich.console import Console
@@ -64,14 +64,14 @@ def interruptible() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def follow(steps: Iterator[Step], total: int, before: int) -> None:
+def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
     """Runs through the steps with a progress bar; those of a LoRA that is continued, `before`, do not count."""
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
     )  # fmt: skip
     mean = None
-    with Progress(*columns, console=console) as progress:
+    with closing(steps), Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total, loss="-", rate="-")
         for step in steps:
             mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss

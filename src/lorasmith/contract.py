@@ -152,7 +152,7 @@ def _losses(job: Job, folder: Path | None, source: Path | None) -> list[float]:
             remove_partial([folder])
         if source is not None and not resumed(job, source) and source != folder:
             raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
-        if source is None and checkpoints is not None and checkpoints.steps():
+        if source is None and checkpoints is not None and job.world.is_first and checkpoints.steps():
             raise ValueError(f"checkpoint_folder must hold no checkpoints unless resume_from is given, got {folder}")
         for _ in kept_steps(job, checkpoints, None):
             pass

@@ -103,8 +103,7 @@ class Job:
     def checkpoint(self) -> Checkpoint:
         """What a run resumes from; ValueError where weights are not finite."""
         config = self.config.model_dump(mode="json")
-        counters = self.state.counters
-        return Checkpoint(counters.step, self.state.tensors(), self.state.numbers(), config, self.facts)
+        return Checkpoint(self.state.counters.step, self.state.tensors(), self.state.numbers(), config, self.facts)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint and tells what has changed since; ValueError where it does not fit."""
@@ -112,7 +111,12 @@ class Job:
             self.state.load(checkpoint.tensors, checkpoint.numbers)
         except ValueError as error:
             raise ValueError(f"cannot resume from the checkpoint of step {checkpoint.step}: {error}") from error
-        self.state.counters.group = group_to_go_on_with(checkpoint, self.dataset.order.group_size)
+        counters = self.state.counters
+        counters.group = group_to_go_on_with(checkpoint, self.dataset.order.group_size)
+        if checkpoint.config["batch_size"] != self.config.batch_size:  # not only lower than asked for, by the ladder
+            counters.batch_size = self.config.batch_size
+        if checkpoint.config["gradient_checkpointing"] != self.config.gradient_checkpointing:
+            counters.checkpointing = self.config.gradient_checkpointing
         tell_changes(checkpoint, self.config, self.facts)
 
     def lora(self) -> dict[str, Tensor]:

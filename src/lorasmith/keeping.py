@@ -3,7 +3,7 @@
 import logging
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from lorasmith.checkpoints import CheckpointFolder, newest_in
@@ -26,7 +26,7 @@ def resumed(job: Job, source: Path) -> bool:
 
 def kept_steps(
     job: Job, checkpoints: CheckpointFolder | None, step_log: StepLog | None, stop: threading.Event | None = None
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Trains to the end; the first process logs each step and writes a checkpoint when one is due, and at the end.
 
     Whatever breaks the run off, the last whole step is kept if it can be.

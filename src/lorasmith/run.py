@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,18 +117,18 @@ class Run:
             if opened_log is not None:
                 opened_log.close()
 
-    def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:
+    def steps(self, stop: threading.Event | None = None) -> Generator[Step, None, None]:
         """Trains to the end, or until `stop` is set in one of the processes; all that is due in between is done."""
         every = self.job.config.sampling.every
-        for step in kept_steps(self.job, self.checkpoints, self.log, stop):
-            if self.folder is not None and self.log is not None and self.folder.made_again():
-                self.log.rewrite()
-                keep(self.job, self.checkpoints, self.log)
-            if self.tensorboard is not None:
-                self.tensorboard.append(step)
-            if every is not None and self.num_done % every == 0:
-                self._draw_on_the_way()
-            yield step
+        with closing(kept_steps(self.job, self.checkpoints, self.log, stop)) as steps:
+            for step in steps:
+                if self._is_made_again():
+                    keep(self.job, self.checkpoints, self.log)
+                if self.tensorboard is not None:
+                    self.tensorboard.append(step)
+                if every is not None and self.num_done % every == 0:
+                    self._draw_on_the_way()
+                yield step
 
     @property
     def num_done(self) -> int:
@@ -157,7 +157,7 @@ class Run:
             return None
         if self.folder is None or not self.num_done:
             return None
-        self.folder.made_again()
+        self._is_made_again()
         metadata = {**self.job.file_metadata(), "modelspec.title": self.title}
         lorafile.write(self.folder.lora_path, self.job.lora(), metadata)
         return self.folder.lora_path
@@ -210,6 +210,13 @@ class Run:
     def prompts(self) -> Sequence[str]:
         chosen = self.job.config.sampling.prompts
         return tuple(dict.fromkeys(self.captions))[:NUM_PROMPTS] if chosen is None else chosen
+
+    def _is_made_again(self) -> bool:
+        """Whether the run folder had been deleted; what it held of the run is then there again."""
+        if self.folder is None or self.log is None or not self.folder.made_again():
+            return False
+        self.log.rewrite()
+        return True
 
     def _draw_on_the_way(self) -> None:
         """Draws with the LoRA as it is, into samples/."""
