@@ -33,9 +33,15 @@ class World:
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def add_up(self, flat: Tensor) -> None:
-        """Replaces the tensor, in place, by its sum over the processes; bitwise the same in each of them."""
+        """Replaces the tensor, in place, by its sum over the processes; bitwise the same in each of them.
+
+        ConnectionError where another process has died.
+        """
         if self.size > 1:
-            dist.all_reduce(flat)
+            try:
+                dist.all_reduce(flat)
+            except RuntimeError as error:
+                raise ConnectionError(f"process {self.rank} has lost another process: {error}") from error
 
     def from_first(self, value: T) -> T:
         """The first process's value."""
@@ -85,7 +91,12 @@ def joined(device: str) -> Iterator[World]:
     on_gpu = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # one machine's torchrun keeps the store over restarts, with the addresses of processes that have died
+        store = dist.PrefixStore(f"start {num_restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     try:
         yield world
     finally:
