@@ -42,10 +42,11 @@ def inputs(num: int = 5, sizes: tuple[int, ...] = (8,)) -> dict[str, Any]:
 
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the training break off at its n-th loss from now on; 0: never."""
-    losses = training.sample_losses
+    """Makes the training break off at its n-th loss from now on; 0: never. What was patched before stays so."""
+    base: list[Callable[..., Tensor]] = []
 
     def broken_at(number: int) -> None:
+        base.extend([] if base else [training.sample_losses])
         calls = 0
 
         def counted(*args: Any) -> Tensor:
@@ -53,7 +54,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             calls += 1
             if calls == number:
                 raise PowerCut
-            return losses(*args)
+            return base[0](*args)
 
         monkeypatch.setattr(training, "sample_losses", counted)
 
@@ -243,22 +244,7 @@ def test_groups_left_out_before_an_interruption_stay_so(
     train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch, lambda numbers, _: bool({2, 4, 10} & set(numbers)))
-    losses = training.sample_losses
-    whole = bytes_of(train())
-    for number in (4, 3):
-        calls = []
-
-        def counted(*args: Any, number: int = number, calls: list[int] = calls) -> Tensor:
-            calls.append(1)
-            if len(calls) == number:
-                raise PowerCut
-            return losses(*args)
-
-        monkeypatch.setattr(training, "sample_losses", counted)
-        with pytest.raises(PowerCut):
-            train(checkpoint_folder=tmp_path, resume_from=tmp_path, checkpoints=EVERY_STEP)
-    monkeypatch.setattr(training, "sample_losses", losses)
-    assert bytes_of(train(checkpoint_folder=tmp_path, resume_from=tmp_path)) == whole
+    assert bytes_of(interrupted(train, breaking, tmp_path, (4, 3))) == bytes_of(train())
 
 
 def test_too_many_in_a_row_stop_the_run_where_it_can_be_resumed(
@@ -306,29 +292,17 @@ def test_going_back_lowers_the_rate(train: Train, tmp_path: Path, monkeypatch: p
 
 
 def test_going_back_is_the_same_after_an_interruption(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt_until_lower(monkeypatch)
     whole = bytes_of(train(checkpoint_folder=tmp_path / "a", **GOING_BACK))
-    losses = training.sample_losses
-    for number in range(1, 13):
-        folder, calls = tmp_path / str(number), []
-
-        def counted(*args: Any, number: int = number, calls: list[int] = calls) -> Tensor:
-            calls.append(1)
-            if len(calls) == number:
-                raise PowerCut
-            return losses(*args)
-
-        monkeypatch.setattr(training, "sample_losses", counted)
-        try:
+    for number in range(1, 10):
+        folder = tmp_path / str(number)
+        breaking(number)
+        with pytest.raises(PowerCut):
             train(checkpoint_folder=folder, **GOING_BACK)
-        except PowerCut:
-            monkeypatch.setattr(training, "sample_losses", losses)
-            assert bytes_of(train(checkpoint_folder=folder, resume_from=folder, **GOING_BACK)) == whole
-        else:
-            break
-    assert number > 8
+        breaking(0)
+        assert bytes_of(train(checkpoint_folder=folder, resume_from=folder, **GOING_BACK)) == whole
 
 
 def test_weights_that_overflow_are_never_kept(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

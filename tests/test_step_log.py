@@ -375,3 +375,16 @@ assert states() == before
 def test_tensorboard_draws_nothing_and_says_nothing(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", QUIET, str(tmp_path)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_a_deleted_log_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    log = StepLog.opened(path, 0)
+    log.append(Step(1, 0.5, 1e-3, 2.0, 0.1))
+    whole = path.read_bytes()
+    path.unlink()
+    log.flush_to_disk()
+    assert path.read_bytes() == whole
+    log.append(Step(2, 0.5, 1e-3, 2.0, 0.1))
+    log.close()
+    assert len(path.read_bytes().splitlines()) == 2

@@ -53,7 +53,9 @@ class StepLog:
             self._file.flush()
 
     def flush_to_disk(self) -> None:
-        """All lines are on disk once this returns; OSError that names the file."""
+        """All lines are on disk once this returns, also where the file was deleted; OSError that names the file."""
+        if not self.path.exists():
+            self.rewrite()
         with _naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
