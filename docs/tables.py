@@ -30,7 +30,16 @@ OF_INPUTS = {name: key for key, name in NAMES.items()} | {
     "algorithm": "adapter", "targets": "targets.preset", "latents": "data.folder", "positive": "data.folder",
 }  # fmt: skip
 """{input of train_lora: its setting}, where they differ."""
-WITHOUT_RANGE = ("model", "latents", "positive", "existing_lora", "targets")
+WITHOUT_SETTING = {
+    "checkpoint_folder": "none: always `checkpoints` in the run folder",
+    "resume_from": "none: the flag `--resume`",
+    "world": "none: `torchrun`",
+}
+"""{input of train_lora: what the command line has in its place}."""
+WITHOUT_RANGE = (
+    "model", "latents", "positive", "existing_lora", "targets", "checkpoint_folder", "resume_from", "checkpoints",
+    "non_finite", "world",
+)  # fmt: skip
 Say = Callable[[str], str]
 
 
@@ -122,12 +131,12 @@ def _part(key: str, name: str) -> str:
 def _input(name: str) -> str:
     """An input's range, default and setting."""
     setting = setting_of(name)
-    keys = [key for key in settings() if name == "targets" and key.startswith("targets.")]
+    keys = [key for key in settings() if name not in settings() and key.startswith(f"{name}.")]  # those of a part
     keys = keys or ([setting.key] if setting else [])
     rows = [
         ("range", rule_of(name)),
         ("default", f"`{default_of(name)}`" if default_of(name) else "none: it must be given"),
-        ("setting", ", ".join(f"`{key}`" for key in keys) or "only from Python"),
+        ("setting", ", ".join(f"`{key}`" for key in keys) or WITHOUT_SETTING.get(name, "only from Python")),
     ]
     return _head("", "") + "".join(_row(*row) for row in rows if row[1])
 
@@ -157,11 +166,14 @@ class Refusals:
     def __init__(self) -> None:
         import torch
 
+        from lorasmith.config import Checkpoints, NonFinite
         from lorasmith.demo import BASE
         from lorasmith.families import opened
         from lorasmith.targets import Targets
+        from lorasmith.world import World
 
-        self.names = {"torch": torch, "BASE": BASE, "Targets": Targets}
+        parts = {part.__name__: part for part in (Targets, Checkpoints, NonFinite, World)}
+        self.names = {"torch": torch, "BASE": BASE, **parts}
         self.given: dict[str, Any] = {
             "model": opened(BASE).denoiser,
             "latents": torch.zeros(2, 4, 16, 16),
@@ -171,6 +183,8 @@ class Refusals:
 
     def said(self, call: str) -> str:
         """The message; AssertionError where the call is not refused."""
+        if '"old"' in call or '"torn.safetensors"' in call:
+            self._write_checkpoints()
         try:
             if call.startswith("--"):
                 _, values = parsed(call.split())
@@ -180,6 +194,13 @@ class Refusals:
         except (ValueError, ArithmeticError) as error:
             return f"lorasmith: {error}" if call.startswith("--") else str(error)
         raise AssertionError(f"{call} is not refused")
+
+    def _write_checkpoints(self) -> None:
+        """The folder `old`, with the checkpoint of a training, and `torn.safetensors`, that file without its end."""
+        if not Path("old").exists():
+            train_lora(**self.given, checkpoint_folder="old")
+            (checkpoint,) = Path("old").glob("*.safetensors")
+            Path("torn.safetensors").write_bytes(checkpoint.read_bytes()[:-1000])
 
 
 # Examples

@@ -25,6 +25,7 @@ from lorasmith.whole import write_whole
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{7})\.safetensors")
+FORMAT = 1  # of the numbers and the tensors' names
 SUBFOLDER = "checkpoints"  # of a run folder
 NO_HASH = "0" * 64
 HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
@@ -43,7 +44,13 @@ class Checkpoint:
 
     def pieces(self) -> tuple[bytes, memoryview]:
         """The file."""
-        rest = {"step": self.step, "numbers": self.numbers, "config": self.config, "facts": self.facts}
+        rest = {
+            "format": FORMAT,
+            "step": self.step,
+            "numbers": self.numbers,
+            "config": self.config,
+            "facts": self.facts,
+        }
         metadata = {
             "lorasmith.checkpoint": json.dumps(rest, sort_keys=True),
             "lorasmith.config_hash": config_hash(self.config),
@@ -71,9 +78,11 @@ class Checkpoint:
             length = int.from_bytes(content[:8], "little")
             metadata = json.loads(content[8 : 8 + length])["__metadata__"]
             rest = json.loads(metadata["lorasmith.checkpoint"])
+            if rest["format"] != FORMAT:
+                raise ValueError(f"its format must be {FORMAT}, got {rest['format']}")
             return cls(rest["step"], load(content), rest["numbers"], rest["config"], rest["facts"])
         except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"it is none of this program: {error}") from error
+            raise ValueError(f"it is none that this version reads: {error}") from error
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -142,13 +142,12 @@ def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
     from lorasmith.console import console, follow, interruptible, show_table
     from lorasmith.run import opened_run
-    from lorasmith.world import joined, num_restarts
+    from lorasmith.world import joined
 
     _prepare_terminal()
-    is_resuming = resume or num_restarts() > 0
     with (
         joined(config.device) as world,
-        opened_run(config, is_resuming=is_resuming, folder=folder, world=world) as run,
+        opened_run(config, is_resuming=resume, folder=folder, world=world) as run,
     ):
         console.quiet = not world.is_first
         try:

@@ -20,13 +20,13 @@ from lorasmith.inputs import samples_of
 from lorasmith.job import Job
 from lorasmith.keeping import kept_steps, resumed
 from lorasmith.loading import adapters_from
-from lorasmith.lock import FolderLock
+from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.memory import shared_copy
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
 from lorasmith.whole import remove_partial
-from lorasmith.world import ALONE, World
+from lorasmith.world import ALONE, World, num_restarts
 
 NO_LORA = "[None]"
 NAMES = {
@@ -114,8 +114,8 @@ def train_lora(
     A model that is loaded from a path or hub id trains on the best device, others where they are. Gradients longer
     than 1 are scaled to 1, as on the command line (max_grad_norm).
 
-    Raises ValueError that names the input, the rule and the value, and NonFiniteError on losses or gradients that are
-    not finite.
+    Raises ValueError that names the input, the rule and the value, and NonFiniteError where losses or gradients are not
+    finite as often as non_finite.limit says, or where weights are not.
     """
     config = _config(
         batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps, steps=steps,
@@ -124,9 +124,13 @@ def train_lora(
         existing_lora=None if existing_lora == NO_LORA else _text_as_path(existing_lora),
         adapter={"name": algorithm, "rank": rank, "alpha": alpha} | ({} if factor is None else {"factor": factor}),
         targets=Targets() if targets is None else targets, checkpoint_depth=checkpoint_depth, offloading=offloading,
-        quantized_backward=quantized_backward, checkpoints=checkpoints or Checkpoints(),
-        non_finite=non_finite or NonFinite(), memory_ladder=memory_ladder,
+        quantized_backward=quantized_backward, checkpoints=Checkpoints() if checkpoints is None else checkpoints,
+        non_finite=NonFinite() if non_finite is None else non_finite, memory_ladder=memory_ladder,
     )  # fmt: skip
+    if not isinstance(world, World):
+        raise ValueError(f"world must be what lorasmith.world.joined gives, got {world!r}")
+    if config.non_finite.returns and checkpoint_folder is None:
+        raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = None if isinstance(model, Denoiser) else opened(model)
         denoiser: Denoiser = model if family is None else family.denoiser
@@ -143,17 +147,19 @@ def train_lora(
 def _losses(job: Job, folder: Path | None, source: Path | None) -> list[float]:
     """Trains, from a checkpoint of `source` on where that is given; returns the losses of all steps."""
     checkpoints = None if folder is None else CheckpointFolder(folder, job.config.checkpoints)
+    places = () if source is None else (source.resolve(), source.resolve().parent)
+    is_source = folder is not None and folder.resolve() in places
     with ExitStack() as stack:
-        if folder is not None and job.world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(folder)
-            lock.acquire()
+        if checkpoints is not None and job.world.is_first:
+            checkpoints.path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(checkpoints.path)
+            lock.acquire(PATIENCE if num_restarts() else 0.0)
             stack.callback(lock.release)
-            remove_partial([folder])
-        if source is not None and not resumed(job, source) and source != folder:
+            remove_partial([checkpoints.path])
+            if checkpoints.steps() and not is_source:
+                raise ValueError(f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}")
+        if source is not None and not resumed(job, source) and not is_source:
             raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
-        if source is None and checkpoints is not None and job.world.is_first and checkpoints.steps():
-            raise ValueError(f"checkpoint_folder must hold no checkpoints unless resume_from is given, got {folder}")
         for _ in kept_steps(job, checkpoints, None):
             pass
     return job.state.losses

@@ -15,6 +15,7 @@ from lorasmith.whole import write_whole
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 30.0  # seconds for the processes of torchrun's last start to be gone
 LOCK = ".lock"
 HOLDER = ".holder.json"  # a file of its own: Windows lets nobody read a locked one
 # what file systems without locks answer; EINVAL stands for Windows's ERROR_NOT_SUPPORTED

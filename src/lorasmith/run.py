@@ -224,7 +224,7 @@ class Run:
             return
         drawn = self._draw()
         if self.folder is not None:
-            path = self.folder.path / "samples" / f"step-{self.num_done:07d}.png"
+            path = self.folder.samples_path / f"step-{self.num_done:07d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_comparison([(f"step {self.num_done}", drawn)], self.prompts, path)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from lorasmith.checkpoints import SUBFOLDER
 from lorasmith.config import Config
-from lorasmith.lock import FolderLock
+from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.whole import remove_partial, write_whole
-from lorasmith.world import num_restarts
+from lorasmith.world import launch
 
 log = logging.getLogger(__name__)
 
-PATIENCE_AT_RESTART = 30.0  # seconds for the processes of the last start to be gone
+LAUNCH = ".launch"
 
 
 class RunFolder:
@@ -39,6 +39,10 @@ class RunFolder:
     def checkpoints_path(self) -> Path:
         return self.path / SUBFOLDER
 
+    @property
+    def samples_path(self) -> Path:
+        return self.path / "samples"
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Locks a folder that is there, and lets go of it at the end; ValueError where another run has it.
@@ -46,7 +50,7 @@ class RunFolder:
         A folder that was made in between is taken away again where an error comes before there is a step to keep.
         """
         if not self.is_new:
-            self.lock.acquire(PATIENCE_AT_RESTART if num_restarts() else 0.0)
+            self.lock.acquire(PATIENCE if _is_of_this_launch(self.path) else 0.0)
         try:
             yield
         except BaseException:
@@ -63,8 +67,8 @@ class RunFolder:
         self.toml = toml
         if self.is_new:
             self.lock.acquire()
-        remove_partial((self.path, self.checkpoints_path))
-        write_whole(self.path / "run.toml", toml.encode())
+        remove_partial((self.path, self.checkpoints_path, self.samples_path))
+        self._write_first_files()
 
     def made_again(self) -> bool:
         """Whether the folder had been deleted; then it is there again, locked, with run.toml alone."""
@@ -74,8 +78,14 @@ class RunFolder:
         self.lock.release()
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
-        write_whole(self.path / "run.toml", self.toml.encode())
+        self._write_first_files()
         return True
+
+    def _write_first_files(self) -> None:
+        found = launch()
+        if found is not None:  # before what makes it a run folder
+            write_whole(self.path / LAUNCH, found.encode())
+        write_whole(self.path / "run.toml", self.toml.encode())
 
     def _has_steps(self) -> bool:
         return self.checkpoints_path.is_dir() or (self.steps_path.is_file() and self.steps_path.stat().st_size > 0)
@@ -84,20 +94,21 @@ class RunFolder:
 def chosen_folder(config: Config, *, is_resuming: bool) -> Path:
     """The folder that a run is to have: a new one or, to resume, the one that the last run had.
 
+    A group that torchrun starts again resumes the run that it made before.
+
     ValueError where it cannot have it.
     """
     assert config.data.folder is not None
     pictures = config.data.folder.resolve()
-    if not is_resuming:
-        if config.output is not None and config.output.exists():
-            raise ValueError(
-                f"output must be a folder that does not exist yet, unless --resume is given, got {config.output}"
-            )
-        path = config.output or numbered_folder(pictures.name, is_there=False)
-    else:
-        path = config.output or numbered_folder(pictures.name, is_there=True)
+    last = config.output or numbered_folder(pictures.name, is_there=True)
+    if is_resuming or _is_of_this_launch(last):
+        path = last
         if path.exists() and not _is_run_folder(path):
             raise ValueError(f"output must be a run folder to resume, or nothing yet, got {path} without run.toml")
+    else:
+        path = config.output or numbered_folder(pictures.name, is_there=False)
+        if path.exists():
+            raise ValueError(f"output must be a folder that does not exist yet, unless --resume is given, got {path}")
     if path.resolve().is_relative_to(pictures):
         raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {path}")
     return path
@@ -112,6 +123,14 @@ def numbered_folder(name: str, *, is_there: bool) -> Path:
             return last if is_there and last is not None else path
         last = path
     raise AssertionError  # the count does not end
+
+
+def _is_of_this_launch(path: Path) -> bool:
+    """Whether the torchrun that started this process made the run there."""
+    try:
+        return launch() is not None and (path / LAUNCH).read_text() == launch()
+    except OSError:
+        return False
 
 
 def _is_run_folder(path: Path) -> bool:

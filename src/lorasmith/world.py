@@ -1,6 +1,7 @@
 """The processes that train one LoRA together, as torchrun starts them (torch.distributed)."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ def is_under_torchrun() -> bool:
 def num_restarts() -> int:
     """How often torchrun has started this group again after one of its processes died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch() -> str | None:
+    """What all starts of this group by one torchrun have in common; None without torchrun."""
+    return f"{platform.node()} {os.getppid()} {os.environ['TORCHELASTIC_RUN_ID']}" if is_under_torchrun() else None
 
 
 @contextmanager
