@@ -1,7 +1,7 @@
 """What a checkpoint costs: seconds to write and to read it, and their share of the time between two at the default.
 
-`python benchmarks/checkpoints.py --millions 1 10 100`: so many million numbers are trained; a checkpoint holds each of them
-three times in float32 (master and AdamW's two means). Files go to --folder, whose disk is what is measured.
+`python benchmarks/checkpoints.py --millions 1 10 100`: so many million numbers are trained. A checkpoint holds each of
+them three times in float32 (master and AdamW's two means). Files go to --folder, whose disk is what is measured.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def measured(folder: Path, millions: float, repeats: int) -> tuple[float, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="What checkpoints cost.")
     parser.add_argument("--millions", type=float, nargs="+", default=[0.25, 10, 50])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; none: the system's folder for temporary files")

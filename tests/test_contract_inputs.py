@@ -11,6 +11,7 @@ from commands import Notes
 from torch import Tensor, nn
 
 from lorasmith import lorafile
+from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.noise import Flow
 from lorasmith.targets import Targets
@@ -132,10 +133,10 @@ def test_a_legal_value_trains(model: Pointwise, name: str, value: Any) -> None:
 
 def test_the_most_steps_reach_the_loop(model: Pointwise, monkeypatch: pytest.MonkeyPatch) -> None:
     """100000 of them would take minutes, so the loop is left out."""
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("lorasmith.job.train", lambda *args, **kwargs: asked.update(kwargs) or iter(()))
+    asked: list[Any] = []
+    monkeypatch.setattr("lorasmith.job.train", lambda *args, **kwargs: asked.extend(args) or iter(()))
     trained(model, steps=100_000)
-    assert asked["steps"] == 100_000
+    assert [config.steps for config in asked if isinstance(config, Config)] == [100_000]
 
 
 @pytest.mark.parametrize(("name", "value"), ILLEGAL)

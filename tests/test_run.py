@@ -189,7 +189,7 @@ def test_a_folder_that_another_run_made_meanwhile_is_left_alone(
         return encode(*args)
 
     monkeypatch.setattr(run, "encoded", late)
-    with pytest.raises(FileExistsError), opened(steps=1):
+    with pytest.raises(ValueError, match="^output must be a folder that does not exist yet"), opened(steps=1):
         pass
     assert path.read_text() == "of the other run"
 

@@ -19,8 +19,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.config import Checkpoints
-from lorasmith.whole import write_whole
+from lorasmith.config import Checkpoints, Config
+from lorasmith.whole import errors_name, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Checkpoint:
     config: Mapping[str, Any]  # the run's, as JSON has it
     facts: Mapping[str, str]  # what else decides the result: of the model, the data, the machine
 
-    def pieces(self) -> tuple[bytes, memoryview]:
-        """The file."""
-        rest = {
+    def pieces(self) -> list[bytes | memoryview]:
+        """The file, in which the tensors are not copied."""
+        stated = {
             "format": FORMAT,
             "step": self.step,
             "numbers": self.numbers,
@@ -52,16 +52,17 @@ class Checkpoint:
             "facts": self.facts,
         }
         metadata = {
-            "lorasmith.checkpoint": json.dumps(rest, sort_keys=True),
+            "lorasmith.checkpoint": json.dumps(stated, sort_keys=True),
             "lorasmith.config_hash": config_hash(self.config),
             "sha256": NO_HASH,
         }
-        head, data = lorafile.file_pieces(self.tensors, metadata)
+        head, *rest = lorafile.file_pieces(self.tensors, metadata)
         digest = hashlib.sha256(head)
-        digest.update(data)
+        for piece in rest:
+            digest.update(piece)
         field_of_hash = b'"sha256":"%s"'
         zeros, own = (field_of_hash % text.encode() for text in (NO_HASH, digest.hexdigest()))
-        return head.replace(zeros, own, 1), data
+        return [bytes(head).replace(zeros, own, 1), *rest]
 
     @classmethod
     def of_bytes(cls, content: bytes) -> "Checkpoint":
@@ -81,8 +82,10 @@ class Checkpoint:
             if rest["format"] != FORMAT:
                 raise ValueError(f"its format must be {FORMAT}, got {rest['format']}")
             return cls(rest["step"], load(content), rest["numbers"], rest["config"], rest["facts"])
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"it is none that this version reads: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"it must be written by lorasmith, but does not state {error}") from error
+        except SafetensorError as error:
+            raise ValueError(f"its tensors cannot be read: {error}") from error
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -96,9 +99,15 @@ class CheckpointFolder:
 
     path: Path
     rule: Checkpoints
+    num_regular: int = 0  # so many of the regular ones are kept, however old
     since: float = field(default_factory=time.monotonic)  # of the last one; the clock on the wall may jump
     cost: float = 0.0  # seconds that the last one took
     last: int | None = None  # step of the last one written
+
+    @classmethod
+    def of(cls, path: Path, config: Config) -> "CheckpointFolder":
+        """For a run: one that may go back keeps the last regular checkpoint, and one more, as that may be bad."""
+        return cls(path, config.checkpoints, num_regular=2 if config.non_finite.returns else 0)
 
     def file_path(self, step: int) -> Path:
         return self.path / f"step-{step:07d}.safetensors"
@@ -126,21 +135,33 @@ class CheckpointFolder:
         must not resume from them.
         """
         began = time.monotonic()
-        self.path.mkdir(parents=True, exist_ok=True)
+        with errors_name(self.path):
+            self.path.mkdir(exist_ok=True)  # not those above it: a run folder that was deleted is not made unlocked
         for later in [step for step in self.steps() if step > checkpoint.step]:
             self.file_path(later).unlink()
         write_whole(self.file_path(checkpoint.step), *checkpoint.pieces())
         steps = self.steps()
         regular = [step for step in steps if self.is_regular(step)]
-        for step in set(steps[: -self.rule.keep]) - set(regular[-1:]):
+        for step in set(steps[: -self.rule.keep]) - set(regular[-self.num_regular :] if self.num_regular else ()):
             self.file_path(step).unlink()
         self.since, self.last = time.monotonic(), checkpoint.step
         self.cost = self.since - began
 
-    def newest(self, *, regular: bool = False) -> Checkpoint | None:
-        """The newest sound checkpoint, of the regular ones where asked for; names those that are not sound."""
-        steps = [step for step in self.steps() if not regular or self.is_regular(step)]
-        return _first_sound([self.file_path(step) for step in reversed(steps)])
+    def newest(self) -> Checkpoint | None:
+        """The newest sound checkpoint; names those that are not sound."""
+        return self._newest_of(self.steps())
+
+    def newest_regular(self, before: int) -> Checkpoint | None:
+        """The newest sound one of the regular checkpoints before this step; names those that are not sound."""
+        return self._newest_of([step for step in self.steps() if step < before and self.is_regular(step)])
+
+    def _newest_of(self, steps: list[int]) -> Checkpoint | None:
+        for step in reversed(steps):
+            try:
+                return read(self.file_path(step))
+            except ValueError as error:
+                log.warning("%s", error)
+        return None
 
 
 def newest_in(source: Path) -> Checkpoint | None:
@@ -152,18 +173,11 @@ def newest_in(source: Path) -> Checkpoint | None:
     )
 
 
-def _first_sound(paths: list[Path]) -> Checkpoint | None:
-    for path in paths:
-        try:
-            return read(path)
-        except ValueError as error:
-            log.warning("%s", error)
-    return None
-
-
 def read(path: Path) -> Checkpoint:
-    """ValueError that names the file where it is not sound; OSError where it cannot be read."""
+    """ValueError that names the file where it is not sound; OSError where the disk does not give it, sound or not."""
+    with errors_name(path, "read"):
+        content = path.read_bytes()
     try:
-        return Checkpoint.of_bytes(path.read_bytes())
+        return Checkpoint.of_bytes(content)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} is not sound: {error}") from error

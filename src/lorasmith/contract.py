@@ -18,14 +18,14 @@ from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
-from lorasmith.keeping import kept_steps, resumed
+from lorasmith.keeping import Keeper
 from lorasmith.loading import adapters_from
 from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.memory import shared_copy
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
-from lorasmith.whole import remove_partial
+from lorasmith.whole import make_folder, remove_partial
 from lorasmith.world import ALONE, World, num_restarts
 
 NO_LORA = "[None]"
@@ -146,23 +146,33 @@ def train_lora(
 
 def _losses(job: Job, folder: Path | None, source: Path | None) -> list[float]:
     """Trains, from a checkpoint of `source` on where that is given; returns the losses of all steps."""
-    checkpoints = None if folder is None else CheckpointFolder(folder, job.config.checkpoints)
     places = () if source is None else (source.resolve(), source.resolve().parent)
     is_source = folder is not None and folder.resolve() in places
     with ExitStack() as stack:
-        if checkpoints is not None and job.world.is_first:
-            checkpoints.path.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(checkpoints.path)
-            lock.acquire(PATIENCE if num_restarts() else 0.0)
-            stack.callback(lock.release)
-            remove_partial([checkpoints.path])
-            if checkpoints.steps() and not is_source:
-                raise ValueError(f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}")
-        if source is not None and not resumed(job, source) and not is_source:
+        keeper = Keeper(job, None, lambda: False)
+        if folder is not None:
+            keeper.checkpoints = CheckpointFolder.of(folder, job.config)
+            if job.world.is_first:
+                keeper.made_again = _held(folder, stack).made_again
+                if keeper.checkpoints.steps() and not is_source:
+                    raise ValueError(
+                        f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}"
+                    )
+        if source is not None and not keeper.resumed(source) and not is_source:
             raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
-        for _ in kept_steps(job, checkpoints, None):
+        for _ in keeper.steps():
             pass
     return job.state.losses
+
+
+def _held(folder: Path, stack: ExitStack) -> FolderLock:
+    """The hold on a folder, made where it is not there, until the stack is closed."""
+    make_folder(folder)
+    lock = FolderLock(folder)
+    lock.acquire(PATIENCE if num_restarts() else 0.0)
+    stack.callback(lock.release)
+    remove_partial([folder])
+    return lock
 
 
 def _config(**inputs: Any) -> Config:

@@ -3,7 +3,8 @@
 import logging
 import threading
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.checkpoints import CheckpointFolder, newest_in
@@ -16,76 +17,106 @@ from lorasmith.types import Step
 log = logging.getLogger(__name__)
 
 
-def resumed(job: Job, source: Path) -> bool:
-    """Goes on from the newest sound checkpoint that the first process finds there; False where there is none."""
-    checkpoint = job.world.from_first(newest_in(source) if job.world.is_first else None)
-    if checkpoint is not None:
-        job.resume(checkpoint)
-    return checkpoint is not None
+@dataclass
+class Keeper:
+    """Trains a job and keeps its steps; of several processes, the first one writes."""
 
+    job: Job
+    checkpoints: CheckpointFolder | None
+    made_again: Callable[[], bool]  # makes the folder again if it was deleted, and tells whether it was
+    log: StepLog | None = None
 
-def kept_steps(
-    job: Job, checkpoints: CheckpointFolder | None, step_log: StepLog | None, stop: threading.Event | None = None
-) -> Generator[Step, None, None]:
-    """Trains to the end; the first process logs each step and writes a checkpoint when one is due, and at the end.
+    def steps(self, stop: threading.Event | None = None) -> Generator[Step, None, None]:
+        """Trains to the end; each step is logged, and a checkpoint is written when one is due, and at the end.
 
-    Whatever breaks the run off, the last whole step is kept if it can be.
-    """
-    is_writing = job.world.is_first
-    if is_writing and checkpoints is not None and job.config.non_finite.returns and not checkpoints.steps():
-        keep(job, checkpoints, step_log)  # to have one to go back to from the first steps
-    while True:
-        try:
-            for step in job.steps(stop):
-                if is_writing and step_log is not None:
-                    step_log.append(step)
-                yield step
-                if is_writing and checkpoints is not None and checkpoints.is_due(job.state.counters.step):
-                    keep(job, checkpoints, step_log)
-            break
-        except NonFiniteError as error:
-            if checkpoints is None or job.state.counters.returns == job.config.non_finite.returns:
-                _keep_if_possible(job, checkpoints, step_log)
+        Whatever breaks the run off, the last whole step is kept if it can be.
+        """
+        job = self.job
+        checkpoints = self.checkpoints if job.world.is_first else None
+        if checkpoints is not None and job.config.non_finite.returns and not checkpoints.steps():
+            self.keep()  # to have one to go back to from the first steps
+        while True:
+            try:
+                for step in job.steps(stop):
+                    if self.log is not None:
+                        self.log.append(step)
+                    yield step
+                    if checkpoints is not None and checkpoints.is_due(job.state.counters.step):
+                        self.keep()
+                break
+            except NonFiniteError as error:
+                if job.state.counters.returns == job.config.non_finite.returns:
+                    self._keep_if_possible()
+                    raise
+                self._go_back(error)
+            except BaseException as error:
+                if is_out_of_memory(error):
+                    traceback.clear_frames(error.__traceback__)  # which hold activations
+                self._keep_if_possible()
                 raise
-            _go_back(job, checkpoints, step_log, error)
-        except BaseException as error:
-            if is_out_of_memory(error):
-                traceback.clear_frames(error.__traceback__)  # which hold activations
-            _keep_if_possible(job, checkpoints, step_log)
-            raise
-    if is_writing and checkpoints is not None and checkpoints.last != job.state.counters.step:
-        keep(job, checkpoints, step_log)
+        if checkpoints is not None and checkpoints.last != job.state.counters.step:
+            self.keep()
 
+    def resumed(self, source: Path | None = None) -> bool:
+        """Goes on from the newest sound checkpoint that the first process finds there; False where there is none.
 
-def keep(job: Job, checkpoints: CheckpointFolder, step_log: StepLog | None) -> None:
-    """Writes a checkpoint, after the log that belongs to it."""
-    if step_log is not None:
-        step_log.flush_to_disk()
-    checkpoints.write(job.checkpoint())
+        source: a checkpoint or a folder; None: where this keeps its own.
+        """
+        world = self.job.world
+        if source is None:
+            assert self.checkpoints is not None
+            source = self.checkpoints.path
+        checkpoint = world.from_first(newest_in(source) if world.is_first else None)
+        if checkpoint is not None:
+            self.job.resume(checkpoint)
+        return checkpoint is not None
 
+    def restored(self) -> bool:
+        """Whether the folder had been deleted; log and checkpoint are then there again."""
+        if not self.made_again():
+            return False
+        self._write()
+        return True
 
-def _keep_if_possible(job: Job, checkpoints: CheckpointFolder | None, step_log: StepLog | None) -> None:
-    """After an error, which is to be told, not another that follows from it."""
-    if checkpoints is None or not job.world.is_first or not job.state.is_sound or not job.state.counters.step:
-        return
-    try:
-        keep(job, checkpoints, step_log)
-    except (OSError, MemoryError, RuntimeError) as error:
-        log.debug("no checkpoint of the last step", exc_info=error)
+    def keep(self) -> None:
+        """Writes a checkpoint, after the log that belongs to it."""
+        self.made_again()
+        self._write()
 
+    def _write(self) -> None:
+        assert self.checkpoints is not None
+        if self.log is not None:
+            self.log.flush_to_disk()
+        self.checkpoints.write(self.job.checkpoint())
 
-def _go_back(job: Job, checkpoints: CheckpointFolder, step_log: StepLog | None, error: NonFiniteError) -> None:
-    """To the last checkpoint that every run of this config has, with a lower rate."""
-    is_writing = job.world.is_first
-    checkpoint = job.world.from_first(checkpoints.newest(regular=True) if is_writing else None)
-    if checkpoint is None:
-        raise error
-    job.state.load(checkpoint.tensors, checkpoint.numbers)
-    counters = job.state.counters
-    counters.returns += 1
-    counters.rate *= job.config.non_finite.rate_factor
-    log.warning("%s: back to step %d, the learning rate times %g", error, job.steps_in_all, counters.rate)
-    if is_writing:
-        keep(job, checkpoints, step_log)
-        if step_log is not None:  # after the checkpoint, so that a run that is killed in between lacks no lines
-            step_log.cut(job.steps_in_all)
+    def _keep_if_possible(self) -> None:
+        """After an error, which is to be told, not another that follows from it."""
+        state = self.job.state
+        if self.checkpoints is None or not self.job.world.is_first or not state.is_sound or not state.counters.step:
+            return
+        try:
+            self.keep()
+        except (OSError, MemoryError, RuntimeError, ValueError) as error:
+            log.debug("no checkpoint of the last step", exc_info=error)
+
+    def _go_back(self, error: NonFiniteError) -> None:
+        """To the last checkpoint that every run of this config has, with a lower rate.
+
+        Where not one step was possible from there, its weights are bad already: to the one before it.
+        """
+        job, counters = self.job, self.job.state.counters
+        assert self.checkpoints is not None  # refused at the start
+        before = counters.step if counters.step == counters.returned_to else counters.step + 1
+        checkpoint = job.world.from_first(self.checkpoints.newest_regular(before) if job.world.is_first else None)
+        if checkpoint is None:
+            raise error
+        job.state.load(checkpoint.tensors, checkpoint.numbers)
+        rate = counters.rate * job.config.non_finite.rate_factor
+        job.state.counters = replace(
+            job.state.counters, returns=counters.returns + 1, rate=rate, returned_to=checkpoint.step
+        )
+        log.warning("%s: back to step %d, the learning rate times %g", error, job.steps_in_all, rate)
+        if job.world.is_first:
+            self.keep()
+            if self.log is not None:  # after the checkpoint, so that a run that is killed in between lacks no lines
+                self.log.cut(job.steps_in_all)

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, BaseModel
 
-from lorasmith.whole import write_whole
+from lorasmith.whole import make_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,21 @@ class FolderLock:
             with suppress(OSError):  # a network drive that is gone; the hold ends with the process then
                 self._lock.release()
         self._lock = self._file = None
+
+    def made_again(self) -> bool:
+        """Whether the folder had been deleted; it is there again, held and empty.
+
+        ValueError where another folder has taken its place, which is left alone; OSError that names the path.
+        """
+        if self.is_intact:
+            return False
+        self.release()
+        if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            raise ValueError(f"run folder {self.folder} was replaced by another, which is left alone")
+        log.warning("run folder %s was deleted: making it again", self.folder)
+        make_folder(self.folder)
+        self.acquire()
+        return True
 
     @property
     def is_intact(self) -> bool:

@@ -6,9 +6,10 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lorasmith.digests import digest
@@ -19,35 +20,47 @@ from lorasmith.whole import write_whole
 
 log = logging.getLogger(__name__)
 
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 STEPS_KEYS = ("lorasmith.steps", "ss_steps")
 NUMBER = r"\d{1,12}"
 STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
 
 
-def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
-    """A safetensors file, its head and its tensors.
+def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file: its head, then each tensor's memory, of which no copy is made where it is on the CPU.
 
-    The library writes metadata in an order that changes between runs, so the head's is set here, sorted.
+    The library's own writer copies all of them, ends the process where memory does not hold that, and writes metadata
+    in an order that changes between runs. Here they are sorted; tensors come widest first, as its format asks.
     """
-    plain = save({key: tensor.contiguous() for key, tensor in sorted(state.items())})
-    (length,) = struct.unpack("<Q", plain[:8])
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[8 : 8 + length])}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, tensors[key].dtype == torch.float16, key))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key in order:
+        begin, end = end, end + tensors[key].nbytes
+        shape = list(tensors[key].shape)
+        header[key] = {"dtype": DTYPE_NAMES[tensors[key].dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, memoryview(plain)[8 + length :]
+    head = struct.pack("<Q", len(text)) + text
+    return [head, *(tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order)]
 
 
 def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A LoRA as a safetensors file; ValueError that names a tensor with NaN or infinity."""
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
-    return b"".join(file_pieces(state, metadata))
+    return b"".join(_finite_pieces(state, metadata))
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing."""
-    write_whole(path, file_bytes(state, metadata))
+    write_whole(path, *_finite_pieces(state, metadata))
+
+
+def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
+    return file_pieces(state, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

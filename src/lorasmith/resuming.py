@@ -52,7 +52,7 @@ def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -
     settings = {key: str(v) for key, v in _flat(config.model_dump(mode="json")) if key.partition(".")[0] not in PLACES}
     first, *others = world.of_all(settings | {name: facts[name] for name in SHARED_FACTS})
     for rank, other in enumerate(others, 1):
-        for key in first.keys() | other.keys():
+        for key in {**first, **other}:
             if first.get(key) != other.get(key):
                 raise ValueError(
                     f"{key} must be the same in all processes, got {first.get(key)} in process 0 and "

@@ -21,7 +21,7 @@ from lorasmith.data.folder import examples
 from lorasmith.devices import best_device, compute_dtype, model_dtype
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
-from lorasmith.keeping import keep, kept_steps, resumed
+from lorasmith.keeping import Keeper
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.plots import save_loss_plot
@@ -32,6 +32,7 @@ from lorasmith.settings import toml_of
 from lorasmith.step_log import StepLog, TensorBoardLog
 from lorasmith.types import Cached, Codec, Denoiser, Example, Step
 from lorasmith.validation import Measured, held_out_losses
+from lorasmith.whole import errors_name
 from lorasmith.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ class Run:
     captions: Sequence[str]
     measured: dict[str, list[Cached]]  # what is measured before and after: {"held-out": samples, "drift": samples}
     folder: RunFolder | None  # of the first process alone, as are the logs
-    checkpoints: CheckpointFolder
-    log: StepLog | None = None
+    keeper: Keeper
     tensorboard: TensorBoardLog | None = None
 
     @classmethod
@@ -95,12 +95,14 @@ class Run:
         metadata = _base_metadata(family, config)
         job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
         encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
-        checkpoints = CheckpointFolder(folder.checkpoints_path if folder else Path(), config.checkpoints)
-        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, checkpoints)
+        path = folder.checkpoints_path if folder else Path()
+        made_again = folder.made_again if folder else lambda: False
+        keeper = Keeper(job, CheckpointFolder.of(path, config), made_again)
+        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, keeper)
 
     def begin(self) -> None:
         """Goes on from the newest sound checkpoint, if there is one, and makes the folder's files ready."""
-        is_resumed = resumed(self.job, self.checkpoints.path)
+        is_resumed = self.keeper.resumed()
         if self.folder is None:
             return
         if is_resumed:
@@ -108,22 +110,21 @@ class Run:
         elif not self.folder.is_new:
             log.info("%s holds no checkpoint to resume from: starting with step 1", self.folder.path)
         self.folder.begin(toml_of(self.job.config))
-        self.log = StepLog.opened(self.folder.steps_path, self.job.steps_in_all, before=self.job.done)
+        self.keeper.log = StepLog.opened(self.folder.steps_path, self.job.steps_in_all, before=self.job.done)
         if self.job.config.tensorboard:
             self.tensorboard = TensorBoardLog(self.folder.path / "tensorboard", self.job.steps_in_all)
 
     def close(self) -> None:
-        for opened_log in (self.log, self.tensorboard):
+        for opened_log in (self.keeper.log, self.tensorboard):
             if opened_log is not None:
                 opened_log.close()
 
     def steps(self, stop: threading.Event | None = None) -> Generator[Step, None, None]:
         """Trains to the end, or until `stop` is set in one of the processes; all that is due in between is done."""
         every = self.job.config.sampling.every
-        with closing(kept_steps(self.job, self.checkpoints, self.log, stop)) as steps:
+        with closing(self.keeper.steps(stop)) as steps:
             for step in steps:
-                if self._is_made_again():
-                    keep(self.job, self.checkpoints, self.log)
+                self.keeper.restored()
                 if self.tensorboard is not None:
                     self.tensorboard.append(step)
                 if every is not None and self.num_done % every == 0:
@@ -153,11 +154,11 @@ class Run:
 
         OSError that names the file where it cannot be written.
         """
-        if not self.job.state.is_sound and not resumed(self.job, self.checkpoints.path):
+        if not self.job.state.is_sound and not self.keeper.resumed():
             return None
         if self.folder is None or not self.num_done:
             return None
-        self._is_made_again()
+        self.keeper.restored()
         metadata = {**self.job.file_metadata(), "modelspec.title": self.title}
         lorafile.write(self.folder.lora_path, self.job.lora(), metadata)
         return self.folder.lora_path
@@ -173,9 +174,11 @@ class Run:
         with attached(self.job.denoiser, self.job.adapters):
             drawn.append(("with LoRA", self._draw()))
             measured.append(self._measure())
-        if self.folder is None or self.log is None:
+        if self.folder is None or self.keeper.log is None:
             return []
-        path, steps = self.folder.path, self.log.steps
+        if self.keeper.restored():
+            self.save()
+        path, steps = self.folder.path, self.keeper.log.steps
         save_loss_plot(steps, path / "loss.png")
         shown = [("Loss", path / "loss.png")]
         if self.prompts:
@@ -211,13 +214,6 @@ class Run:
         chosen = self.job.config.sampling.prompts
         return tuple(dict.fromkeys(self.captions))[:NUM_PROMPTS] if chosen is None else chosen
 
-    def _is_made_again(self) -> bool:
-        """Whether the run folder had been deleted; what it held of the run is then there again."""
-        if self.folder is None or self.log is None or not self.folder.made_again():
-            return False
-        self.log.rewrite()
-        return True
-
     def _draw_on_the_way(self) -> None:
         """Draws with the LoRA as it is, into samples/."""
         if not self.prompts or (self.folder is None and not self.job.config.sharded):
@@ -225,7 +221,8 @@ class Run:
         drawn = self._draw()
         if self.folder is not None:
             path = self.folder.samples_path / f"step-{self.num_done:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with errors_name(path.parent):
+                path.parent.mkdir(exist_ok=True)
             save_comparison([(f"step {self.num_done}", drawn)], self.prompts, path)
 
     def _draw(self) -> list[Image.Image]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorasmith.checkpoints import SUBFOLDER
 from lorasmith.config import Config
 from lorasmith.lock import PATIENCE, FolderLock
-from lorasmith.whole import remove_partial, write_whole
+from lorasmith.whole import make_folder, remove_partial, write_whole
 from lorasmith.world import launch
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class RunFolder:
         self.path = path
         self.lock = FolderLock(path)
         self.is_new = not path.exists()
+        self.is_made = False  # by this run, and not replaced since
         self.toml = ""
 
     @property
@@ -54,7 +55,7 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if self.is_new and self.toml and not self._has_steps():
+            if self.is_made and not self._has_steps():
                 self.lock.release()
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -63,21 +64,26 @@ class RunFolder:
 
     def begin(self, toml: str) -> None:
         """Makes and locks the folder where it is not there, and writes run.toml."""
-        self.path.mkdir(parents=True, exist_ok=not self.is_new)
         self.toml = toml
         if self.is_new:
+            try:
+                make_folder(self.path, exist_ok=False)
+            except FileExistsError:
+                raise ValueError(_taken(self.path)) from None
+            self.is_made = True
             self.lock.acquire()
         remove_partial((self.path, self.checkpoints_path, self.samples_path))
         self._write_first_files()
 
     def made_again(self) -> bool:
-        """Whether the folder had been deleted; then it is there again, locked, with run.toml alone."""
+        """Whether the folder had been deleted; then it is there again, locked, with run.toml alone.
+
+        ValueError where another has taken its place.
+        """
         if self.lock.is_intact:
             return False
-        log.warning("run folder %s was deleted: making it again", self.path)
-        self.lock.release()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock.acquire()
+        self.is_made = False  # what is there now may be another's
+        self.lock.made_again()
         self._write_first_files()
         return True
 
@@ -108,10 +114,14 @@ def chosen_folder(config: Config, *, is_resuming: bool) -> Path:
     else:
         path = config.output or numbered_folder(pictures.name, is_there=False)
         if path.exists():
-            raise ValueError(f"output must be a folder that does not exist yet, unless --resume is given, got {path}")
+            raise ValueError(_taken(path))
     if path.resolve().is_relative_to(pictures):
         raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {path}")
     return path
+
+
+def _taken(path: Path) -> str:
+    return f"output must be a folder that does not exist yet, unless --resume is given, got {path}"
 
 
 def numbered_folder(name: str, *, is_there: bool) -> Path:

@@ -25,6 +25,7 @@ class Counters:
     group: int = 0  # number of the next group of samples
     skipped: int = 0  # groups in a row that were left out, as their numbers were not finite
     returns: int = 0  # times that the run went back to an earlier step
+    returned_to: int | None = None  # the step that it went back to last
     rate: float = 1.0  # what the learning rate is multiplied by, after going back
 
 

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from lorasmith.types import Step
-from lorasmith.whole import flush_folder, write_whole
+from lorasmith.whole import errors_name, flush_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class StepLog:
         """The file must hold these steps, or be missing where there are none."""
         self.path = path
         self.steps = steps
-        with _naming(path):
+        with errors_name(path):
             self._file = path.open("ab")
 
     @classmethod
@@ -47,7 +47,7 @@ class StepLog:
     def append(self, step: Step) -> None:
         """OSError that names the file; the line may be torn then, which the next opening cuts off."""
         line = _line(step)
-        with _naming(self.path):
+        with errors_name(self.path):
             self._file.write(line)
             self.steps.append(step)
             self._file.flush()
@@ -56,7 +56,7 @@ class StepLog:
         """All lines are on disk once this returns, also where the file was deleted; OSError that names the file."""
         if not self.path.exists():
             self.rewrite()
-        with _naming(self.path):
+        with errors_name(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             flush_folder(self.path.parent)
@@ -64,21 +64,21 @@ class StepLog:
     def cut(self, done: int) -> None:
         """Takes the steps after `done` away; OSError that names the file."""
         kept = [step for step in self.steps if step.step <= done]
-        with _naming(self.path):
+        with errors_name(self.path):
             self._file.truncate(len(_lines(kept)))
         self.steps[:] = kept
 
     def rewrite(self) -> None:
         """Puts the file back where its folder was deleted and made again; OSError that names the file."""
         write_whole(self.path, _lines(self.steps))
-        with _naming(self.path):
+        with errors_name(self.path):
             old, self._file = self._file, self.path.open("ab")
         with suppress(OSError):  # what it lacked is in the new one
             old.close()
 
     def close(self) -> None:
         """OSError that names the file where lines are missing from it."""
-        with _naming(self.path):
+        with errors_name(self.path):
             self._file.close()
 
 
@@ -95,7 +95,7 @@ class TensorBoardLog:
         if step.step <= self._done or not self.folder.is_dir():  # gone back, or the run folder was deleted
             self.close()
             self._begin(step.step - 1)
-        with _naming(self.folder):
+        with errors_name(self.folder):
             for name, value in (("loss", step.loss), ("lr", step.lr), ("grad_norm", step.grad_norm)):
                 self._writer.add_scalar(name, value, step.step)
             self._writer.flush()  # a thread writes, whose errors are raised here or by the next call
@@ -103,7 +103,7 @@ class TensorBoardLog:
 
     def close(self) -> None:
         """OSError that names the folder where events are missing from it."""
-        with _naming(self.folder):
+        with errors_name(self.folder):
             self._writer.close()
 
     def _begin(self, done: int) -> None:
@@ -113,7 +113,7 @@ class TensorBoardLog:
             raise ValueError(
                 "tensorboard needs the extra 'tensorboard': pip install 'lorasmith[tensorboard]'"
             ) from None
-        with _naming(self.folder):
+        with errors_name(self.folder):
             self._writer = SummaryWriter(self.folder, purge_step=done + 1)
             self._writer.flush()
         self._done = done
@@ -137,12 +137,3 @@ def _line(step: Step) -> bytes:
 
 def _lines(steps: Iterable[Step]) -> bytes:
     return b"".join(map(_line, steps))
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors name the path."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error

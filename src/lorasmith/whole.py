@@ -1,8 +1,8 @@
 """Files that are written whole or not at all."""
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -12,18 +12,32 @@ def write_whole(path: Path, *content: bytes | memoryview) -> None:
     """All of the content, on disk once this returns, or what was there before; OSError that names the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with temporary.open("wb") as file:
-            for piece in content:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        with errors_name(path):
+            with temporary.open("wb") as file:
+                for piece in content:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            flush_folder(path.parent)
     finally:
         with suppress(OSError):  # a read-only disk refuses even where there is nothing to remove
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, *, exist_ok: bool = True) -> None:
+    """With those above it; OSError that names it, FileExistsError where something is there that must not be."""
+    with errors_name(path):
+        path.mkdir(parents=True, exist_ok=exist_ok)
+
+
+@contextmanager
+def errors_name(path: Path, verb: str = "write") -> Iterator[None]:
+    """An OSError in here becomes one of its kind that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
 def flush_folder(folder: Path) -> None:
