@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from lorasmith import lorafile
@@ -50,6 +50,17 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert lorafile.read(tmp_path / "lora.safetensors")[1] == {"clé": 'ü "quoted" \n'}
     (length,) = struct.unpack("<Q", (tmp_path / "lora.safetensors").read_bytes()[:8])
     assert length % 8 == 0
+
+
+def test_it_is_what_the_library_writes_but_for_the_metadata() -> None:
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    state = {f"{i}{dtype}": torch.randn(2, i, 3).to(dtype) for i in range(3) for dtype in dtypes}
+    state |= {"number": torch.tensor(2.0), "turned": torch.randn(3, 4).t(), "part": torch.randn(4, 4)[1:3]}
+    head, *rest = lorafile.file_pieces(state, {})
+    theirs = save({key: tensor.contiguous() for key, tensor in state.items()})
+    (length,) = struct.unpack("<Q", theirs[:8])
+    assert b"".join(rest) == theirs[8 + length :]
+    assert json.loads(bytes(head)[8:]) == {"__metadata__": {}, **json.loads(theirs[8 : 8 + length])}
 
 
 def test_a_round_trip_is_bit_for_bit(family: StableDiffusion, tmp_path: Path) -> None:
