@@ -18,6 +18,7 @@ from lorasmith.cli import INTERRUPTED, main
 PRELOADED = ["lorasmith.cli", "lorasmith.console", "lorasmith.run", "lorasmith.settings"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 KILL = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL  # there it ends a process as SIGKILL does
+READY = ".ready"
 PATIENCE = 300.0  # seconds a run may take before it counts as hanging
 
 Processes = ForkServerContext | SpawnContext
@@ -120,7 +121,7 @@ class Runs:
         if blow is not None:
             process.join(blow.delay)
             if blow.signal != KILL and process.pid is not None:
-                while process.is_alive() and not log.exists():  # there is no program yet that could be asked
+                while process.is_alive() and not log.with_suffix(READY).exists():  # there is no program yet that could be asked
                     process.join(0.01)
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, blow.signal)
@@ -141,11 +142,12 @@ def _ends_late(log: Path) -> bool:
 
 
 def _run_command(arguments: tuple[str, ...], folder: Path, log: Path, change: int) -> None:
-    """What a child process does; it writes to the log."""
+    """What a child process does; once it writes to the log, it says that it is ready."""
     os.chdir(folder)
     with log.open("w", encoding="utf-8") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    log.with_suffix(READY).touch()
     sys.argv = ["lorasmith", *arguments]
     if change:
         Fuse(change).set()
