@@ -121,7 +121,8 @@ class Runs:
         if blow is not None:
             process.join(blow.delay)
             if blow.signal != KILL and process.pid is not None:
-                while process.is_alive() and not log.with_suffix(READY).exists():  # there is no program yet that could be asked
+                # before, there is no program that could be asked
+                while process.is_alive() and not log.with_suffix(READY).exists():
                     process.join(0.01)
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, blow.signal)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FlowDenoiser
 from diffusers import WanTransformer3DModel
 from measure_checkpointing import Subject, measured
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lorasmith.contract import train_lora
 from lorasmith.devices import has_int8
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import blocks, checkpointed, shared_copy
+from lorasmith.noise import Flow
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cond, Denoiser
 
@@ -79,6 +81,20 @@ def test_a_copy_shares_weights_and_nothing_else(family: StableDiffusion) -> None
     assert all(a.requires_grad and not b.requires_grad for (_, a), (_, b) in pairs)
     twin.unet.register_forward_hook(lambda *args: None)
     assert not family.denoiser.unet._forward_hooks
+
+
+def test_weights_of_inference_mode_are_shared_and_can_be_trained_through() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 2, 3))
+        net[0].weight.data = net[0].weight.data.double().float().t().contiguous().t()  # not in order in memory
+    model: Any = FlowDenoiser(net, Flow())
+    twin = shared_copy(model)
+    for one, other in zip(net.parameters(), twin.transformer.parameters(), strict=True):
+        assert one.is_inference() and not other.is_inference() and one.data_ptr() == other.data_ptr()
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    x = torch.randn(2, 3, requires_grad=True)
+    twin.transformer[0](x).sum().backward()
+    torch.testing.assert_close(x.grad, net[0].weight.detach().sum(0).expand(2, 3).clone())
 
 
 def test_another_dtype_makes_new_weights(family: StableDiffusion) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
-from lorasmith.data.cache import Dataset
+from lorasmith.data.cache import Dataset, batch_of
 from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import shared_copy
-from lorasmith.objective import noised
+from lorasmith.objective import noised, sample_losses
 from lorasmith.state import State
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError, train
@@ -144,6 +144,20 @@ def test_the_flow_target_is_the_papers(flow_denoiser: Any) -> None:
     eps = torch.stack([normal(0, Purpose.NOISE, n, (4, 8, 8)) for n in batch.numbers])
     torch.testing.assert_close(target, eps - batch.x0)
     torch.testing.assert_close(x_t, (1 - t.view(-1, 1, 1, 1)) * batch.x0 + t.view(-1, 1, 1, 1) * eps)
+
+
+def test_the_loss_of_clean_latents_is_the_targets_times_a_squared_factor(
+    family: StableDiffusion, flow_denoiser: Any, latents: Tensor, texts: Tensor
+) -> None:
+    """The factor of a net's output in the x0 that it implies: t of a flow, sqrt(1 / snr) of predicted noise."""
+    noise = samples_of(latents, *({"text": text} for text in texts))
+    for denoiser, samples in ((flow_denoiser, flow_samples(4)), (family.denoiser, noise)):
+        batch = batch_of(samples, (0, 1, 2, 3))
+        t = noised(denoiser, batch, Config())[1]
+        with torch.no_grad():
+            native, clean = (sample_losses(denoiser, batch, Config(loss_space=space)) for space in ("native", "x0"))
+        factor = t if denoiser is flow_denoiser else denoiser.process.snr(t).rsqrt()
+        torch.testing.assert_close(clean, factor**2 * native, rtol=1e-4, atol=0)
 
 
 def test_an_adapter_that_cannot_learn_is_named(flow_denoiser: Any, caplog: pytest.LogCaptureFixture) -> None:

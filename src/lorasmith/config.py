@@ -1,7 +1,7 @@
 """The one schema of a run: every setting with its range, its default and its help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -137,6 +137,10 @@ class Config(Component):
     optimizer: Optimizer = Field(default=AdamW(), description="how gradients become steps")
     schedule: Schedule = Field(default=Constant(), description="how the learning rate changes over the steps")
     loss: Loss = Field(default=MSE(), description="distance of prediction and target")
+    loss_space: Literal["native", "x0"] = Field(
+        default="native",
+        description="what is compared: the model's own target (noise, velocity), or the clean latents it implies",
+    )
     times: Times = Field(default=Uniform(), description="law that noise levels are drawn from")
     sampling: Sampling = Sampling()
     checkpoints: Checkpoints = Checkpoints()

@@ -1,7 +1,6 @@
 """train_lora: the sixteen inputs and four outputs of the training node. N samples, C channels, h w latent sides."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -11,22 +10,19 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lorasmith.attach import attach
-from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import Checkpoints, Config, NonFinite
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
-from lorasmith.keeping import Keeper
+from lorasmith.keeping import kept
 from lorasmith.loading import adapters_from
-from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.memory import shared_copy
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
-from lorasmith.whole import make_folder, remove_partial
-from lorasmith.world import ALONE, World, num_restarts
+from lorasmith.world import ALONE, World
 
 NO_LORA = "[None]"
 NAMES = {
@@ -139,40 +135,12 @@ def train_lora(
         metadata = family.metadata() if family else {}
         device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
         job = Job.of(denoiser, dataset, config, device=device, metadata=metadata, world=world)
-        losses = _losses(job, _path(checkpoint_folder, "checkpoint_folder"), _path(resume_from, "resume_from"))
+        folders = _path(checkpoint_folder, "checkpoint_folder"), _path(resume_from, "resume_from")
+        with kept(job, *folders) as keeper:
+            for _ in keeper.steps():
+                pass
         lora = job.lora()
-        return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": losses}, job.steps_in_all)
-
-
-def _losses(job: Job, folder: Path | None, source: Path | None) -> list[float]:
-    """Trains, from a checkpoint of `source` on where that is given; returns the losses of all steps."""
-    places = () if source is None else (source.resolve(), source.resolve().parent)
-    is_source = folder is not None and folder.resolve() in places
-    with ExitStack() as stack:
-        keeper = Keeper(job, None, lambda: False)
-        if folder is not None:
-            keeper.checkpoints = CheckpointFolder.of(folder, job.config)
-            if job.world.is_first:
-                keeper.made_again = _held(folder, stack).made_again
-                if keeper.checkpoints.steps() and not is_source:
-                    raise ValueError(
-                        f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}"
-                    )
-        if source is not None and not keeper.resumed(source) and not is_source:
-            raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
-        for _ in keeper.steps():
-            pass
-    return job.state.losses
-
-
-def _held(folder: Path, stack: ExitStack) -> FolderLock:
-    """The hold on a folder, made where it is not there, until the stack is closed."""
-    make_folder(folder)
-    lock = FolderLock(folder)
-    lock.acquire(PATIENCE if num_restarts() else 0.0)
-    stack.callback(lock.release)
-    remove_partial([folder])
-    return lock
+        return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": job.state.losses}, job.steps_in_all)
 
 
 def _config(**inputs: Any) -> Config:

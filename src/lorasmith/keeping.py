@@ -3,18 +3,58 @@
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.checkpoints import CheckpointFolder, newest_in
 from lorasmith.devices import is_out_of_memory
 from lorasmith.job import Job
+from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.step_log import StepLog
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Step
+from lorasmith.whole import make_folder, remove_partial
+from lorasmith.world import num_restarts
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept(job: Job, folder: Path | None, source: Path | None) -> Iterator["Keeper"]:
+    """Keeps a job's checkpoints in a folder that is held as long as this is open, and goes on from those of `source`.
+
+    ValueError where `source` has none, or where the folder has others or is another training's.
+    """
+    places = () if source is None else (source.resolve(), source.resolve().parent)
+    is_source = folder is not None and folder.resolve() in places
+    keeper = Keeper(job, None, lambda: False)
+    with ExitStack() as stack:
+        if folder is not None:
+            keeper.checkpoints = CheckpointFolder.of(folder, job.config)
+            if job.world.is_first:
+                keeper.made_again = stack.enter_context(_held(folder)).made_again
+                if keeper.checkpoints.steps() and not is_source:
+                    raise ValueError(
+                        f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}"
+                    )
+        if source is not None and not keeper.resumed(source) and not is_source:
+            raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
+        yield keeper
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[FolderLock]:
+    """The hold on a folder, made where it is not there."""
+    make_folder(folder)
+    lock = FolderLock(folder)
+    lock.acquire(PATIENCE if num_restarts() else 0.0)
+    try:
+        remove_partial([folder])
+        yield lock
+    finally:
+        lock.release()
 
 
 @dataclass

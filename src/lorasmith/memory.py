@@ -38,8 +38,11 @@ def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dt
 
 
 def _normal(parameter: nn.Parameter) -> torch.Tensor:
-    """The tensor itself, but a copy of one made in inference mode, which no backward pass may use."""
-    return parameter.clone() if parameter.is_inference() else parameter
+    """The tensor itself; of one made in inference mode, which no backward pass may use, another on the same memory."""
+    if not parameter.is_inference():
+        return parameter
+    place = parameter.storage_offset(), parameter.shape, parameter.stride()
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(parameter.untyped_storage(), *place)
 
 
 def blocks(net: nn.Module, depth: int) -> list[nn.Module]:

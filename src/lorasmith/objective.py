@@ -31,4 +31,6 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)
     if pred.shape != target.shape:
         raise ValueError(f"model must predict the latents' shape {list(target.shape)}, got {list(pred.shape)}")
+    if config.loss_space == "x0":
+        pred, target = denoiser.process.x0(x_t.to(device), pred, t), batch.x0
     return by_sample(config.loss, pred, target.to(device))
