@@ -120,10 +120,8 @@ def test_a_training_that_was_broken_off_ends_as_if_it_had_not_been(
 def test_momentum_and_schedule_are_kept(
     train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, schedule: str
 ) -> None:
-    config = contract._config
-    monkeypatch.setattr(
-        contract, "_config", lambda **values: config(**{**values, "optimizer": optimizer, "schedule": schedule})
-    )
+    config_of, others = contract.config_of, {"optimizer": optimizer, "schedule": schedule}
+    monkeypatch.setattr(contract, "config_of", lambda inputs: config_of({**inputs, **others}))
     assert bytes_of(interrupted(train, breaking, tmp_path, (3, 2))) == bytes_of(train())
 
 

@@ -113,15 +113,17 @@ def train_lora(
     Raises ValueError that names the input, the rule and the value, and NonFiniteError where losses or gradients are not
     finite as often as non_finite.limit says, or where weights are not.
     """
-    config = _config(
-        batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps, steps=steps,
-        learning_rate=learning_rate, optimizer=optimizer, loss=loss_function, seed=seed,
-        training_dtype=training_dtype, lora_dtype=lora_dtype, gradient_checkpointing=gradient_checkpointing,
-        existing_lora=None if existing_lora == NO_LORA else _text_as_path(existing_lora),
-        adapter={"name": algorithm, "rank": rank, "alpha": alpha} | ({} if factor is None else {"factor": factor}),
-        targets=Targets() if targets is None else targets, checkpoint_depth=checkpoint_depth, offloading=offloading,
-        quantized_backward=quantized_backward, checkpoints=Checkpoints() if checkpoints is None else checkpoints,
-        non_finite=NonFinite() if non_finite is None else non_finite, memory_ladder=memory_ladder,
+    config = config_of(
+        {
+            "batch_size": batch_size, "grad_accumulation_steps": grad_accumulation_steps, "steps": steps,
+            "learning_rate": learning_rate, "rank": rank, "optimizer": optimizer, "loss_function": loss_function,
+            "seed": seed, "training_dtype": training_dtype, "lora_dtype": lora_dtype, "algorithm": algorithm,
+            "gradient_checkpointing": gradient_checkpointing, "existing_lora": existing_lora, "alpha": alpha,
+            "factor": factor, "targets": Targets() if targets is None else targets,
+            "checkpoint_depth": checkpoint_depth, "offloading": offloading, "quantized_backward": quantized_backward,
+            "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
+            "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
+        }
     )  # fmt: skip
     if not isinstance(world, World):
         raise ValueError(f"world must be what lorasmith.world.joined gives, got {world!r}")
@@ -143,10 +145,19 @@ def train_lora(
         return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": job.state.losses}, job.steps_in_all)
 
 
-def _config(**inputs: Any) -> Config:
-    """Text is no number here and 1 is no flag, which a command line cannot tell apart; the error is one line."""
+def config_of(inputs: Mapping[str, Any]) -> Config:
+    """The contract's inputs but model and data, and further settings by their own names, as a config.
+
+    Text is no number here and 1 is no flag, which a command line cannot tell apart. ValueError in one line.
+    """
+    values = dict(inputs)
+    adapter = {"name": values.pop("algorithm"), "rank": values.pop("rank"), "alpha": values.pop("alpha")}
+    factor, existing_lora = values.pop("factor"), values.pop("existing_lora")
+    values["adapter"] = adapter if factor is None else {**adapter, "factor": factor}
+    values["loss"] = values.pop("loss_function")
+    values["existing_lora"] = None if existing_lora == NO_LORA else _text_as_path(existing_lora)
     try:
-        config = Config.model_validate(inputs, strict=True)
+        config = Config.model_validate(values, strict=True)
     except ValidationError as error:
         key, _, rest = shorten(explained(error), 300, placeholder=" …").partition(" ")
         raise ValueError(f"{NAMES.get(key, key)} {rest}") from error

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasmith.ldm_names import ldm_names
-from lorasmith.types import Denoiser
+from lorasmith.types import Aliased, Denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 SPELLINGS = (
@@ -74,6 +74,9 @@ class ModuleNames:
                     self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
                     for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out"), original.get(path, path)):
                         self.known.setdefault(normal(alias), set()).add(f"{name}.{path}")
+
+        for alias, path in denoiser.aliases().items() if isinstance(denoiser, Aliased) else ():
+            self.known.setdefault(normal(alias), set()).add(path)
 
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""

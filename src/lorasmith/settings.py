@@ -16,6 +16,10 @@ from pydantic.fields import FieldInfo
 
 from lorasmith.config import Config
 
+NAMES_OF_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
+    tuple: "a list of texts",
+}  # fmt: skip
 KINDS = {"int": "a whole number", "float": "a number"}  # of pydantic's types of errors
 _TOML_LIST = re.compile(r"""\[\s*["'\]]""")  # other texts in brackets are regular expressions or prompts
 
@@ -28,7 +32,10 @@ class Setting:
     rule: str  # "1 to 128", "one of bf16, fp32", "text"
     default: str
     help: str
-    kind: type | None  # what a value given as text stands for, where that matters: bool or tuple
+    kind: type  # bool, int, float, str, Path or tuple
+    options: tuple[str, ...] = ()  # of a str that has no others
+    low: float | None = None  # the bounds of a number, which may not belong to it
+    high: float | None = None
 
 
 def settings() -> dict[str, Setting]:
@@ -47,7 +54,7 @@ def _walk(model: type[BaseModel], prefix: str) -> list[Setting]:
         if any("name" in member.model_fields for member in members):
             names = [str(member.model_fields["name"].default) for member in members]
             default = _shown(getattr(field.default, "name", None))
-            found[key] = Setting(key, f"one of {', '.join(names)}", default, field.description or "", None)
+            found[key] = Setting(key, _one_of(names), default, field.description or "", str, tuple(names))
         found |= {setting.key: setting for setting in _of_members(members, key)}
     return list(found.values())
 
@@ -90,41 +97,48 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _leaf(key: str, field: FieldInfo) -> Setting:
-    annotation = field.annotation
-    kind = bool if annotation is bool else tuple if _holds_tuple(annotation) else None
-    return Setting(key, _rule(annotation, field.metadata), _shown(field.default), field.description or "", kind)
+    base, metadata = _plain(field.annotation, field.metadata)
+    default, description = _shown(field.default), field.description or ""
+    if get_origin(base) is Literal:
+        options = tuple(map(str, get_args(base)))
+        return Setting(key, _one_of(options), default, description, str, options)
+    kind = tuple if get_origin(base) is tuple else base
+    low = next((m for m in metadata if isinstance(m, Ge | Gt)), None)
+    high = next((m for m in metadata if isinstance(m, Le | Lt)), None)
+    if low is None or high is None:
+        return Setting(key, NAMES_OF_KINDS[kind], default, description, kind)
+    above, to = ("above ", ", up to ") if isinstance(low, Gt) else ("", " to ")
+    below = "below " if isinstance(high, Lt) else ""
+    rule = f"{above}{_number(_bound(low))}{to}{below}{_number(_bound(high))}"
+    return Setting(key, rule, default, description, kind, low=_bound(low), high=_bound(high))
 
 
-def _holds_tuple(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple or any(_holds_tuple(arg) for arg in _union_args(annotation))
+def _one_of(options: Sequence[str]) -> str:
+    return f"one of {', '.join(options)}"
+
+
+def _plain(annotation: Any, metadata: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A type without None and without what it is annotated with, and all that it is annotated with."""
+    options = [arg for arg in _union_args(annotation) if arg is not type(None)]
+    if options:
+        return _plain(options[0], metadata)
+    if get_origin(annotation) is Annotated:
+        base, *inner = get_args(annotation)
+        constraints = [part for info in inner for part in (info.metadata if isinstance(info, FieldInfo) else [info])]
+        return _plain(base, [*metadata, *constraints])
+    return annotation, list(metadata)
 
 
 def _union_args(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
 
 
-def _rule(annotation: Any, metadata: Sequence[Any]) -> str:
-    options = [arg for arg in _union_args(annotation) if arg is not type(None)]
-    if options:
-        return _rule(options[0], metadata)
-    if get_origin(annotation) is Annotated:
-        base, *inner = get_args(annotation)
-        constraints = [part for info in inner for part in (info.metadata if isinstance(info, FieldInfo) else [info])]
-        return _rule(base, [*metadata, *constraints])
-    if get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(str, get_args(annotation)))}"
-    low = next((m for m in metadata if isinstance(m, Ge | Gt)), None)
-    high = next((m for m in metadata if isinstance(m, Le | Lt)), None)
-    if low is not None and high is not None:
-        above, to = ("above ", ", up to ") if isinstance(low, Gt) else ("", " to ")
-        below = "below " if isinstance(high, Lt) else ""
-        return f"{above}{_number(low)}{to}{below}{_number(high)}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-    return names.get(annotation, "a list of texts")
-
-
-def _number(bound: Any) -> str:
+def _bound(bound: Any) -> Any:
     (value,) = (getattr(bound, name) for name in ("ge", "gt", "le", "lt") if name in type(bound).__annotations__)
+    return value
+
+
+def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -237,6 +251,14 @@ def _value(setting: Setting, text: str) -> Any:
         return tomllib.loads(f"list = {text}")["list"]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{setting.key} must be {setting.rule}, got {text!r} ({error})") from error
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} -> nested values; a part's name and its fields make one part."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        _set(values, key, value)
+    return values
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -120,6 +120,15 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class Aliased(Protocol):
+    """A denoiser that knows how other programs call its layers in LoRA files."""
+
+    def aliases(self) -> Mapping[str, str]:
+        """{a layer's name in a file, without the suffix: its path}."""
+        ...
+
+
 class Codec(Protocol):
     """A model's own encoders."""
 
