@@ -18,7 +18,8 @@ from lorasmith.cli import INTERRUPTED, main
 PRELOADED = ["lorasmith.cli", "lorasmith.console", "lorasmith.run", "lorasmith.settings"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 KILL = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL  # there it ends a process as SIGKILL does
-READY = ".ready"
+READY, CODE = ".ready", ".code"
+UNKNOWN = 255  # what a server of forks says where it has missed how a process ended
 PATIENCE = 300.0  # seconds a run may take before it counts as hanging
 
 Processes = ForkServerContext | SpawnContext
@@ -130,6 +131,8 @@ class Runs:
             process.kill()
         process.join(PATIENCE)
         code, seconds = process.exitcode, time.monotonic() - began
+        if code == UNKNOWN and log.with_suffix(CODE).exists():
+            code = int(log.with_suffix(CODE).read_text())
         process.kill()
         log.touch()
         fair_codes = {0} | ({-KILL} if change else set()) | (set() if blow is None else {-KILL, -blow.signal})
@@ -152,7 +155,11 @@ def _run_command(arguments: tuple[str, ...], folder: Path, log: Path, change: in
     sys.argv = ["lorasmith", *arguments]
     if change:
         Fuse(change).set()
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        log.with_suffix(CODE).write_text(str(ended.code))
+        raise
 
 
 def started(log: Path) -> Processes:

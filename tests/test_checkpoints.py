@@ -167,7 +167,11 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "checkpoints", 2, 10)
     for name in ("step-3.safetensors", "step-0000003.safetensors.bak", "xstep-0000003.safetensors", f".a{PARTIAL}"):
         (folder.path / name).touch()
+    folder.file_path(12).mkdir()
+    folder.file_path(1).symlink_to("nowhere")
     assert folder.steps() == [2, 10]
+    folder.file_path(12).rmdir()
+    folder.file_path(1).unlink()
     folder.write(checkpoint(11))
     assert folder.steps() == [10, 11] and len(list(folder.path.iterdir())) == 6
     assert CheckpointFolder(tmp_path / "none", Checkpoints()).steps() == []
@@ -227,7 +231,8 @@ def test_the_regular_ones_alone(tmp_path: Path) -> None:
     assert step_of(folder.newest_regular(6)) == 3
     folder.file_path(6).write_bytes(b"")
     assert step_of(folder.newest_regular(8)) == 3
-    assert folder_with(tmp_path / "checkpoints", 1, 2).newest_regular(8) is None
+    assert folder.newest_regular(3) is not None and folder.newest_regular(0) is None
+    assert step_of(folder_with(tmp_path / "checkpoints", 4, 5, steps=3).newest_regular(5)) == 4  # none is regular
 
 
 def test_a_run_that_never_goes_back_keeps_as_many_as_asked_for(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_is_resumed_by_its_own_toml(home: Path, whole: Any) -> None:
 def test_a_run_that_ended_is_resumed_for_more_steps(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
     lorasmith(home, "train", *ARGUMENTS, "--steps", "3")
     assert lorasmith(home, "train", *ARGUMENTS, "--resume").code == 0
-    assert "changed since the checkpoint, without effect on the result: steps 3 -> 5" in caplog.text
+    assert "changed since the checkpoint, without effect on the weights: steps 3 -> 5" in caplog.text
     assert outcome(home / "runs" / "cats") == whole
     assert lorasmith(home, "train", *ARGUMENTS, "--resume").code == 0
     assert f"resuming {Path('runs', 'cats')} after step 5 of 5" in caplog.text

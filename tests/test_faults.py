@@ -32,6 +32,7 @@ from faults import (
     told,
     trained,
 )
+from PIL import Image
 
 from lorasmith import run
 from lorasmith.demo import BASE
@@ -151,6 +152,46 @@ def test_a_deleted_run_folder_is_made_again(
     assert "run folder run was deleted: making it again" in caplog.messages
     assert outcome(home / "run") == whole and listing(home / "run") == FILES
     assert sound_steps(home / "run") == [s for s in (3, 4) if s >= step]
+
+
+@pytest.mark.parametrize("name", ["run.toml", LOCK, "steps.jsonl", "checkpoints"])
+def test_a_part_that_is_deleted_is_there_again(home: Path, whole: Outcome, name: str) -> None:
+    """As while `rm -r` is at work, in whatever order."""
+
+    def delete() -> None:
+        path = home / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    assert struck(home, 3, delete).code == 0
+    assert outcome(home / "run") == whole and listing(home / "run") == FILES and sound_steps(home / "run")[-1] == STEPS
+    assert trained(home, "--resume").code == 0
+
+
+def test_a_folder_deleted_while_pictures_are_drawn_on_the_way(
+    home: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deleting(*args: Any) -> list[Image.Image]:
+        shutil.rmtree(home / "run", ignore_errors=True)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(run, "pictures", deleting)
+    assert trained(home, "--sampling.every", "2", "--sampling.prompts", "['a']").code == 0
+    assert outcome(home / "run") == whole and listing(home / "run") == FILES | {"before_after.png"}
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_anothers_folder(home: Path) -> None:
+    others = FolderLock(home / "run")
+
+    def replace() -> None:
+        (home / "run").rename(home / "moved")
+        (home / "run").mkdir()
+        others.acquire()
+        (home / "run" / "run.toml").write_text("another run's")
+        raise ValueError("nothing works")
+
+    assert told(struck(home, 1, replace)) == "nothing works"
+    assert others.is_intact and (home / "run" / "run.toml").read_text() == "another run's"
+    others.release()
 
 
 def test_a_folder_deleted_while_the_last_pictures_are_drawn(

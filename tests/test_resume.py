@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lorasmith import contract, lorafile, training
 from lorasmith.checkpoints import CheckpointFolder, read
 from lorasmith.config import Checkpoints, NonFinite
+from lorasmith.noise import Flow
 from lorasmith.optimizers import SGD, LossScale, RMSprop
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError
@@ -136,6 +138,7 @@ def test_the_scale_of_fp16_losses_is_kept(
     whole = train(**values, checkpoint_folder=tmp_path / "a", checkpoints=EVERY_STEP)
     scales = [read(path).numbers["scale"] for path in sorted((tmp_path / "a").glob("*.safetensors"))]
     assert len({scale["value"] for scale in scales}) > 1 and {scale["good"] for scale in scales} == {0, 1}
+    assert len({scale["proven"] for scale in scales}) > 1
     assert bytes_of(interrupted(train, breaking, tmp_path / "b", (20, 4), **values)) == bytes_of(whole)
 
 
@@ -152,7 +155,7 @@ def test_more_steps_of_a_finished_training(train: Train, tmp_path: Path, caplog:
     train(steps=4, checkpoint_folder=tmp_path)
     more = train(checkpoint_folder=tmp_path, resume_from=tmp_path)
     assert bytes_of(more) == bytes_of(train())
-    assert "changed since the checkpoint, without effect on the result: steps 4 -> 6" in caplog.text
+    assert "changed since the checkpoint, without effect on the weights: steps 4 -> 6" in caplog.text
     assert bytes_of(train(resume_from=tmp_path)) == bytes_of(more)  # nothing is left to do
 
 
@@ -164,6 +167,8 @@ def test_more_steps_of_a_finished_training(train: Train, tmp_path: Path, caplog:
         ({"optimizer": "Adam"}, "optimizer.name AdamW -> Adam, optimizer.weight_decay 0.01 -> 0.0"),
         ({"batch_size": 3}, "batch_size 2 -> 3, samples a step 4 -> 6"),
         ({"batch_size": 4, "grad_accumulation_steps": 1}, "batch_size 2 -> 4, grad_accumulation_steps 2 -> 1$"),
+        ({"non_finite": NonFinite(limit=5)}, "non_finite.limit 3 -> 5$"),
+        ({"memory_ladder": True}, "memory_ladder False -> True$"),
         (inputs(4), r"data \w{12} -> \w{12}$"),
     ],
 )
@@ -176,6 +181,39 @@ def test_what_breaks_exactness_is_said(
     pattern = f"changed since the checkpoint, so that the result is not that of a run .* interrupted: {message}"
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert any(re.search(pattern, record.message) for record in caplog.records)
+
+
+@pytest.mark.parametrize("what", ["process", "structure"])
+def test_another_model_of_the_same_weights_is_noticed(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, flow_denoiser: FlowDenoiser, what: str
+) -> None:
+    train(steps=2, checkpoint_folder=tmp_path)
+    if what == "process":
+        flow_denoiser = replace(flow_denoiser, process=Flow(shift=2.0))
+    else:
+        flow_denoiser.transformer.transformer_blocks[0].norm1.norm.eps = 1e-3
+    train_lora = {"steps": 4, "batch_size": 2, "rank": 2, "learning_rate": 0.01, "targets": TARGETS}
+    contract.train_lora(flow_denoiser, **{**inputs(), **train_lora, "resume_from": tmp_path})
+    assert re.search(rf"never interrupted: {what} \w{{12}} -> \w{{12}}$", caplog.text, re.MULTILINE)
+
+
+def test_a_source_that_is_not_there_costs_nothing(train: Train, tmp_path: Path) -> None:
+    """Neither the checkpoints beside it, nor is a folder made."""
+    train(checkpoint_folder=tmp_path, checkpoints=Checkpoints(steps=2, keep=9))
+    before = sorted(tmp_path.iterdir())
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="^resume_from must be a checkpoint or a folder that holds a sound one"):
+            train(checkpoint_folder=folder, resume_from=tmp_path / "step-000004.safetensors")
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_folder_is_the_source_of_its_own_checkpoints(train: Train, breaking: Breaking, tmp_path: Path) -> None:
+    where = {"checkpoint_folder": tmp_path / "checkpoints", "resume_from": tmp_path}
+    breaking(4)
+    with pytest.raises(PowerCut):
+        train(**where)
+    breaking(0)
+    assert bytes_of(train(**where)) == bytes_of(train())
 
 
 def test_samples_are_not_drawn_twice_with_another_group(train: Train, tmp_path: Path) -> None:
@@ -194,8 +232,12 @@ def test_samples_are_not_drawn_twice_with_another_group(train: Train, tmp_path: 
         ),
         ({"algorithm": "LoHa"}, "cannot resume .*: it must hold the same adapters, but 18 differ, such as .*"),
         ({"targets": Targets(preset="attention")}, "cannot resume .*: it must hold the same adapters, but .*"),
+        ({"steps": 3}, "steps must be at least the 6 of the checkpoint, got 3"),
         ({"optimizer": "SGD"}, "cannot resume .*: its optimizer must keep nothing as this one does, got exp_avg, "),
-        ({"resume_from": "nowhere"}, "checkpoint_folder must hold no checkpoints but those of resume_from, got "),
+        (
+            {"resume_from": "nowhere"},
+            "resume_from must be a checkpoint or a folder that holds a sound one, got nowhere",
+        ),
         (
             {"checkpoint_folder": None, "resume_from": "nowhere"},
             "resume_from must be a checkpoint or a folder that holds a sound one, got nowhere",
@@ -295,18 +337,40 @@ def test_going_back_lowers_the_rate(train: Train, tmp_path: Path, monkeypatch: p
     assert "back to step 2, the learning rate times 0.5" in caplog.text
 
 
+@pytest.mark.parametrize("keep", [1, 3])
 def test_going_back_is_the_same_after_an_interruption(
-    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
     spoilt_until_lower(monkeypatch)
-    whole = bytes_of(train(checkpoint_folder=tmp_path / "a", **GOING_BACK))
+    rules = {**GOING_BACK, "checkpoints": Checkpoints(steps=2, keep=keep)}
+    whole = bytes_of(train(checkpoint_folder=tmp_path / "a", **rules))
     for number in range(1, 10):
         folder = tmp_path / str(number)
         breaking(number)
         with pytest.raises(PowerCut):
-            train(checkpoint_folder=folder, **GOING_BACK)
+            train(checkpoint_folder=folder, **rules)
         breaking(0)
-        assert bytes_of(train(checkpoint_folder=folder, resume_from=folder, **GOING_BACK)) == whole
+        assert bytes_of(train(checkpoint_folder=folder, resume_from=folder, **rules)) == whole
+
+
+def test_stops_push_out_nothing_that_a_run_goes_back_to(
+    train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad from step 4's checkpoint on, and from step 2's: only that of step 0 serves, three regular ones back."""
+    planted(monkeypatch, lambda numbers, _: numbers[0] >= 10 or (seen.append(numbers) or len(seen) > 5))
+    seen: list[Any] = []
+    rules = {"checkpoints": Checkpoints(steps=2, keep=3), "non_finite": NonFinite(limit=1, returns=3)}
+    with pytest.raises(NonFiniteError):
+        train(checkpoint_folder=tmp_path / "a", **rules)
+    breaking(4)
+    seen.clear()
+    with pytest.raises(PowerCut):
+        train(checkpoint_folder=tmp_path / "b", **rules)
+    breaking(0)
+    with pytest.raises(NonFiniteError):
+        train(checkpoint_folder=tmp_path / "b", resume_from=tmp_path / "b", **rules)
+    counts = [CheckpointFolder(tmp_path / name, Checkpoints()).newest() for name in "ab"]
+    assert [found.numbers["counters"]["returned_to"] for found in counts if found] == [0, 0]
 
 
 def test_weights_that_overflow_are_never_kept(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,15 +106,19 @@ class CheckpointFolder:
 
     @classmethod
     def of(cls, path: Path, config: Config) -> "CheckpointFolder":
-        """For a run: one that may go back keeps the last regular checkpoint, and one more, as that may be bad."""
-        return cls(path, config.checkpoints, num_regular=2 if config.non_finite.returns else 0)
+        """For a run: one that may go back keeps the last regular checkpoint, and one more, as that may be bad.
+
+        The regular ones are the same however it was interrupted: others never push them out.
+        """
+        rule = config.checkpoints
+        return cls(path, rule, num_regular=max(2, rule.keep) if config.non_finite.returns else 0)
 
     def file_path(self, step: int) -> Path:
         return self.path / f"step-{step:07d}.safetensors"
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, sound or not, from the first."""
-        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        names = [path.name for path in self.path.iterdir() if path.is_file()] if self.path.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
     def is_due(self, step: int) -> bool:
@@ -138,22 +142,31 @@ class CheckpointFolder:
         with errors_name(self.path):
             self.path.mkdir(exist_ok=True)  # not those above it: a run folder that was deleted is not made unlocked
         for later in [step for step in self.steps() if step > checkpoint.step]:
-            self.file_path(later).unlink()
+            self._remove(later)
         write_whole(self.file_path(checkpoint.step), *checkpoint.pieces())
         steps = self.steps()
         regular = [step for step in steps if self.is_regular(step)]
         for step in set(steps[: -self.rule.keep]) - set(regular[-self.num_regular :] if self.num_regular else ()):
-            self.file_path(step).unlink()
+            self._remove(step)
         self.since, self.last = time.monotonic(), checkpoint.step
         self.cost = self.since - began
+
+    def _remove(self, step: int) -> None:
+        path = self.file_path(step)
+        with errors_name(path, "remove"):
+            path.unlink(missing_ok=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest sound checkpoint; names those that are not sound."""
         return self._newest_of(self.steps())
 
     def newest_regular(self, before: int) -> Checkpoint | None:
-        """The newest sound one of the regular checkpoints before this step; names those that are not sound."""
-        return self._newest_of([step for step in self.steps() if step < before and self.is_regular(step)])
+        """The newest sound one of the regular checkpoints before this step; names those that are not sound.
+
+        Of all, where none is regular: a run that was resumed elsewhere begins with one that need not be.
+        """
+        regular = [step for step in self.steps() if self.is_regular(step)] or self.steps()
+        return self._newest_of([step for step in regular if step < before])
 
     def _newest_of(self, steps: list[int]) -> Checkpoint | None:
         for step in reversed(steps):

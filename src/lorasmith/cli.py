@@ -141,6 +141,7 @@ def _show_settings() -> int:
 def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
     from lorasmith.console import console, follow, interruptible, show_table
+    from lorasmith.devices import is_out_of_memory
     from lorasmith.run import opened_run
     from lorasmith.world import joined
 
@@ -153,8 +154,12 @@ def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
         try:
             with interruptible() as stop:
                 follow(run.steps(stop), run.num_steps, run.job.done)
-        except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError):
+        except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError) as error:
             _save_if_possible(run)
+            if is_out_of_memory(error):
+                ladder = "" if config.memory_ladder else "--memory_ladder, or "
+                advice = f"try {ladder}a smaller batch_size or data.resolution, and --resume"
+                raise MemoryError(f"out of memory: {advice} ({error})") from error
             raise
         _save(run)
         if run.num_done < run.num_steps:
@@ -198,9 +203,24 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
             raise ValueError(f"arguments must be UTF-8, got {argument!r}")
 
 
+def _as_memory_error(error: Exception) -> MemoryError:
+    """What is to be said where memory ran out; anything else is raised."""
+    if isinstance(error, MemoryError):
+        return error
+    try:
+        from lorasmith.devices import is_out_of_memory
+    except (ImportError, MemoryError):  # not even that fits
+        return MemoryError(f"out of memory: {error}")
+    if not is_out_of_memory(error):
+        raise error
+    return MemoryError(f"out of memory: {error}")
+
+
 def _refused(error: Exception) -> int:
     """One line for the user; the traceback for LORASMITH_LOG=debug."""
     log.debug("", exc_info=error)
+    if isinstance(error, OSError) and error.filename is not None:  # of Python's own, without a verb
+        error = OSError(f"cannot use {error.filename}: {error.strerror}")
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):  # bad input is every process's
         print(f"lorasmith: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
@@ -216,13 +236,8 @@ def main() -> None:
         code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
         code = _refused(error)
-    except (RuntimeError, MemoryError) as error:
-        from lorasmith.devices import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        advice = "try --memory_ladder, or a smaller batch_size or data.resolution, and --resume"
-        code = _refused(MemoryError(f"out of memory: {advice} ({error})"))
+    except (RuntimeError, MemoryError, ImportError) as error:
+        code = _refused(_as_memory_error(error))
     except KeyboardInterrupt:
         print("lorasmith: stopped", file=sys.stderr)
         code = INTERRUPTED

@@ -3,10 +3,12 @@
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from types import FrameType
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -16,8 +18,47 @@ from rich.table import Column, Table
 from lorasmith.types import Step
 from lorasmith.world import is_first_here, is_under_torchrun
 
+log = logging.getLogger(__name__)
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-console = Console(markup=False, emoji=False)  # paths are shown as they are
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Printer:
+    """A standard stream. Where nobody reads it any more, or its disk is full, what is printed is lost, not the run."""
+
+    def __init__(self, stream: Callable[[], TextIO]) -> None:
+        self.stream = stream  # what it is now: callers may replace it
+
+    def write(self, text: str) -> int:
+        with self._losing():
+            self.stream().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._losing():
+            self.stream().flush()
+
+    def isatty(self) -> bool:
+        return self.stream().isatty()
+
+    def fileno(self) -> int:
+        return self.stream().fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream().encoding or "utf-8"
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python writes there once more when it ends
+            log.warning("nothing more is printed (%s)", error.strerror)
+
+
+console = Console(file=cast(Any, Printer(lambda: sys.stdout)), markup=False, emoji=False)  # paths as they are
 
 
 def set_up_logging() -> None:
@@ -25,10 +66,20 @@ def set_up_logging() -> None:
 
     Of several processes on a machine, one speaks.
     """
-    level = os.environ.get("LORASMITH_LOG", "info").upper() if is_first_here() else "ERROR"
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=level != "INFO")
+    asked = os.environ.get("LORASMITH_LOG", "info").lower()
+    if asked not in LEVELS:
+        raise ValueError(f"LORASMITH_LOG must be one of {', '.join(LEVELS)}, got {asked}")
+    level = asked if is_first_here() else "error"
+    terminal = Console(file=cast(Any, Printer(lambda: sys.stderr)))
+    handler = RichHandler(console=terminal, show_time=False, show_path=False, show_level=level != "info")
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
-    logging.getLogger("lorasmith").setLevel(level)
+    logging.getLogger("lorasmith").setLevel(level.upper())
+    threading.excepthook = _log_failure
+
+
+def _log_failure(failed: threading.ExceptHookArgs) -> None:
+    """What became of a library's thread, whose error is raised where its work is asked for."""
+    log.debug("a thread failed", exc_info=failed.exc_value)
 
 
 def quiet_libraries() -> None:
@@ -75,7 +126,8 @@ def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
         task = progress.add_task("training", total=total, loss="-", rate="-")
         for step in steps:
             mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss
-            progress.update(task, completed=step.step - before, loss=f"{mean:.4f}", rate=f"{1 / step.seconds:.2f}")
+            rate = f"{1 / step.seconds:.2f}" if step.seconds else "-"  # of a clock that stands still
+            progress.update(task, completed=step.step - before, loss=f"{mean:.4f}", rate=rate)
 
 
 def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:

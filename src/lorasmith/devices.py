@@ -63,9 +63,13 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """By its text where it is a RuntimeError: torch raises a class of its own for some devices alone."""
+    """By its text, or by what it comes from: torch raises a class of its own for some devices alone."""
     words = (
-        "out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "could not create a memory",
-        "could not create a primitive",
+        "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+        "could not create a memory", "could not create a primitive", "failed to map segment",
     )  # fmt: skip
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, RuntimeError | ImportError) and any(word in str(error) for word in words):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)

@@ -22,7 +22,14 @@ from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
-from lorasmith.resuming import WITHOUT_EFFECT, facts_of, group_to_go_on_with, refuse_differences, tell_changes
+from lorasmith.resuming import (
+    WITHOUT_EFFECT,
+    dtypes_of,
+    facts_of,
+    group_to_go_on_with,
+    refuse_differences,
+    tell_changes,
+)
 from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.state import State
 from lorasmith.targets import Targets, adaptable_layers
@@ -80,7 +87,7 @@ class Job:
             shard(copy, device)
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
-        facts = facts_of(denoiser, adapters, dataset, device, world)
+        facts = facts_of(denoiser, adapters, dataset, device, world) | {"dtypes": dtypes_of(copy)}
         refuse_differences(world, config, facts)
         state = State(adapters, config, is_fp16=is_fp16, group=first)
         return cls(
@@ -101,12 +108,20 @@ class Job:
         return self.done + self.state.counters.step
 
     def checkpoint(self) -> Checkpoint:
-        """What a run resumes from; ValueError where weights are not finite."""
+        """What a run resumes from."""
         config = self.config.model_dump(mode="json")
         return Checkpoint(self.state.counters.step, self.state.tensors(), self.state.numbers(), config, self.facts)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint and tells what has changed since; ValueError where it does not fit."""
+        assert self.config.steps is not None
+        if checkpoint.step > self.config.steps:
+            raise ValueError(f"steps must be at least the {checkpoint.step} of the checkpoint, got {self.config.steps}")
+        self.load(checkpoint)
+        tell_changes(checkpoint, self.config, self.facts)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Becomes as it was then, but for what the config has otherwise now; ValueError where it does not fit."""
         try:
             self.state.load(checkpoint.tensors, checkpoint.numbers)
         except ValueError as error:
@@ -117,7 +132,6 @@ class Job:
             counters.batch_size = self.config.batch_size
         if checkpoint.config["gradient_checkpointing"] != self.config.gradient_checkpointing:
             counters.checkpointing = self.config.gradient_checkpointing
-        tell_changes(checkpoint, self.config, self.facts)
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""

@@ -4,11 +4,11 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasmith.checkpoints import CheckpointFolder, newest_in
+from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder, newest_in
 from lorasmith.devices import is_out_of_memory
 from lorasmith.job import Job
 from lorasmith.lock import PATIENCE, FolderLock
@@ -27,21 +27,25 @@ def kept(job: Job, folder: Path | None, source: Path | None) -> Iterator["Keeper
 
     ValueError where `source` has none, or where the folder has others or is another training's.
     """
-    places = () if source is None else (source.resolve(), source.resolve().parent)
-    is_source = folder is not None and folder.resolve() in places
-    keeper = Keeper(job, None, lambda: False)
-    with ExitStack() as stack:
-        if folder is not None:
-            keeper.checkpoints = CheckpointFolder.of(folder, job.config)
-            if job.world.is_first:
-                keeper.made_again = stack.enter_context(_held(folder)).made_again
-                if keeper.checkpoints.steps() and not is_source:
-                    raise ValueError(
-                        f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}"
-                    )
-        if source is not None and not keeper.resumed(source) and not is_source:
-            raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
+    keeper = Keeper(job, None if folder is None else CheckpointFolder.of(folder, job.config), lambda: False)
+    is_own = folder is not None and source is not None and _same(folder, source, source / SUBFOLDER)
+    if source is not None and not is_own and not keeper.resumed(source):
+        raise ValueError(f"resume_from must be a checkpoint or a folder that holds a sound one, got {source}")
+    with nullcontext() if folder is None or not job.world.is_first else _held(folder) as lock:
+        if keeper.checkpoints is not None and lock is not None:
+            keeper.made_again = lock.made_again
+            if keeper.checkpoints.steps() and not (
+                is_own or (source and _same(keeper.checkpoints.path, source.parent))
+            ):
+                raise ValueError(f"checkpoint_folder must hold no checkpoints but those of resume_from, got {folder}")
+        if is_own:
+            keeper.resumed()
         yield keeper
+
+
+def _same(path: Path, *others: Path) -> bool:
+    """Whether it is one of the others."""
+    return path.resolve() in [other.resolve() for other in others]
 
 
 @contextmanager
@@ -73,7 +77,7 @@ class Keeper:
         """
         job = self.job
         checkpoints = self.checkpoints if job.world.is_first else None
-        if checkpoints is not None and job.config.non_finite.returns and not checkpoints.steps():
+        if checkpoints is not None and job.config.non_finite.returns and not job.state.counters.step:
             self.keep()  # to have one to go back to from the first steps
         while True:
             try:
@@ -102,11 +106,12 @@ class Keeper:
 
         source: a checkpoint or a folder; None: where this keeps its own.
         """
-        world = self.job.world
-        if source is None:
-            assert self.checkpoints is not None
-            source = self.checkpoints.path
-        checkpoint = world.from_first(newest_in(source) if world.is_first else None)
+        world, checkpoint = self.job.world, None
+        if world.is_first and source is not None:
+            checkpoint = newest_in(source)
+        elif world.is_first and self.checkpoints is not None:
+            checkpoint = self.checkpoints.newest()
+        checkpoint = world.from_first(checkpoint)
         if checkpoint is not None:
             self.job.resume(checkpoint)
         return checkpoint is not None
@@ -121,10 +126,16 @@ class Keeper:
     def keep(self) -> None:
         """Writes a checkpoint, after the log that belongs to it."""
         self.made_again()
-        self._write()
+        try:
+            self._write()
+        except FileNotFoundError:  # deleted at this very moment
+            if not self.made_again():
+                raise
+            self._write()
 
     def _write(self) -> None:
-        assert self.checkpoints is not None
+        if self.checkpoints is None:
+            return
         if self.log is not None:
             self.log.flush_to_disk()
         self.checkpoints.write(self.job.checkpoint())
@@ -149,8 +160,9 @@ class Keeper:
         before = counters.step if counters.step == counters.returned_to else counters.step + 1
         checkpoint = job.world.from_first(self.checkpoints.newest_regular(before) if job.world.is_first else None)
         if checkpoint is None:
+            self._keep_if_possible()
             raise error
-        job.state.load(checkpoint.tensors, checkpoint.numbers)
+        job.load(checkpoint)
         rate = counters.rate * job.config.non_finite.rate_factor
         job.state.counters = replace(
             job.state.counters, returns=counters.returns + 1, rate=rate, returned_to=checkpoint.step

@@ -40,6 +40,7 @@ class FolderLock:
         self.folder = folder
         self._lock: FileLock | None = None
         self._file: os.stat_result | None = None  # the lock file that is held
+        self._place: os.stat_result | None = None  # the folder that it is in
 
     def acquire(self, patience: float = 0.0) -> None:
         """Waits up to `patience` seconds for a holder to end; ValueError that names it, OSError that names the path.
@@ -49,6 +50,7 @@ class FolderLock:
         assert self._file is None
         if not self.folder.is_dir():  # FileLock would make it
             raise OSError(f"cannot lock {self.folder}: no folder is there")
+        self._place = self.folder.stat()
         path = self.folder / LOCK
         lock = FileLock(path, thread_local=False, preserve_lock_file=True, on_acquired=self._note)
         try:
@@ -82,14 +84,14 @@ class FolderLock:
         self._lock = self._file = None
 
     def made_again(self) -> bool:
-        """Whether the folder had been deleted; it is there again, held and empty.
+        """Whether the folder had been deleted, or is just being deleted; it is there again, and held.
 
         ValueError where another folder has taken its place, which is left alone; OSError that names the path.
         """
         if self.is_intact:
             return False
         self.release()
-        if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+        if self._is_replaced():
             raise ValueError(f"run folder {self.folder} was replaced by another, which is left alone")
         log.warning("run folder %s was deleted: making it again", self.folder)
         make_folder(self.folder)
@@ -104,6 +106,13 @@ class FolderLock:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return self._file is not None and os.path.samestat(there, self._file)
+
+    def _is_replaced(self) -> bool:
+        """Whether something else is there now, not what is left of the folder while it is being deleted."""
+        if not self.folder.is_dir() or all(path.name.startswith(".") for path in self.folder.iterdir()):
+            return False
+        is_left = self._place is not None and os.path.samestat(self.folder.stat(), self._place)
+        return not is_left or (self.folder / LOCK).exists()
 
     def _note(self, descriptor: int) -> None:
         self._file = os.fstat(descriptor)

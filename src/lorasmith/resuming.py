@@ -1,11 +1,13 @@
 """What has changed between a checkpoint and the run that resumes from it, and whether the result can still be exact."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 
 from lorasmith import __version__
 from lorasmith.attach import AdapterSet
@@ -22,10 +24,13 @@ log = logging.getLogger(__name__)
 GROUP_SIZE = "samples a step"
 PLACES = ("output", "data", "model", "existing_lora", "device")
 """Settings that may differ between machines: what is found there is compared instead."""
-SHARED_FACTS = ("base model", "data", "first weights", GROUP_SIZE, "lorasmith")
+SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
 WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading")
-HARMLESS = (*WITHOUT_EFFECT, *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth")
-"""Settings that leave the result as it is, or leave it to the facts."""
+"""Settings that the weights do not depend on, unless something goes wrong in the run."""
+HARMLESS = (
+    "checkpoints", "tensorboard", "offloading", *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth",
+)  # fmt: skip
+"""Settings that leave the weights as they are, or leave it to the facts."""
 
 
 def facts_of(
@@ -35,6 +40,8 @@ def facts_of(
     is_cpu = device.type == "cpu"
     return {
         "base model": base_hash(denoiser),
+        "structure": _structure(denoiser),
+        "process": _process(denoiser),
         "data": dataset.digest(),
         "first weights": digest(adapters.file_state(denoiser, torch.float32).items()),
         GROUP_SIZE: str(dataset.order.group_size),
@@ -45,6 +52,33 @@ def facts_of(
         "torch": torch.__version__,
         "lorasmith": __version__,
     }  # fmt: skip
+
+
+def dtypes_of(denoiser: Denoiser) -> str:
+    """What a denoiser computes in."""
+    return ", ".join(sorted({str(p.dtype) for net in denoiser.nets.values() for p in net.parameters()}))
+
+
+def _structure(denoiser: Denoiser) -> str:
+    """A hash of what the nets are but for their weights: modules with their sizes, and diffusers' configs."""
+    found = [
+        (name, repr(net), sorted(_stated(net.config)) if isinstance(net, ConfigMixin) else ())
+        for name, net in sorted(denoiser.nets.items())
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _stated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a diffusers config says of the net, not of where it came from."""
+    yield from ((key, repr(value)) for key, value in config.items() if not key.startswith("_"))
+
+
+def _process(denoiser: Denoiser) -> str:
+    """A hash of what the process does to plain numbers at some times."""
+    t = denoiser.process.time(torch.arange(64) / 64)
+    x0, eps = torch.ones(64, 1), torch.full((64, 1), 2.0)
+    found = {"time": t, "noise": denoiser.process.noise(x0, eps, t), "target": denoiser.process.target(x0, eps, t)}
+    return digest(found.items())
 
 
 def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -> None:
@@ -64,7 +98,7 @@ def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str
     """Logs what is not as it was when the checkpoint was written."""
     old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    harmless = [key for key in keys if key.partition(".")[0] in HARMLESS or _is_harmless(key, checkpoint, config)]
+    harmless = [key for key in keys if _is_harmless(key, checkpoint, config)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]
     changes += [
         f"{name} {checkpoint.facts.get(name, 'unknown'):.12} -> {fact:.12}"
@@ -73,7 +107,7 @@ def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str
     ]
     if harmless:
         told = ", ".join(f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in harmless)
-        log.info("changed since the checkpoint, without effect on the result: %s", told)
+        log.info("changed since the checkpoint, without effect on the weights: %s", told)
     if changes:
         log.warning(
             "changed since the checkpoint, so that the result is not that of a run which was never interrupted: %s",
@@ -88,8 +122,15 @@ def group_to_go_on_with(checkpoint: Checkpoint, group_size: int) -> int:
 
 
 def _is_harmless(key: str, checkpoint: Checkpoint, config: Config) -> bool:
-    """More or fewer steps change nothing before them where the rate does not depend on their number."""
-    return key == "steps" and config.schedule.name == "constant" == checkpoint.config["schedule"]["name"]
+    """Whether the weights are the same in spite of it.
+
+    More steps change nothing before them where the rate does not depend on their number; when checkpoints are written
+    and which are kept matters to a run that goes back to them.
+    """
+    if key == "steps":
+        return config.schedule.name == "constant" == checkpoint.config["schedule"]["name"]
+    goes_back = config.non_finite.returns or checkpoint.config["non_finite"]["returns"]
+    return key.partition(".")[0] in HARMLESS and not (goes_back and key in ("checkpoints.steps", "checkpoints.keep"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -110,7 +110,7 @@ class Run:
         elif not self.folder.is_new:
             log.info("%s holds no checkpoint to resume from: starting with step 1", self.folder.path)
         self.folder.begin(toml_of(self.job.config))
-        self.keeper.log = StepLog.opened(self.folder.steps_path, self.job.steps_in_all, before=self.job.done)
+        self.keeper.log = StepLog.opened(self.folder.steps_path, self.job.state.steps(self.job.done))
         if self.job.config.tensorboard:
             self.tensorboard = TensorBoardLog(self.folder.path / "tensorboard", self.job.steps_in_all)
 
@@ -220,6 +220,7 @@ class Run:
             return
         drawn = self._draw()
         if self.folder is not None:
+            self.keeper.restored()
             path = self.folder.samples_path / f"step-{self.num_done:07d}.png"
             with errors_name(path.parent):
                 path.parent.mkdir(exist_ok=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorasmith.checkpoints import SUBFOLDER
-from lorasmith.config import Config
+from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder
+from lorasmith.config import Checkpoints, Config
 from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.whole import make_folder, remove_partial, write_whole
 from lorasmith.world import launch
@@ -33,6 +33,10 @@ class RunFolder:
         return self.path / "lora.safetensors"
 
     @property
+    def toml_path(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
     def steps_path(self) -> Path:
         return self.path / "steps.jsonl"
 
@@ -55,7 +59,7 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if self.is_made and not self._has_steps():
+            if self.is_made and self.lock.is_intact and not self._has_steps():  # else it is another's by now
                 self.lock.release()
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -70,8 +74,8 @@ class RunFolder:
                 make_folder(self.path, exist_ok=False)
             except FileExistsError:
                 raise ValueError(_taken(self.path)) from None
+            self._lock_new()
             self.is_made = True
-            self.lock.acquire()
         remove_partial((self.path, self.checkpoints_path, self.samples_path))
         self._write_first_files()
 
@@ -80,18 +84,26 @@ class RunFolder:
 
         ValueError where another has taken its place.
         """
-        if self.lock.is_intact:
+        if self.lock.is_intact and self.toml_path.exists():
             return False
-        self.is_made = False  # what is there now may be another's
-        self.lock.made_again()
+        if not self.lock.made_again():
+            log.warning("%s was deleted: writing it again", self.toml_path)
         self._write_first_files()
         return True
+
+    def _lock_new(self) -> None:
+        """Locks the folder that was just made; takes it away where the disk has no room for a lock."""
+        try:
+            self.lock.acquire()
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def _write_first_files(self) -> None:
         found = launch()
         if found is not None:  # before what makes it a run folder
             write_whole(self.path / LAUNCH, found.encode())
-        write_whole(self.path / "run.toml", self.toml.encode())
+        write_whole(self.toml_path, self.toml.encode())
 
     def _has_steps(self) -> bool:
         return self.checkpoints_path.is_dir() or (self.steps_path.is_file() and self.steps_path.stat().st_size > 0)
@@ -145,4 +157,7 @@ def _is_of_this_launch(path: Path) -> bool:
 
 def _is_run_folder(path: Path) -> bool:
     """Whether a run was there, or was killed before it had written anything."""
-    return path.is_dir() and ((path / "run.toml").is_file() or all(p.name.startswith(".") for p in path.iterdir()))
+    if not path.is_dir():
+        return False
+    is_begun = (path / "run.toml").is_file() or bool(CheckpointFolder(path / SUBFOLDER, Checkpoints()).steps())
+    return is_begun or all(entry.name.startswith(".") for entry in path.iterdir())

@@ -11,8 +11,9 @@ from torch import Tensor
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.optimizers import LossScale, Masters
+from lorasmith.types import Step
 
-MASTER, OPTIMIZER, LOSSES = "master", "optimizer", "losses"
+MASTER, OPTIMIZER, RECORD = "master", "optimizer", "record"
 
 
 @dataclass
@@ -41,15 +42,24 @@ class State:
         self.optimizer = self.config.build(self.masters.tensors, config.learning_rate)
         self.scale = LossScale(is_fp16)
         self.counters = Counters(config.batch_size, config.gradient_checkpointing, group=group)
-        self.losses: list[float] = []  # of each step
+        self.record: list[tuple[float, float, float]] = []  # loss, rate and gradient norm of each step
         self.is_sound = True  # False inside an update, and where one made weights that are not finite
 
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [loss for loss, _, _ in self.record]
+
+    def steps(self, done: int) -> list[Step]:
+        """The steps so far, after `done` of a LoRA that is continued; nobody knows any more how long they took."""
+        return [Step(done + number, *values, seconds=0.0) for number, values in enumerate(self.record, 1)]
+
     def tensors(self) -> dict[str, Tensor]:
-        """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "losses", float64, one for each step."""
+        """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "record" [N,3], float64, of N steps."""
         found = {f"{MASTER}/{name}": t.detach() for name, t in zip(self.names, self.masters.tensors, strict=True)}
         for name, values in self._optimizer_state().items():
             found |= {f"{OPTIMIZER}/{name}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-        return {**found, LOSSES: torch.tensor(self.losses, dtype=torch.float64)}
+        return {**found, RECORD: torch.tensor(self.record, dtype=torch.float64).view(-1, 3)}
 
     def numbers(self) -> dict[str, Any]:
         """What is no tensor, as JSON holds it exactly."""
@@ -59,7 +69,7 @@ class State:
         }
         return {
             "counters": dataclasses.asdict(self.counters),
-            "scale": {"value": self.scale.value, "good": self.scale.good},
+            "scale": {"value": self.scale.value, "good": self.scale.good, "proven": self.scale.proven},
             OPTIMIZER: {name: values for name, values in plain.items() if values},
         }
 
@@ -91,10 +101,10 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]
         filled = {index: states[name] for index, name in enumerate(self.names) if states[name]}
         self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
-        self.scale.value = self.scale.proven = numbers["scale"]["value"]
-        self.scale.good = numbers["scale"]["good"]
+        scale = numbers["scale"]
+        self.scale.value, self.scale.good, self.scale.proven = scale["value"], scale["good"], scale["proven"]
         self.counters = Counters(**numbers["counters"])
-        self.losses = tensors[LOSSES].tolist()
+        self.record = [(loss, lr, norm) for loss, lr, norm in tensors[RECORD].tolist()]
         self.is_sound = True
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -30,18 +31,23 @@ class StepLog:
             self._file = path.open("ab")
 
     @classmethod
-    def opened(cls, path: Path, done: int, *, before: int = 0) -> "StepLog":
-        """Goes on after step `done`; the file's first line is that of step `before` + 1.
+    def opened(cls, path: Path, known: Sequence[Step]) -> "StepLog":
+        """Goes on after the steps that the run knows of, whose seconds the file alone knows.
 
-        Cuts off later lines and those that are not sound, and warns where steps are missing.
+        Lines that tell of none of them are cut off. Steps that it does not tell of are put in, with a warning.
         """
-        assert before <= done
-        content = path.read_bytes() if path.exists() else b""
-        steps = list(_sound_steps(content, before, done))
+        with errors_name(path, "read"):
+            content = path.read_bytes() if path.exists() else b""
+        told = {replace(step, seconds=0.0): step for step in _sound_steps(content)}
+        steps = [told.get(replace(step, seconds=0.0), step) for step in known]
         if content != _lines(steps):
             write_whole(path, _lines(steps))
-        if len(steps) < done - before:
-            log.warning("%s lacks %d of the steps %d to %d", path, done - before - len(steps), before + 1, done)
+        lacking = sum(replace(step, seconds=0.0) not in told for step in known)
+        if lacking:
+            log.warning(
+                "%s lacked %d of the steps %d to %d: they are there again, without their seconds",
+                path, lacking, known[0].step, known[-1].step,
+            )  # fmt: skip
         return cls(path, steps)
 
     def append(self, step: Step) -> None:
@@ -119,16 +125,12 @@ class TensorBoardLog:
         self._done = done
 
 
-def _sound_steps(content: bytes, before: int, done: int) -> Iterator[Step]:
-    """The steps `before` + 1 to `done` of a file, as far as it has them, in order."""
+def _sound_steps(content: bytes) -> Iterator[Step]:
+    """The steps that a file tells of."""
     reader = TypeAdapter(Step)
-    last = before
     for line in content.split(b"\n"):
-        with suppress(ValueError):  # not JSON, not a step, or not finite
-            step = reader.validate_json(line, strict=True)
-            if last < step.step <= done and _line(step):
-                yield step
-                last = step.step
+        with suppress(ValueError):  # not JSON, or not a step
+            yield reader.validate_json(line, strict=True)
 
 
 def _line(step: Step) -> bytes:

@@ -186,7 +186,7 @@ def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr:
     state.counters.step += 1
     state.counters.group += 1
     state.counters.skipped = 0
-    state.losses.append(loss)
+    state.record.append((loss, lr, grad_norm))
     masters.clear()
     if not math.isfinite(_norm(masters.tensors)):
         raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
