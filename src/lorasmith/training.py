@@ -3,6 +3,7 @@
 G samples in a group, P processes that share it, B in a micro-batch.
 """
 
+import gc
 import logging
 import math
 import threading
@@ -139,6 +140,7 @@ def _exchanged(
 
 def _go_down_the_ladder(state: State) -> None:
     """The next rung after running out of memory; the group and its draws stay. MemoryError after the last one."""
+    gc.collect()  # activations of what failed hang in cycles
     counters = state.counters
     if not counters.checkpointing:
         counters.checkpointing = True
