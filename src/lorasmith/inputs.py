@@ -4,8 +4,9 @@ N samples, C channels, h w latent sides, L tokens, D width; a bucket is a batch 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +17,24 @@ from lorasmith.families import Family
 from lorasmith.types import Cached, Cond
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+Convert = Callable[[Sequence[Any], str], list[T]]
+"""Entries of `positive` and their name, for messages -> what they stand for."""
 
 
 def samples_of(latents: Any, positive: Any, family: Family | None, *, several_sizes: bool) -> list[Cached]:
     """latents and positive as `train_lora` takes them -> samples in their order; ValueError on a mismatch."""
     if not isinstance(several_sizes, bool):
         raise ValueError(f"bucket_mode must be true or false, got {several_sizes!r}")
+    pairs = paired(latents, positive, partial(_conds, family=family), several_sizes=several_sizes)
+    return [checked(Cached(str(i), *pair)) for i, pair in enumerate(pairs)]
+
+
+def paired(latents: Any, positive: Any, convert: Convert[T], *, several_sizes: bool) -> list[tuple[Tensor, T]]:
+    """Each latent [C,h,w] or [C,f,h,w], float32, on the CPU, with its own conditioning; ValueError on a mismatch."""
     buckets = _buckets(latents, several_sizes)
-    conds = _conds_of_all(positive, [len(bucket) for bucket in buckets], family)
-    x0s = [x0 for bucket in buckets for x0 in bucket]
-    return [checked(Cached(str(i), *pair)) for i, pair in enumerate(zip(x0s, conds, strict=True))]
+    conds = _conds_of_all(positive, [len(bucket) for bucket in buckets], convert)
+    return list(zip((x0 for bucket in buckets for x0 in bucket), conds, strict=True))
 
 
 def _buckets(latents: Any, several_sizes: bool) -> list[Tensor]:
@@ -65,24 +74,24 @@ def _bucket(latents: Any, name: str) -> Tensor:
     return tensor.detach().clone().to("cpu", torch.float32)
 
 
-def _conds_of_all(positive: Any, counts: list[int], family: Family | None) -> list[Cond]:
+def _conds_of_all(positive: Any, counts: list[int], convert: Convert[T]) -> list[T]:
     """One conditioning for each of all samples; `positive` is flat, or has a list for each bucket."""
     if isinstance(positive, str | bytes | Mapping | Tensor) or not isinstance(positive, Sequence) or not positive:
         raise ValueError(f"positive must be a list with a conditioning for each latent, got {_described(positive)}")
     nested = [isinstance(entry, list | tuple) and not _is_pair(entry) for entry in positive]
     if not any(nested):
-        return _one_each(positive, sum(counts), family, "positive")
+        return _one_each(positive, sum(counts), convert, "positive")
     if not all(nested):
         index = nested.index(False)
         raise ValueError(f"positive must have lists alone or none, got {_described(positive[index])} at {index}")
     if len(counts) == 1:
-        return _one_each([entry for part in positive for entry in part], counts[0], family, "positive")
+        return _one_each([entry for part in positive for entry in part], counts[0], convert, "positive")
     if len(positive) != len(counts):
         raise ValueError(
             f"positive must have a list for each of the latents, got {len(positive)} lists for {len(counts)} latents"
         )
     parts = [
-        _one_each(part, count, family, f"positive[{index}]")
+        _one_each(part, count, convert, f"positive[{index}]")
         for index, (part, count) in enumerate(zip(positive, counts, strict=True))
     ]
     return [cond for part in parts for cond in part]
@@ -93,7 +102,7 @@ def _is_pair(entry: Sequence[Any]) -> bool:
     return len(entry) == 2 and isinstance(entry[1], Mapping) and isinstance(entry[0], Tensor)
 
 
-def _conds(entries: Sequence[Any], family: Family | None, name: str) -> list[Cond]:
+def _conds(entries: Sequence[Any], name: str, family: Family | None) -> list[Cond]:
     """Each conditioning of the list of this name as {name: [L,D] or [D]}, float32, on the CPU."""
     if entries and all(isinstance(entry, str) for entry in entries):
         return _encoded(entries, family)
@@ -141,8 +150,8 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__} of length {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
 
 
-def _one_each(entries: Sequence[Any], num_latents: int, family: Family | None, name: str) -> list[Cond]:
-    conds = _conds(entries, family, name)
+def _one_each(entries: Sequence[Any], num_latents: int, convert: Convert[T], name: str) -> list[T]:
+    conds = convert(entries, name)
     if len(conds) == 1:
         return conds * num_latents
     if len(conds) != num_latents:

@@ -39,24 +39,52 @@ def loss_figure(steps: Sequence[Step]) -> Figure:
     Above 800 steps the losses show as the range, least to greatest, of equal bins of steps. Losses that are not finite
     leave gaps; they, and the few so high that the axis leaves them out, are marked and counted.
     """
-    layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.13, hspace=0.03)  # inches, inches, share of a panel
-    figure = Figure(figsize=(10, 6), dpi=100, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    figure = _empty_figure()
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
     for axes in (upper, lower):
-        axes.grid(color=GRID, linewidth=0.9)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(AXIS)
+        _prepare(axes)
     number = np.array([step.step for step in steps], np.float64)
     _draw_losses(upper, number, np.array([step.loss for step in steps], np.float64))
     _draw_rates(lower, number, np.array([step.lr for step in steps], np.float64))
-    first, last = (number[0], number[-1]) if len(steps) else (0.0, 1.0)
-    margin = max(0.5, 0.015 * (last - first))
-    lower.set_xlim(first - margin, last + margin)
+    _number_steps(lower, number)
     figure.align_ylabels([upper, lower])
     return figure
+
+
+def losses_figure(losses: Sequence[float]) -> Figure:
+    """The losses of steps 1 to N -> the same without a panel of learning rates."""
+    figure = _empty_figure()
+    axes = figure.subplots()
+    _prepare(axes)
+    number = np.arange(1, len(losses) + 1, dtype=np.float64)
+    _draw_losses(axes, number, np.array(losses, np.float64))
+    _number_steps(axes, number)
+    return figure
+
+
+def _empty_figure() -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.13, hspace=0.03)  # inches, inches, share of a panel
+    figure = Figure(figsize=(10, 6), dpi=100, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _prepare(axes: Axes) -> None:
+    axes.grid(color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(AXIS)
+
+
+def _number_steps(axes: Axes, number: Floats) -> None:
+    """number [N] -> the axis below."""
+    first, last = (number[0], number[-1]) if len(number) else (0.0, 1.0)
+    margin = max(0.5, 0.015 * (last - first))
+    axes.set_xlim(first - margin, last + margin)
+    axes.set_xlabel("step (optimizer updates)", color=INK, fontsize=10.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _draw_losses(axes: Axes, number: Floats, loss: Floats) -> None:
@@ -113,9 +141,6 @@ def _draw_rates(axes: Axes, number: Floats, rate: Floats) -> None:
     axes.plot(number[starts], rate[starts], color=TEAL, linewidth=1.8, marker=marker, markersize=4)
     axes.set_ylim(0, 1.15 * float(np.fmax.reduce(rate, initial=0.0)) or 1.0)
     axes.set_ylabel("learning rate", color=INK, fontsize=10.5)
-    axes.set_xlabel("step (optimizer updates)", color=INK, fontsize=10.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10]))
     exponent = ScalarFormatter(useMathText=True)
     exponent.set_powerlimits((-2, 3))

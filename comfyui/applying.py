@@ -1,0 +1,45 @@
+"""LoRAs on ComfyUI's models: every key is used, or none."""
+
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+from torch import Tensor
+
+
+class Read(dict[str, Tensor]):
+    """A LoRA that notes which of its keys are read."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self:
+            self.keys_read.add(key)
+        return super().get(key, default)
+
+
+def with_lora(model: Any, lora: dict[str, Tensor], strength: float, *, beside: bool = False) -> Any:
+    """A clone of a MODEL with the LoRA in its weights, or beside them; ValueError that names keys which do not fit."""
+    left = keys_left(model, lora)
+    if left:
+        shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+        raise ValueError(f"lora must fit the model, but {len(left)} of its {len(lora)} keys do not: {shown}")
+    if strength == 0:
+        return model
+    if beside:
+        return comfy.sd.load_bypass_lora_for_models(model, None, lora, strength, 0)[0]
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def keys_left(model: Any, lora: dict[str, Tensor]) -> list[str]:
+    """The keys that ComfyUI's own loader does not read for this model."""
+    read = Read(comfy.lora_convert.convert_lora(dict(lora)))
+    comfy.lora.load_lora(read, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+    return sorted(read.keys() - read.keys_read)

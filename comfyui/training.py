@@ -1,0 +1,166 @@
+"""A training in ComfyUI: progress, cancelling and resuming around lorasmith's job."""
+
+import hashlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import ComfyAPISync
+from torch import Tensor
+
+from lorasmith.contract import config_of
+from lorasmith.data.cache import Dataset
+from lorasmith.devices import is_out_of_memory
+from lorasmith.job import Job
+from lorasmith.keeping import Keeper, kept
+from lorasmith.lock import FolderLock
+from lorasmith.resuming import WITHOUT_EFFECT
+
+from .conditioning import prepared
+from .denoiser import ComfyDenoiser
+from .pictures import loss_picture
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = Path("lorasmith", "checkpoints")  # in the output folder
+OF_THE_TRAINING = ("base model", "structure", "process", "data", "first weights", "dtypes")
+"""The facts by which a training is known again; others are of the machine."""
+SECONDS_A_PREVIEW = 2.0
+ADVICE = "turn gradient_checkpointing or memory_ladder on, lower batch_size, or use smaller latents"
+BASES = {
+    "SD15": ("stable-diffusion-v1", "sd_v1"),
+    "SD20": ("stable-diffusion-v2", "sd_v2"),
+    "SDXL": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "SD3": ("stable-diffusion-3", "sd3"),
+    "Flux": ("flux-1-dev", "flux1"),
+    "FluxSchnell": ("flux-1-schnell", "flux1"),
+}
+"""{ComfyUI's class of a model: what modelspec and kohya's tools call it}."""
+
+
+class Trained(dict[str, Tensor]):
+    """A LORA_MODEL that knows what its file is to say."""
+
+    def __init__(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(state)
+        self.metadata = dict(metadata)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training gives."""
+
+    lora: Trained
+    losses: list[float]
+    steps: int
+
+
+def trained(
+    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], inputs: Mapping[str, Any], *,
+    are_buckets: bool, is_resuming: bool,
+) -> Outcome:  # fmt: skip
+    """Trains a LoRA on a MODEL of ComfyUI, which stays as it is.
+
+    latents, positive: lists of LATENT and CONDITIONING; inputs: of `lorasmith.contract.config_of`; are_buckets: each
+    LATENT is a batch with a CONDITIONING of its own. ValueError on bad input; RuntimeError, with what to change, where
+    memory runs out. Cancelling raises ComfyUI's exception, once a checkpoint is written.
+    """
+    config = config_of(inputs)
+    try:
+        with torch.inference_mode(False), _training_mode():
+            patcher = _loaded(patcher)
+            samples, entries = prepared(patcher.model, latents, positive, are_buckets=are_buckets)
+            denoiser = ComfyDenoiser(patcher.model, entries, patcher.model_options)
+            dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
+            metadata = _metadata(patcher.model)
+            job = Job.of(denoiser, dataset, config, device=patcher.load_device, metadata=metadata)
+            _run(job, is_resuming)
+            return Outcome(Trained(job.lora(), job.file_metadata()), job.state.losses, job.steps_in_all)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        comfy.model_management.soft_empty_cache()
+        raise RuntimeError(f"out of memory: {ADVICE}; run again to go on from the last step ({error})") from None
+
+
+def _run(job: Job, is_resuming: bool) -> None:
+    """Trains to the end, from the checkpoint of the same training on where it was cancelled."""
+    folder = Path(folder_paths.get_output_directory()) / CHECKPOINTS / _identity(job)
+    if not is_resuming:
+        _forget(folder)
+    with kept(job, folder, folder) as keeper:
+        if job.state.counters.step:
+            log.info("going on after step %d of %s, from %s", job.state.counters.step, job.config.steps, folder)
+        _follow(job, keeper)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _follow(job: Job, keeper: Keeper) -> None:
+    """Shows each step; where the prompt is cancelled, ends after the step in hand, with a checkpoint."""
+    api, stop, shown = ComfyAPISync(), threading.Event(), 0.0
+    assert job.config.steps is not None
+    with closing(keeper.steps(stop)) as steps:
+        for _ in steps:
+            if comfy.model_management.processing_interrupted():
+                stop.set()
+                continue
+            preview = None
+            if time.monotonic() - shown >= SECONDS_A_PREVIEW:
+                preview, shown = loss_picture(job.state.losses), time.monotonic()
+            api.execution.set_progress(job.state.counters.step, job.config.steps, preview_image=preview)
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _identity(job: Job) -> str:
+    """Equal for trainings that end in the same LoRA."""
+    config = job.config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    facts = [job.facts[name] for name in OF_THE_TRAINING]
+    return hashlib.sha256(json.dumps([config, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _forget(folder: Path) -> None:
+    """Removes a training's checkpoints; ValueError where another ComfyUI is writing them."""
+    if folder.is_dir():
+        lock = FolderLock(folder)
+        lock.acquire()
+        lock.release()
+        shutil.rmtree(folder)
+
+
+def _loaded(patcher: Any) -> Any:
+    """The patcher, its patches in its weights, on its device; weights that come from the disk as they are used stay."""
+    if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():  # of newer versions
+        patcher = patcher.clone(disable_dynamic=True)
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    return patcher
+
+
+@contextmanager
+def _training_mode() -> Iterator[None]:
+    """Networks leave out, as long as this is open, what has no gradient; older versions have no such switch."""
+    switches = vars(comfy.model_management)
+    before = switches.get("in_training")
+    if before is None:
+        yield
+        return
+    switches["in_training"] = True
+    try:
+        yield
+    finally:
+        switches["in_training"] = before
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """What other tools read of the base model, where its kind is known."""
+    names = BASES.get(type(model.model_config).__name__)
+    return {} if names is None else {"modelspec.architecture": f"{names[0]}/lora", "ss_base_model_version": names[1]}

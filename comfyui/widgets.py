@@ -1,0 +1,138 @@
+"""The training node's inputs, made from lorasmith's schema: the contract's sixteen, then every further setting."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from lorasmith.contract import NAMES, NO_LORA, train_lora
+from lorasmith.settings import Setting, nested, settings
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_lora).parameters.items()}
+CONTRACT = (
+    "batch_size", "grad_accumulation_steps", "steps", "learning_rate", "rank", "optimizer", "loss_function", "seed",
+    "training_dtype", "lora_dtype", "algorithm", "gradient_checkpointing", "existing_lora",
+)  # fmt: skip
+"""After model, latents and positive, in this order."""
+KEYS = {NAMES[key]: key for key in ("adapter.rank", "adapter.alpha", "adapter.factor", "adapter", "loss")} | {
+    "save_every": "checkpoints.steps"
+}
+"""{input: key of its setting}, where they differ."""
+LEFT_OUT = (
+    "model", "data.", "output", "device", "sampling.", "sharded", "offloading", "tensorboard",
+)  # fmt: skip
+"""Settings of runs from the command line; and `offloading`, which needs a model that waits on another device."""
+FIRST = (
+    "alpha", "targets_preset", "targets_include", "targets_exclude", "loss_space", "times", "max_grad_norm",
+    "checkpoint_depth",
+)  # fmt: skip
+"""The further inputs that come first."""
+
+TOOLTIPS = {
+    "steps": "optimizer steps",
+    "alpha": "the update is scaled by alpha / rank; 0: the rank. Of OFT: the limit of its rotation; 0: none",
+    "factor": "of LoKr: rows and columns of the smaller Kronecker factor; 0: near square",
+    "save_every": "write a checkpoint every so many steps; 0: by minutes alone",
+    "checkpoints_minutes": "write a checkpoint every so many minutes, for at most 1 % of the time; 0: by steps alone",
+    "checkpoints_keep": "how many checkpoints are kept while it trains; they go when it ends",
+    "non_finite_returns": "how often it goes back to its last checkpoint by steps (save_every) instead of stopping",
+}
+"""Where the setting's own help speaks of the command line, or of something else before it."""
+
+
+def contract_inputs() -> list[Any]:
+    """The widgets of the contract."""
+    known = settings()
+    return [
+        _existing_lora() if name == "existing_lora" else _widget(known[KEYS.get(name, name)], name, DEFAULTS[name])
+        for name in CONTRACT
+    ]
+
+
+def further_inputs() -> list[Any]:
+    """A widget for each setting that is none of the contract's."""
+    return [_widget(setting, name, _default(setting), optional=True) for name, setting in _further().items()]
+
+
+def config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[str, Any]:
+    """The node's values as `lorasmith.contract.config_of` takes them; of further ones, those that are changed."""
+    inputs = {name: values[name] for name in CONTRACT} | {"existing_lora": lora_path}
+    changed = {}
+    for name, setting in _further().items():
+        value = values.get(name, _default(setting))
+        if value != _default(setting):
+            changed[setting.key] = tuple(filter(None, value.splitlines())) if setting.kind is tuple else value
+    inputs |= {name: changed.pop(f"adapter.{name}", None) for name in ("alpha", "factor")}
+    parts = {key: values[key] for key in ("optimizer", "loss_function")}
+    return {**inputs, **_with_parts(nested(changed), parts)}
+
+
+def _with_parts(further: dict[str, Any], parts: Mapping[str, str]) -> dict[str, Any]:
+    """Adds the names of parts of which fields are set."""
+    for name, chosen in parts.items():
+        key = KEYS.get(name, name)
+        if isinstance(further.get(key), dict):
+            further[name] = {"name": chosen, **further.pop(key)}
+    return further
+
+
+def _further() -> dict[str, Setting]:
+    """{input: setting}, the important ones first."""
+    named = {key: name for name, key in KEYS.items()}
+    taken = {KEYS.get(name, name) for name in CONTRACT}
+    found = {
+        named.get(key, key.replace(".", "_")): setting
+        for key, setting in settings().items()
+        if key not in taken and not key.startswith(LEFT_OUT)
+    }
+    return {name: found[name] for name in sorted(found, key=lambda name: (name not in FIRST, _place(name)))}
+
+
+def _place(name: str) -> int:
+    return FIRST.index(name) if name in FIRST else 0
+
+
+def _existing_lora() -> Any:
+    options = [NO_LORA, *folder_paths.get_filename_list("loras")]
+    return io.Combo.Input("existing_lora", options=options, default=NO_LORA, tooltip="the LoRA to go on training")
+
+
+def _default(setting: Setting) -> Any:
+    """A widget's default; 0 and no text stand for none."""
+    if setting.kind is tuple:
+        return ""
+    if setting.default == "none":
+        return setting.kind(0) if setting.kind in (int, float) else "none"
+    return setting.default == "true" if setting.kind is bool else setting.kind(setting.default)
+
+
+def _widget(setting: Setting, name: str, default: Any, *, optional: bool = False) -> Any:
+    common = {"default": default, "tooltip": _tooltip(setting, name), "optional": optional}
+    if setting.kind is bool:
+        return io.Boolean.Input(name, **common)
+    if setting.options:
+        return io.Combo.Input(name, options=list(setting.options), **common)
+    if setting.kind in (int, float):
+        assert setting.low is not None and setting.high is not None
+        low = 0 if setting.default == "none" and optional else setting.low
+        if setting.kind is int:
+            return io.Int.Input(name, min=int(low), max=int(setting.high), **common)
+        step = min(0.01, default) if default else 0.01
+        return io.Float.Input(name, min=float(low), max=float(setting.high), step=_power(step), **common)
+    return io.String.Input(name, multiline=setting.kind is tuple, **common)
+
+
+def _power(step: float) -> float:
+    """A thousandth of it, as a power of ten: how fine a number can be set."""
+    return float(f"1e{int(f'{step:e}'.partition('e')[2]) - 3}")
+
+
+def _tooltip(setting: Setting, name: str) -> str:
+    if name in TOOLTIPS:
+        return TOOLTIPS[name]
+    if setting.kind is tuple:
+        return f"{setting.help}, one a line"
+    return f"{setting.help}; 0: none" if setting.kind in (int, float) and setting.default == "none" else setting.help
