@@ -56,8 +56,8 @@ class SamplingProcess:
         return of_input * x_t + of_output * out
 
     def eps(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-        of_x0, of_eps = (factor.to(x_t.dtype) for factor in self._of_noised(t, x_t))
-        return (x_t - of_x0 * self.x0(x_t, out, t)) / of_eps
+        of_x0, of_eps = self._of_noised(t, x_t)
+        return ((x_t - of_x0 * self.x0(x_t.double(), out.double(), t)) / of_eps).to(x_t.dtype)
 
     def snr(self, t: Tensor) -> Tensor:
         of_x0, of_eps = self._of_noised(t, t)

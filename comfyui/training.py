@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -107,13 +106,14 @@ def _run(job: Job, is_resuming: bool) -> None:
 
 def _follow(job: Job, keeper: Keeper) -> None:
     """Shows each step; where the prompt is cancelled, ends after the step in hand, with a checkpoint."""
-    api, stop, shown = ComfyAPISync(), threading.Event(), 0.0
+    api, shown = ComfyAPISync(), 0.0
     assert job.config.steps is not None
-    with closing(keeper.steps(stop)) as steps:
+    with closing(keeper.steps()) as steps:
         for _ in steps:
             if comfy.model_management.processing_interrupted():
-                stop.set()
-                continue
+                keeper.keep()
+                log.info("cancelled after step %d: queue it again to go on", job.state.counters.step)
+                break
             preview = None
             if time.monotonic() - shown >= SECONDS_A_PREVIEW:
                 preview, shown = loss_picture(job.state.losses), time.monotonic()

@@ -21,7 +21,7 @@ FLOORS = (
         "step_log",
         "lock",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "peft_config"),
+    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
     ("attach", "memory", "config", "lorafile"),
     ("settings", "objective", "state", "families", "inspection", "loading", "base_weights", "sharding"),
     ("diagnosis", "checkpoints"),

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 app = App(
     name="lorasmith", version=__version__, help="Trains LoRAs for diffusion models.", suppress_keyboard_interrupt=False
 )
+comfyui = App(name="comfyui", help="The nodes for ComfyUI.")
+app.command(comfyui)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 INTERRUPTED = 130
 
@@ -107,6 +109,23 @@ def inspect(file: Path, /) -> int:
     show_table(inspection.facts)
     show_table(inspection.rows, inspection.columns)
     show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+    return 0
+
+
+@comfyui.command(name="install")
+def install_comfyui(path: Path, /) -> int:
+    """Copy lorasmith's nodes into a ComfyUI.
+
+    Parameters
+    ----------
+    path: the ComfyUI folder
+    """
+    from lorasmith.comfyui_pack import install
+
+    target = install(path)
+    print(f"nodes: {target}")
+    print("ComfyUI's own Python needs lorasmith too: run its `python -m pip install lorasmith`, then restart ComfyUI")
+    print(f"to undo it, delete {target}")
     return 0
 
 

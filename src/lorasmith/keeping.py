@@ -143,7 +143,9 @@ class Keeper:
     def _keep_if_possible(self) -> None:
         """After an error, which is to be told, not another that follows from it."""
         state = self.job.state
-        if self.checkpoints is None or not self.job.world.is_first or not state.is_sound or not state.counters.step:
+        if self.checkpoints is None or not self.job.world.is_first or not state.is_sound:
+            return
+        if state.counters.step in (0, self.checkpoints.last):
             return
         try:
             self.keep()

@@ -1,0 +1,200 @@
+"""Checks of trained LoRAs: ComfyUI's own loader uses every key, in every layout, and the weights do what was trained."""
+
+from functools import cache
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+from lorasmith_pack.applying import keys_left, with_lora
+from lorasmith_pack.layouts import in_layout
+from pack_runs import (
+    close, comfy_denoised, denoiser_of, entry_numbers, equal, loras, output_of, refused, state_of, trained,
+    with_comfy_lora,
+)  # fmt: skip
+from tiny_models import Tiny, tiny
+from torch import Tensor
+
+from lorasmith import lorafile
+from lorasmith.attach import attached
+from lorasmith.loading import adapters_from
+
+ALGORITHMS = ("LoRA", "LoHa", "LoKr", "OFT")
+LEARNT = {"steps": 4, "learning_rate": 0.05}
+
+
+@cache
+def _model(kind: str) -> Tiny:
+    return tiny(kind)
+
+
+@cache
+def _lora(kind: str, preset: str) -> Any:
+    return trained(_model(kind), targets={"preset": preset}, alpha=1.0, **LEARNT).lora
+
+
+def _both_predictions(kind: str, lora: dict[str, Tensor], patcher: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [1,C,h,w] of lorasmith's hooks, of ComfyUI's patcher, and without the LoRA."""
+    model = _model(kind)
+    denoiser, x0 = denoiser_of(model, 1)
+    t = denoiser.process.time(torch.tensor([0.5]))
+    x_t = denoiser.process.noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)), t)
+    with torch.no_grad():
+        before = denoiser.predict(x_t, t, entry_numbers(0))
+        with attached(denoiser, adapters_from(lora, denoiser).freeze()):
+            own = denoiser.predict(x_t, t, entry_numbers(0))
+    denoised = comfy_denoised(patcher, model.positive(1)[0], x_t, t)
+    comfy.model_management.unload_all_models()
+    return own, output_of(kind, denoised, x_t, t), before
+
+
+def check_comfyui_loads_all_algorithms(kind: str) -> None:
+    model, before = _model(kind), state_of(_model(kind))
+    for algorithm in ALGORITHMS:
+        lora = trained(model, algorithm=algorithm, **LEARNT).lora
+        assert keys_left(model.patcher, lora) == [], algorithm
+        own, theirs, plain = _both_predictions(kind, lora, with_comfy_lora(model, lora))
+        assert (own - plain).abs().max() > 1e-2, f"{algorithm} changes too little to compare"
+        close(theirs, own, 1e-3)
+    assert equal(before, state_of(model)), "the weights did not come back"
+
+
+def check_beside_the_weights(kind: str) -> None:
+    """The node's `bypass`, which computes the same."""
+    model = _model(kind)
+    for algorithm in ALGORITHMS:
+        lora = trained(model, algorithm=algorithm, **LEARNT).lora
+        own, theirs, _ = _both_predictions(kind, lora, with_lora(model.patcher, lora, 1.0, beside=True))
+        close(theirs, own, 1e-3)
+
+
+def check_bf16_files(kind: str) -> None:
+    model = _model(kind)
+    for algorithm in ALGORITHMS:
+        lora = trained(model, algorithm=algorithm, lora_dtype="bf16", **LEARNT).lora
+        assert keys_left(model.patcher, lora) == [], algorithm
+        own, theirs, _ = _both_predictions(kind, lora, with_comfy_lora(model, lora))
+        close(theirs, own, 1e-3)
+
+
+def _patched(model: Tiny, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that ComfyUI makes of a LoRA."""
+    patched, weights = with_comfy_lora(model, lora), model.patcher.model.state_dict()
+    return {
+        key: comfy.lora.calculate_weight(patches, weights[key].clone(), key)
+        for key, patches in patched.patches.items()
+    }
+
+
+def check_layouts(kind: str) -> None:
+    model = _model(kind)
+    for preset in ("attention", "attention+mlp"):
+        lora = _lora(kind, preset)
+        expected = _patched(model, lora)
+        assert len(expected) == len({key.partition(".lora_")[0] for key in lora if ".lora_" in key})
+        for layout in ("kohya", "diffusers"):
+            other = in_layout(lora, layout, model.patcher.model)
+            assert not other.keys() & lora.keys(), f"{layout} has the same names"
+            assert keys_left(model.patcher, other) == [], f"{layout} of {preset}"
+            found = _patched(model, other)
+            assert found.keys() == expected.keys(), f"{layout} of {preset}: {found.keys() ^ expected.keys()}"
+            for key, weight in expected.items():
+                close(found[key] - model.patcher.model.state_dict()[key], weight - _weight(model, key), 1e-3)
+
+
+def _weight(model: Tiny, key: str) -> Tensor:
+    return model.patcher.model.state_dict()[key]
+
+
+def check_kohya_names_of_other_algorithms(kind: str) -> None:
+    model = _model(kind)
+    for algorithm in ALGORITHMS[1:]:
+        lora = trained(model, algorithm=algorithm, **LEARNT).lora
+        other = in_layout(lora, "kohya", model.patcher.model) if kind not in ("sd1", "sd2") else None
+        if other is None:  # whose layers outside of attention have names of their own
+            lora = trained(model, algorithm=algorithm, targets={"preset": "attention"}, **LEARNT).lora
+            other = in_layout(lora, "kohya", model.patcher.model)
+        assert keys_left(model.patcher, other) == [], algorithm
+        found, expected = _patched(model, other), _patched(model, lora)
+        assert found.keys() == expected.keys(), algorithm
+        for key, weight in expected.items():
+            close(found[key], weight, 1e-5)
+
+
+def check_every_layer_of_a_unet_in_kohya_s_names() -> None:
+    for kind in ("sd1", "sdxl"):
+        lora = _lora(kind, "all")
+        other = in_layout(lora, "kohya", _model(kind).patcher.model)
+        assert keys_left(_model(kind).patcher, other) == [], kind
+        assert _patched(_model(kind), other).keys() == _patched(_model(kind), lora).keys()
+
+
+def check_a_layout_without_a_model_is_refused() -> None:
+    with refused("model", "kohya"):
+        in_layout(_lora("sd1", "attention"), "kohya", None)
+    with refused("diffusers", "LoRA"):
+        loha = trained(_model("sd1"), algorithm="LoHa", targets={"preset": "attention"}).lora
+        in_layout(loha, "diffusers", _model("sd1").patcher.model)
+
+
+def check_a_lora_of_another_model_is_refused() -> None:
+    with refused("fit", "keys"):
+        with_lora(_model("flux").patcher, _lora("sd1", "attention"), 1.0)
+
+
+def check_existing_loras_of_all_layouts(kind: str) -> None:
+    model, lora = _model(kind), _lora(kind, "attention")
+    for layout in ("ComfyUI", "kohya", "diffusers"):
+        path = loras() / f"{kind}_{layout}_7_steps_00001_.safetensors"
+        lorafile.write(path, in_layout(lora, layout, model.patcher.model), {})
+        outcome = trained(model, existing_lora=path, learning_rate=1e-7, rank=1)
+        assert outcome.steps == 9, f"{layout}: {outcome.steps}"
+        found, expected = _patched(model, outcome.lora), _patched(model, lora)
+        assert found.keys() == expected.keys(), f"{layout}: {found.keys() ^ expected.keys()}"
+        for key, weight in expected.items():
+            close(found[key] - _weight(model, key), weight - _weight(model, key), 1e-3)
+
+
+def check_an_existing_lora_whose_name_says_nothing() -> None:
+    lora = _lora("sd1", "attention")
+    path = loras() / "mine.safetensors"
+    lorafile.write(path, lora, {})
+    assert trained(_model("sd1"), existing_lora=path).steps == 2
+    lorafile.write(path, lora, lora.metadata)
+    assert trained(_model("sd1"), existing_lora=path).steps == 4 + 2
+
+
+def check_going_on_with_every_algorithm(kind: str) -> None:
+    """Alpha stays, and what was trained is where it goes on."""
+    model = _model(kind)
+    for algorithm in ALGORITHMS:
+        first = trained(model, algorithm=algorithm, alpha=3.0, targets={"preset": "attention"}, **LEARNT).lora
+        path = loras() / f"{kind}_{algorithm}.safetensors"
+        lorafile.write(path, first, first.metadata)
+        again = trained(model, existing_lora=path, steps=1, learning_rate=1e-7).lora
+        assert again.keys() == first.keys(), algorithm
+        for key, tensor in first.items():
+            if key.endswith(".alpha"):
+                assert torch.equal(again[key], tensor), key
+            elif tensor.any():
+                close(again[key], tensor, 1e-3)
+
+
+def check_alpha_is_constant() -> None:
+    for algorithm in ("LoRA", "LoHa", "LoKr"):
+        lora = trained(_model("sd1"), algorithm=algorithm, alpha=3.0, steps=5, learning_rate=0.1).lora
+        alphas = {float(tensor) for key, tensor in lora.items() if key.endswith(".alpha")}
+        assert alphas == {3.0}, f"{algorithm}: {alphas}"
+
+
+def check_differences_of_a_built_in_file_are_kept() -> None:
+    """`.diff` and `.diff_b`, which the built-in node writes beside LoRA."""
+    lora = dict(_lora("sd1", "attention"))
+    norm, bias = "diffusion_model.out.0.diff", "diffusion_model.out.0.diff_b"
+    lora |= {norm: torch.full((32,), 0.25), bias: torch.full((32,), -0.5)}
+    path = loras() / "builtin_3_steps_00001_.safetensors"
+    lorafile.write(path, lora, {})
+    again = trained(_model("sd1"), existing_lora=path)
+    assert again.steps == 5
+    assert torch.equal(again.lora[norm], lora[norm]) and torch.equal(again.lora[bias], lora[bias])
+    assert keys_left(_model("sd1").patcher, again.lora) == []
