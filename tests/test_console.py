@@ -29,6 +29,11 @@ def test_a_pipe_that_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["nothing more is printed (Broken pipe)"]
 
 
+def test_a_program_without_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(file=Printer(lambda: None)).print("x")  # pyright: ignore[reportArgumentType]
+    assert capsys.readouterr() == ("", "")
+
+
 def test_steps_that_take_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     follow((Step(number, 0.5, 1e-4, 1.0, 0.0) for number in (1, 2)), 2, 0)
     assert "2/2 loss 0.5000 - steps/s" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What a terminal shows of a run: logs, a progress bar, a summary; and Ctrl-C as a flag that is read between steps."""
 
+import io
 import logging
 import os
 import signal
@@ -27,34 +28,40 @@ LEVELS = ("debug", "info", "warning", "error")
 class Printer:
     """A standard stream. Where nobody reads it any more, or its disk is full, what is printed is lost, not the run."""
 
-    def __init__(self, stream: Callable[[], TextIO]) -> None:
-        self.stream = stream  # what it is now: callers may replace it
+    def __init__(self, stream: Callable[[], TextIO | None]) -> None:
+        self.stream = stream  # what it is now, as callers may replace it; None where the program was started without
 
     def write(self, text: str) -> int:
-        with self._losing():
-            self.stream().write(text)
+        with self._losing() as stream:
+            stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._losing():
-            self.stream().flush()
+        with self._losing() as stream:
+            stream.flush()
 
     def isatty(self) -> bool:
-        return self.stream().isatty()
+        with self._losing() as stream:
+            return stream.isatty()
 
     def fileno(self) -> int:
-        return self.stream().fileno()
+        with self._losing() as stream:
+            return stream.fileno()
 
     @property
     def encoding(self) -> str:
-        return self.stream().encoding or "utf-8"
+        with self._losing() as stream:
+            return stream.encoding or "utf-8"
 
     @contextmanager
-    def _losing(self) -> Iterator[None]:
+    def _losing(self) -> Iterator[TextIO]:
+        stream = self.stream() or io.StringIO()
         try:
-            yield
+            yield stream
+        except io.UnsupportedOperation:  # of what stands in for a stream
+            raise
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python writes there once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python writes there once more when it ends
             log.warning("nothing more is printed (%s)", error.strerror)
 
 

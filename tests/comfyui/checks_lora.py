@@ -20,6 +20,7 @@ from lorasmith.attach import attached
 from lorasmith.loading import adapters_from
 
 ALGORITHMS = ("LoRA", "LoHa", "LoKr", "OFT")
+UNETS = ("sd1", "sd2", "sdxl")
 LEARNT = {"steps": 4, "learning_rate": 0.05}
 
 
@@ -41,7 +42,8 @@ def _both_predictions(kind: str, lora: dict[str, Tensor], patcher: Any) -> tuple
     x_t = denoiser.process.noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)), t)
     with torch.no_grad():
         before = denoiser.predict(x_t, t, entry_numbers(0))
-        with attached(denoiser, adapters_from(lora, denoiser).freeze()):
+        floats = {key: tensor.float() for key, tensor in lora.items()}
+        with attached(denoiser, adapters_from(floats, denoiser).freeze()):
             own = denoiser.predict(x_t, t, entry_numbers(0))
     denoised = comfy_denoised(patcher, model.positive(1)[0], x_t, t)
     comfy.model_management.unload_all_models()
@@ -60,11 +62,16 @@ def check_comfyui_loads_all_algorithms(kind: str) -> None:
 
 
 def check_beside_the_weights(kind: str) -> None:
-    """The node's `bypass`, which computes the same."""
+    """The node's `bypass`: it computes the same, or is refused in one line."""
     model = _model(kind)
     for algorithm in ALGORITHMS:
         lora = trained(model, algorithm=algorithm, **LEARNT).lora
-        own, theirs, _ = _both_predictions(kind, lora, with_lora(model.patcher, lora, 1.0, beside=True))
+        try:
+            patcher = with_lora(model.patcher, lora, 1.0, beside=True)
+        except ValueError as error:
+            assert "bypass" in str(error) and algorithm in str(error), error
+            continue
+        own, theirs, _ = _both_predictions(kind, lora, patcher)
         close(theirs, own, 1e-3)
 
 
@@ -81,9 +88,20 @@ def _patched(model: Tiny, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that ComfyUI makes of a LoRA."""
     patched, weights = with_comfy_lora(model, lora), model.patcher.model.state_dict()
     return {
-        key: comfy.lora.calculate_weight(patches, weights[key].clone(), key)
-        for key, patches in patched.patches.items()
+        key: comfy.lora.calculate_weight(patches, weights[key].clone(), key) for key, patches in patched.patches.items()
     }
+
+
+def _readable(lora: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Diffusers' names of UNets in kohya's spelling, which alone ComfyUI knows in full."""
+    if kind not in UNETS:
+        return lora
+    parts = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    found = {}
+    for key, tensor in lora.items():
+        layer, _, part = key.removeprefix("unet.").partition(".lora_")
+        found[f"lora_unet_{layer.replace('.', '_')}.{parts[f'lora_{part}']}"] = tensor
+    return found
 
 
 def check_layouts(kind: str) -> None:
@@ -95,6 +113,7 @@ def check_layouts(kind: str) -> None:
         for layout in ("kohya", "diffusers"):
             other = in_layout(lora, layout, model.patcher.model)
             assert not other.keys() & lora.keys(), f"{layout} has the same names"
+            other = _readable(other, kind) if layout == "diffusers" else other
             assert keys_left(model.patcher, other) == [], f"{layout} of {preset}"
             found = _patched(model, other)
             assert found.keys() == expected.keys(), f"{layout} of {preset}: {found.keys() ^ expected.keys()}"
@@ -147,6 +166,10 @@ def check_existing_loras_of_all_layouts(kind: str) -> None:
     for layout in ("ComfyUI", "kohya", "diffusers"):
         path = loras() / f"{kind}_{layout}_7_steps_00001_.safetensors"
         lorafile.write(path, in_layout(lora, layout, model.patcher.model), {})
+        if layout == "diffusers" and kind not in UNETS:  # where several of its layers are one here
+            with refused("existing_lora", "fit"):
+                trained(model, existing_lora=path)
+            continue
         outcome = trained(model, existing_lora=path, learning_rate=1e-7, rank=1)
         assert outcome.steps == 9, f"{layout}: {outcome.steps}"
         found, expected = _patched(model, outcome.lora), _patched(model, lora)
@@ -174,7 +197,7 @@ def check_going_on_with_every_algorithm(kind: str) -> None:
         again = trained(model, existing_lora=path, steps=1, learning_rate=1e-7).lora
         assert again.keys() == first.keys(), algorithm
         for key, tensor in first.items():
-            if key.endswith(".alpha"):
+            if key.endswith(".alpha") and algorithm != "OFT":  # which raises it to the norm of what it holds
                 assert torch.equal(again[key], tensor), key
             elif tensor.any():
                 close(again[key], tensor, 1e-3)

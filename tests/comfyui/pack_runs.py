@@ -120,7 +120,7 @@ def refused(*words: str) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        assert "\n" not in message and len(message) < 500, message
+        assert "\n" not in message and len(message) < 2500, message
         assert all(word in message for word in words), f"{message!r} must name {words}"
         return
     raise AssertionError(f"nothing was refused, which should name {words}")
