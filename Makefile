@@ -8,7 +8,7 @@ demo: .venv/package
 	$(BIN)/lorasmith demo
 
 test: .venv/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -51,6 +53,16 @@ def made(folder: Path, *captions: str) -> Path:
         Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
     return folder
+
+
+def with_a_small_disk(folder: Path, options: str) -> list[str]:
+    """The start of a command that runs with a tmpfs of its own in this folder; skips where it may not have one."""
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o {options} none "$0" && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("only where a user may mount a disk of his own")
+    return command
 
 
 class Notes(list[Any]):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import FILES, listing, made
+from commands import FILES, listing, made, with_a_small_disk
 from faults import (
     CAPTIONS,
     STEPS,
@@ -64,12 +64,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(home: Path) -> list[str]:
     """The start of a command that runs with a disk of 160 KiB and 40 files of its own, in the folder "disk"."""
-    (home / "disk").mkdir()
-    mount = 'mount -t tmpfs -o size=160k,nr_inodes=40 none "$0" && exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(home / "disk")]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("only where a user may mount a disk of his own")
-    return command
+    return with_a_small_disk(home / "disk", "size=160k,nr_inodes=40")
 
 
 def test_a_full_disk(home: Path, disk: list[str]) -> None:

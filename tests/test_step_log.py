@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import with_a_small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,12 +54,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def full_disk(tmp_path: Path) -> list[str]:
     """A command to which a program's words are added: it runs them with a disk of 8 KiB at tmp_path / "disk"."""
-    (tmp_path / "disk").mkdir()
-    mount = 'mount -t tmpfs -o size=8k none "$0" && exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path / "disk")]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("only where a user may mount a disk of his own")
-    return command
+    return with_a_small_disk(tmp_path / "disk", "size=8k")
 
 
 def test_a_line_is_a_step_as_strict_json(tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ import torch
 from commands import Ended, at_step
 from conftest import FlowDenoiser
 from diffusers import SD3Transformer2DModel
+from processes import Sent
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lorasmith import cli, training
 from lorasmith.attach import AdapterSet, attached
@@ -54,7 +53,8 @@ def torchrun(
     """Begins a program or `-m MODULE` in two processes, on this machine or as `options` say."""
     options = (*options, "--nproc-per-node", "2") if "--nnodes" not in options else options
     command = [*start, sys.executable, "-m", "torch.distributed.run", *options, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    path = os.pathsep.join(sys.path)  # on which pytest has put the benchmarks
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -95,19 +95,6 @@ def samples(bad: int | None = None) -> list[Cached]:
     if bad is not None:
         made[bad].latent[0, 0, 0] = 3e38
     return made
-
-
-class Sent(TorchDispatchMode):
-    """Notes every collective operation of torch.distributed, with the bytes that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.calls.append((func._opname, sum(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))))
-        return func(*args, **(kwargs or {}))
 
 
 class Heard(logging.Handler):
