@@ -33,9 +33,10 @@ def with_lora(model: Any, lora: dict[str, Tensor], strength: float, *, beside: b
         raise ValueError(f"lora must fit the model, but {len(left)} of its {len(lora)} keys do not: {shown}")
     if strength == 0:
         return model
-    if beside:
-        return comfy.sd.load_bypass_lora_for_models(model, None, lora, strength, 0)[0]
-    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    load = vars(comfy.sd).get("load_bypass_lora_for_models") if beside else comfy.sd.load_lora_for_models
+    if load is None:
+        raise ValueError("bypass must be off: this version of ComfyUI cannot compute a LoRA beside the weights")
+    return load(model, None, lora, strength, 0)[0]
 
 
 def keys_left(model: Any, lora: dict[str, Tensor]) -> list[str]:
