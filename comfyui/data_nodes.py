@@ -50,6 +50,12 @@ class LorasmithDataset(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+        """Changes with any file in the folder, so that nothing stale is trained on."""
+        root = inside(folder_paths.get_input_directory(), folder)
+        return repr(sorted((path.as_posix(), *_state(path)) for path in root.rglob("*") if path.is_file()))
+
+    @classmethod
     def execute(cls, folder: str, vae: Any, clip: Any, resolution: int) -> io.NodeOutput:
         latents, positive, images, captions = [], [], [], []
         for example in examples(inside(folder_paths.get_input_directory(), folder)):
@@ -137,6 +143,11 @@ class LorasmithLoadDataset(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         samples = read(inside(_datasets(), f"{name}.safetensors"))
         return io.NodeOutput([{"samples": latent[None]} for latent, _ in samples], [[pair] for _, pair in samples])
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _samples_inputs() -> list[Any]:

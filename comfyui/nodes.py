@@ -14,7 +14,7 @@ from .layouts import LAYOUTS, in_layout
 from .pictures import loss_picture, tensor_of
 from .places import output_path
 from .training import Trained, trained
-from .widgets import config_inputs, contract_inputs, further_inputs
+from .widgets import config_of_node, contract_inputs, further_inputs
 
 CATEGORY = "lorasmith"
 
@@ -63,7 +63,7 @@ class LorasmithTrainLora(io.ComfyNode):
         name = chosen["existing_lora"]
         path = None if name == NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", name))
         result = trained(
-            model[0], latents, positive, config_inputs(chosen, path),
+            model[0], latents, positive, config_of_node(chosen, path),
             are_buckets=chosen.get("bucket_mode", False), is_resuming=chosen.get("resume", True),
         )  # fmt: skip
         return io.NodeOutput(with_lora(model[0], result.lora, 1.0), result.lora, {"loss": result.losses}, result.steps)

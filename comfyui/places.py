@@ -1,5 +1,6 @@
 """Names from users that become paths: they stay inside ComfyUI's own folders."""
 
+import itertools
 from pathlib import Path
 
 import folder_paths
@@ -15,12 +16,12 @@ def inside(root: str, name: str) -> Path:
 
 
 def output_path(prefix: str, ending: str) -> Path:
-    """The next free output/PREFIX_00001_ENDING; ValueError where the prefix leads out of the output folder."""
+    """The first free output/PREFIX_00001_ENDING; ValueError where the prefix leads out of the output folder.
+
+    ComfyUI's own words in it, such as %date%, are read as by its other nodes.
+    """
     root = folder_paths.get_output_directory()
     inside(root, prefix)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    while True:
-        path = Path(folder) / f"{name}{ending.format(counter=counter)}"
-        if not path.exists():
-            return path
-        counter += 1
+    folder, name, *_ = folder_paths.get_save_image_path(prefix, root)
+    paths = (Path(folder) / f"{name}{ending.format(counter=counter)}" for counter in itertools.count(1))
+    return next(path for path in paths if not path.exists())

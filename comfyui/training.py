@@ -17,7 +17,7 @@ import torch
 from comfy_api.latest import ComfyAPISync
 from torch import Tensor
 
-from lorasmith.contract import config_of
+from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import is_out_of_memory
 from lorasmith.job import Job
@@ -35,7 +35,7 @@ CHECKPOINTS = Path("lorasmith", "checkpoints")  # in the output folder
 OF_THE_TRAINING = ("base model", "structure", "process", "data", "first weights", "dtypes")
 """The facts by which a training is known again; others are of the machine."""
 SECONDS_A_PREVIEW = 2.0
-ADVICE = "turn gradient_checkpointing or memory_ladder on, lower batch_size, or use smaller latents"
+ADVICE = "turn memory_ladder or gradient_checkpointing on and queue again, to go on from the last step, or use less"
 BASES = {
     "SD15": ("stable-diffusion-v1", "sd_v1"),
     "SD20": ("stable-diffusion-v2", "sd_v2"),
@@ -65,16 +65,15 @@ class Outcome:
 
 
 def trained(
-    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], inputs: Mapping[str, Any], *,
+    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], config: Config, *,
     are_buckets: bool, is_resuming: bool,
 ) -> Outcome:  # fmt: skip
     """Trains a LoRA on a MODEL of ComfyUI, which stays as it is.
 
-    latents, positive: lists of LATENT and CONDITIONING; inputs: of `lorasmith.contract.config_of`; are_buckets: each
-    LATENT is a batch with a CONDITIONING of its own. ValueError on bad input; RuntimeError, with what to change, where
+    latents, positive: lists of LATENT and CONDITIONING; are_buckets: each LATENT is a batch with a CONDITIONING of its
+    own. ValueError on bad input; RuntimeError, with what to change, where
     memory runs out. Cancelling raises ComfyUI's exception, once a checkpoint is written.
     """
-    config = config_of(inputs)
     try:
         with torch.inference_mode(False), _training_mode():
             patcher = _loaded(patcher)
@@ -89,7 +88,7 @@ def trained(
         if not is_out_of_memory(error):
             raise
         comfy.model_management.soft_empty_cache()
-        raise RuntimeError(f"out of memory: {ADVICE}; run again to go on from the last step ({error})") from None
+        raise RuntimeError(f"out of memory: {ADVICE} (batch_size, size of latents): {error}") from None
 
 
 def _run(job: Job, is_resuming: bool) -> None:
@@ -123,7 +122,7 @@ def _follow(job: Job, keeper: Keeper) -> None:
 
 def _identity(job: Job) -> str:
     """Equal for trainings that end in the same LoRA."""
-    config = job.config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    config = job.config.model_dump(mode="json", exclude={*WITHOUT_EFFECT, "gradient_checkpointing", "checkpoint_depth"})
     facts = [job.facts[name] for name in OF_THE_TRAINING]
     return hashlib.sha256(json.dumps([config, facts], sort_keys=True).encode()).hexdigest()[:16]
 

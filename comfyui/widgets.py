@@ -8,7 +8,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from lorasmith.contract import NAMES, NO_LORA, train_lora
+from lorasmith.config import Config
+from lorasmith.contract import NAMES, NO_LORA, config_of, train_lora
 from lorasmith.settings import Setting, nested, settings
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_lora).parameters.items()}
@@ -42,6 +43,9 @@ TOOLTIPS = {
 }
 """Where the setting's own help speaks of the command line, or of something else before it."""
 
+HAS_ADVANCED = "advanced" in inspect.signature(io.Int.Input).parameters
+"""Whether this version of ComfyUI can fold inputs away."""
+
 
 def contract_inputs() -> list[Any]:
     """The widgets of the contract."""
@@ -57,8 +61,18 @@ def further_inputs() -> list[Any]:
     return [_widget(setting, name, _default(setting), optional=True) for name, setting in _further().items()]
 
 
-def config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[str, Any]:
-    """The node's values as `lorasmith.contract.config_of` takes them; of further ones, those that are changed."""
+def config_of_node(values: Mapping[str, Any], lora_path: Path | None) -> Config:
+    """The node's values as a config; ValueError in one line that names the input."""
+    try:
+        return config_of(_config_inputs(values, lora_path))
+    except ValueError as error:
+        key, _, rest = str(error).partition(" ")
+        names = {setting.key: name for name, setting in _further().items()}
+        raise ValueError(f"{names.get(key, key)} {rest}") from error
+
+
+def _config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[str, Any]:
+    """As `lorasmith.contract.config_of` takes them; of further ones, those that are changed."""
     inputs = {name: values[name] for name in CONTRACT} | {"existing_lora": lora_path}
     changed = {}
     for name, setting in _further().items():
@@ -111,6 +125,8 @@ def _default(setting: Setting) -> Any:
 
 def _widget(setting: Setting, name: str, default: Any, *, optional: bool = False) -> Any:
     common = {"default": default, "tooltip": _tooltip(setting, name), "optional": optional}
+    if optional and name not in FIRST and HAS_ADVANCED:
+        common["advanced"] = True
     if setting.kind is bool:
         return io.Boolean.Input(name, **common)
     if setting.options:
@@ -119,9 +135,12 @@ def _widget(setting: Setting, name: str, default: Any, *, optional: bool = False
         assert setting.low is not None and setting.high is not None
         low = 0 if setting.default == "none" and optional else setting.low
         if setting.kind is int:
-            return io.Int.Input(name, min=int(low), max=int(setting.high), **common)
-        step = min(0.01, default) if default else 0.01
-        return io.Float.Input(name, min=float(low), max=float(setting.high), step=_power(step), **common)
+            control = {"control_after_generate": False} if name == "seed" else {}
+            return io.Int.Input(name, min=int(low), max=int(setting.high), **control, **common)
+        step = _power(min(0.01, default) if default else 0.01)
+        low += step if setting.rule.startswith("above") and low == setting.low else 0
+        high = setting.high - (step if "below" in setting.rule else 0)
+        return io.Float.Input(name, min=float(low), max=float(high), step=step, **common)
     return io.String.Input(name, multiline=setting.kind is tuple, **common)
 
 

@@ -165,7 +165,7 @@ def test_memory_that_runs_out_says_what_to_change(patcher: Any, monkeypatch: pyt
         raise MemoryError("out of memory")
 
     monkeypatch.setattr("lorasmith.training.sample_losses", failing)
-    with pytest.raises(RuntimeError, match="^out of memory: turn gradient_checkpointing or memory_ladder on, lower"):
+    with pytest.raises(RuntimeError, match="^out of memory: turn memory_ladder or gradient_checkpointing on and queue"):
         trained(patcher, [latents(2)], [entries(2)])
 
 
@@ -189,7 +189,7 @@ def test_a_file_has_the_name_and_the_metadata(patcher: Any, folders: Path) -> No
     for _ in range(2):
         LorasmithSaveLora.execute(lora, "loras/cats", steps=6)
     LorasmithSaveLora.execute(dict(lora), "loras/cats")
-    names = ["cats_00003_.safetensors", "cats_6_steps_00001_.safetensors", "cats_6_steps_00002_.safetensors"]
+    names = ["cats_00001_.safetensors", "cats_6_steps_00001_.safetensors", "cats_6_steps_00002_.safetensors"]
     assert sorted(path.name for path in (folders / "output" / "loras").iterdir()) == names
     state, metadata = lorafile.read(folders / "output" / "loras" / names[1])
     assert equal(state, dict(lora)) and metadata["ss_steps"] == "6" and metadata["lorasmith.algorithm"] == "LoRA"
