@@ -31,12 +31,21 @@ def with_lora(model: Any, lora: dict[str, Tensor], strength: float, *, beside: b
     if left:
         shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
         raise ValueError(f"lora must fit the model, but {len(left)} of its {len(lora)} keys do not: {shown}")
+    if beside:
+        _refuse_beside(lora)
     if strength == 0:
         return model
     load = vars(comfy.sd).get("load_bypass_lora_for_models") if beside else comfy.sd.load_lora_for_models
     if load is None:
         raise ValueError("bypass must be off: this version of ComfyUI cannot compute a LoRA beside the weights")
     return load(model, None, lora, strength, 0)[0]
+
+
+def _refuse_beside(lora: dict[str, Tensor]) -> None:
+    """ValueError for algorithms that ComfyUI fails on when it computes them beside the weights."""
+    for algorithm, part in (("LoKr", ".lokr_"), ("OFT", ".oft_")):
+        if any(part in key for key in lora):
+            raise ValueError(f"bypass must be off for {algorithm}, which ComfyUI cannot compute beside all layers")
 
 
 def keys_left(model: Any, lora: dict[str, Tensor]) -> list[str]:

@@ -48,13 +48,22 @@ def in_pairs(latents: Sequence[Any], positive: Sequence[Any], *, are_buckets: bo
     return paired(list(latents), conds, _pairs, several_sizes=True)
 
 
+def is_pair(entry: Any) -> bool:
+    """Whether this is ComfyUI's [tensor, dict]."""
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)
+
+
 def _pairs(entries: Sequence[Any], name: str) -> list[Pair]:
     """ValueError where one is not a pair of ComfyUI's."""
     for index, entry in enumerate(entries):
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], Mapping):
+        if not is_pair(entry):
             raise ValueError(f"{name}[{index}] must be [tensor, dict], got {type(entry).__name__}")
         if "hooks" in entry[1]:
             raise ValueError(f"{name}[{index}] must have no hooks, which change the model's weights on the way")
+        if entry[1].get("start_percent", 0.0) > 0 or entry[1].get("end_percent", 1.0) < 1:
+            raise ValueError(f"{name}[{index}] must be for all times, got a range: every time is trained on")
+        if not all(x.isfinite().all() for x in (entry[0], entry[1].get("pooled_output")) if isinstance(x, Tensor)):
+            raise ValueError(f"{name}[{index}] must be finite, got NaN or infinity")
     return list(entries)
 
 

@@ -40,7 +40,11 @@ def read(path: Path) -> list[Sample]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} must be a sound safetensors file, but it cannot be read: {error}") from error
-    return [(_got(entry["latent"], tensors), _got(entry["positive"], tensors)) for entry in json.loads(metadata[KEY])]
+    try:
+        entries = json.loads(metadata[KEY])
+        return [(_got(entry["latent"], tensors), _got(entry["positive"], tensors)) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path.name} must say how its tensors make up samples, but: {error!r}") from error
 
 
 def _put(value: Any, tensors: dict[str, Tensor], where: str) -> Any:

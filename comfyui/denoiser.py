@@ -143,7 +143,10 @@ class ComfyDenoiser:
     def _output(self, x_t: Tensor, t: Tensor, entries: Sequence[Mapping[str, Any]]) -> Tensor:
         """Each sample with its own conditioning, in one call of the model."""
         if self._is_alone(entries[0]):
-            return comfy.samplers.calc_cond_batch(self.model, [[dict(entries[0])]], x_t, t, dict(self.options))[0]
+            entry = dict(entries[0])
+            if "control" in entry:
+                entry["control"] = _Still(entry["control"])
+            return comfy.samplers.calc_cond_batch(self.model, [[entry]], x_t, t, dict(self.options))[0]
         conds = [
             {key: value.process_cond(batch_size=1, area=None) for key, value in entry["model_conds"].items()}
             for entry in entries
@@ -165,6 +168,20 @@ class ComfyDenoiser:
             for name, key in known.items()
             if isinstance(key, str) and key.startswith(f"{NET}.") and key.endswith(".weight")
         }
+
+
+class _Still:
+    """A ControlNet without gradients: it is not trained, and its weights may be of inference mode."""
+
+    def __init__(self, control: Any) -> None:
+        self.control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.control, name)
+
+    def get_control(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.control.get_control(*args, **kwargs)
 
 
 def _raw_output(sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:

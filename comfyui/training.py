@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import folder_paths
 import torch
 from comfy_api.latest import ComfyAPISync
 from torch import Tensor
 
+from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import is_out_of_memory
@@ -25,7 +27,7 @@ from lorasmith.keeping import Keeper, kept
 from lorasmith.lock import FolderLock
 from lorasmith.resuming import WITHOUT_EFFECT
 
-from .conditioning import prepared
+from .conditioning import is_pair, prepared
 from .denoiser import ComfyDenoiser
 from .pictures import loss_picture
 
@@ -71,12 +73,13 @@ def trained(
     """Trains a LoRA on a MODEL of ComfyUI, which stays as it is.
 
     latents, positive: lists of LATENT and CONDITIONING; are_buckets: each LATENT is a batch with a CONDITIONING of its
-    own. ValueError on bad input; RuntimeError, with what to change, where
-    memory runs out. Cancelling raises ComfyUI's exception, once a checkpoint is written.
+    own. ValueError on bad input; RuntimeError, with what to change, where memory runs out. Cancelling raises ComfyUI's
+    exception, once a checkpoint is written.
     """
+    extras = [pair[1] for part in positive for pair in part if is_pair(pair)]
     try:
         with torch.inference_mode(False), _training_mode():
-            patcher = _loaded(patcher)
+            patcher = _loaded(patcher, extras)
             samples, entries = prepared(patcher.model, latents, positive, are_buckets=are_buckets)
             denoiser = ComfyDenoiser(patcher.model, entries, patcher.model_options)
             dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
@@ -89,6 +92,9 @@ def trained(
             raise
         comfy.model_management.soft_empty_cache()
         raise RuntimeError(f"out of memory: {ADVICE} (batch_size, size of latents): {error}") from None
+    finally:
+        controls = comfy.sampler_helpers.get_models_from_cond(extras, "control")
+        comfy.sampler_helpers.cleanup_additional_models(list(dict.fromkeys(controls)))
 
 
 def _run(job: Job, is_resuming: bool) -> None:
@@ -96,11 +102,16 @@ def _run(job: Job, is_resuming: bool) -> None:
     folder = Path(folder_paths.get_output_directory()) / CHECKPOINTS / _identity(job)
     if not is_resuming:
         _forget(folder)
-    with kept(job, folder, folder) as keeper:
-        if job.state.counters.step:
-            log.info("going on after step %d of %s, from %s", job.state.counters.step, job.config.steps, folder)
-        _follow(job, keeper)
-    shutil.rmtree(folder, ignore_errors=True)
+    is_ended = False
+    try:
+        with kept(job, folder, folder) as keeper:
+            if job.state.counters.step:
+                log.info("going on after step %d of %s, from %s", job.state.counters.step, job.config.steps, folder)
+            _follow(job, keeper)
+        is_ended = True
+    finally:
+        if is_ended or not CheckpointFolder.of(folder, job.config).steps():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _follow(job: Job, keeper: Keeper) -> None:
@@ -136,11 +147,12 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _loaded(patcher: Any) -> Any:
-    """The patcher, its patches in its weights, on its device; weights that come from the disk as they are used stay."""
+def _loaded(patcher: Any, extras: Sequence[Mapping[str, Any]]) -> Any:
+    """The patcher, its patches in its weights, on its device, with the networks that its conditioning needs."""
     if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():  # of newer versions
         patcher = patcher.clone(disable_dynamic=True)
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    others, _ = comfy.sampler_helpers.get_additional_models({"positive": extras}, patcher.model_dtype())
+    comfy.model_management.load_models_gpu([patcher, *others], force_full_load=True)
     return patcher
 
 

@@ -79,6 +79,8 @@ def _config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[st
         value = values.get(name, _default(setting))
         if value != _default(setting):
             changed[setting.key] = tuple(filter(None, value.splitlines())) if setting.kind is tuple else value
+    if "non_finite.returns" in changed and "checkpoints.steps" not in changed:
+        raise ValueError("save_every must be set where non_finite_returns is, got 0")
     inputs |= {name: changed.pop(f"adapter.{name}", None) for name in ("alpha", "factor")}
     parts = {key: values[key] for key in ("optimizer", "loss_function")}
     return {**inputs, **_with_parts(nested(changed), parts)}
@@ -138,7 +140,7 @@ def _widget(setting: Setting, name: str, default: Any, *, optional: bool = False
             control = {"control_after_generate": False} if name == "seed" else {}
             return io.Int.Input(name, min=int(low), max=int(setting.high), **control, **common)
         step = _power(min(0.01, default) if default else 0.01)
-        low += step if setting.rule.startswith("above") and low == setting.low else 0
+        low += step if setting.rule.startswith("above") and setting.default != "none" else 0  # 0 stands for none
         high = setting.high - (step if "below" in setting.rule else 0)
         return io.Float.Input(name, min=float(low), max=float(high), step=step, **common)
     return io.String.Input(name, multiline=setting.kind is tuple, **common)

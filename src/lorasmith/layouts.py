@@ -76,7 +76,8 @@ class ModuleNames:
                         self.known.setdefault(normal(alias), set()).add(f"{name}.{path}")
 
         for alias, path in denoiser.aliases().items() if isinstance(denoiser, Aliased) else ():
-            self.known.setdefault(normal(alias), set()).add(path)
+            for name in _without_prefixes(normal(alias)):
+                self.known.setdefault(name, set()).add(path)
 
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""

@@ -5,7 +5,15 @@ from typing import Any
 import comfy_extras.nodes_train as builtin
 import torch
 from pack_runs import (
-    INPUTS, Once, close, comfy_denoised, denoiser_of, entry_numbers, equal, output_of, trained,
+    INPUTS,
+    Once,
+    close,
+    comfy_denoised,
+    denoiser_of,
+    entry_numbers,
+    equal,
+    output_of,
+    trained,
 )  # fmt: skip
 from tiny_models import tiny
 from torch import Tensor
@@ -151,24 +159,24 @@ def check_gradients_reach_every_adapter(kind: str) -> None:
         assert equal(plain, again), f"checkpointing at depth {depth} changes the result"
 
 
-def check_gradients_in_bf16(kind: str) -> None:
+def check_gradients_in_bf16(family: str) -> None:
     dtypes = {"training_dtype": "bf16", "lora_dtype": "bf16"}
-    plain = _first_step(kind, torch.bfloat16, **dtypes)
+    plain = _first_step(family, torch.bfloat16, **dtypes)
     still = [key for key, tensor in plain.items() if key.endswith("lora_up.weight") and not tensor.any()]
     assert not still and all(tensor.isfinite().all() for tensor in plain.values()), still
     assert {tensor.dtype for key, tensor in plain.items() if ".lora_" in key} == {torch.bfloat16}
-    assert equal(plain, _first_step(kind, torch.bfloat16, gradient_checkpointing=True, **dtypes))
+    assert equal(plain, _first_step(family, torch.bfloat16, gradient_checkpointing=True, **dtypes))
 
 
-def check_gradients_of_a_model_in_another_dtype(kind: str) -> None:
+def check_gradients_of_a_model_in_another_dtype(family: str) -> None:
     """fp32 weights computed in bf16, and bf16 weights computed in fp32."""
     for dtype, name in ((torch.float32, "bf16"), (torch.bfloat16, "fp32")):
-        lora = _first_step(kind, dtype, training_dtype=name)
+        lora = _first_step(family, dtype, training_dtype=name)
         still = [key for key, tensor in lora.items() if key.endswith("lora_up.weight") and not tensor.any()]
         assert not still, still
 
 
-def check_the_model_s_own_dtype(kind: str) -> None:
+def check_the_model_s_own_dtype(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        lora = _first_step(kind, dtype, training_dtype="none")
+        lora = _first_step(family, dtype, training_dtype="none")
         assert all(tensor.any() for key, tensor in lora.items() if key.endswith("lora_up.weight"))

@@ -16,6 +16,7 @@ from lorasmith_pack.denoiser import ComfyDenoiser
 from tiny_models import Tiny
 from torch import Tensor
 
+from lorasmith.contract import config_of
 from lorasmith.memory import shared_copy
 
 CPU = torch.device("cpu")
@@ -30,23 +31,29 @@ class Progress:
     """In the place of ComfyUI's progress, which knows no node here."""
 
     shown: list[tuple[int, int]] = []
+    on_step: Callable[[int], None] | None = None
 
     def __init__(self) -> None:
         self.execution = self
 
     def set_progress(self, value: int, max_value: int, preview_image: Any = None) -> None:
         self.shown.append((value, max_value))
+        if type(self).on_step is not None:
+            type(self).on_step(value)
 
 
 training.ComfyAPISync = Progress
 
 
-def trained(tiny: Tiny, latents: Any = None, positive: Any = None, *, are_buckets: bool = False, **inputs: Any) -> Any:
+def trained(
+    tiny: Tiny, latents: Any = None, positive: Any = None, *, are_buckets: bool = False, is_resuming: bool = False,
+    **inputs: Any,
+) -> Any:  # fmt: skip
     """What the pack trains on lists of LATENT and CONDITIONING; by default on two samples."""
     latents = [tiny.latents(2)] if latents is None else latents
     positive = [tiny.positive(2)] if positive is None else positive
-    values = {**INPUTS, **inputs}
-    return training.trained(tiny.patcher, latents, positive, values, are_buckets=are_buckets, is_resuming=False)
+    config = config_of({**INPUTS, **inputs})
+    return training.trained(tiny.patcher, latents, positive, config, are_buckets=are_buckets, is_resuming=is_resuming)
 
 
 def denoiser_of(tiny: Tiny, num: int, positive: Any = None) -> tuple[ComfyDenoiser, Tensor]:

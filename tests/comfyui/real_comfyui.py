@@ -11,7 +11,7 @@ VARIABLES = ("COMFYUI_PATH", "COMFYUI_PYTHON")
 MISSING = [name for name in VARIABLES if not os.environ.get(name)]
 needed = pytest.mark.skipif(
     bool(MISSING),
-    reason=f"{' and '.join(MISSING)} not set: a checkout of ComfyUI, and a Python with its requirements and lorasmith's",
+    reason=f"{' and '.join(MISSING)} not set: a checkout of ComfyUI, and a Python with what it and lorasmith need",
 )
 """Marks tests that run ComfyUI itself; the whole of them takes minutes."""
 

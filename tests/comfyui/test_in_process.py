@@ -9,15 +9,17 @@ import pytest
 from real_comfyui import HERE, environment, interpreter, needed
 
 KINDS = ("sd1", "sd2", "sdxl", "sd3", "flux")
+ARGUMENTS = {"kind": KINDS, "family": ("sd1", "sdxl", "sd3", "flux")}
+"""What a check may take: each kind of model, or each family whose layers have names of their own."""
 pytestmark = [needed, pytest.mark.timeout(600)]
 
 
 def checks() -> Iterator[str]:
-    """MODULE.FUNCTION, or MODULE.FUNCTION[KIND] of those that are for each kind of model; nothing is imported."""
+    """MODULE.FUNCTION, or MODULE.FUNCTION[KIND] of those that take one; nothing is imported."""
     for path in sorted(HERE.glob("checks_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("check_"):
-                kinds = [f"[{kind}]" for kind in KINDS] if node.args.args else [""]
+                kinds = [f"[{kind}]" for argument in node.args.args for kind in ARGUMENTS[argument.arg]] or [""]
                 yield from (f"{path.stem}.{node.name}{kind}" for kind in kinds)
 
 
@@ -30,7 +32,7 @@ def outcomes() -> dict[str, str]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", checks())
+@pytest.mark.parametrize("name", list(checks()))
 def test_check(name: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[name], outcomes[name]
 

@@ -107,6 +107,9 @@ class Patcher:
     model_options: dict[str, Any] = field(default_factory=lambda: {"transformer_options": {}})
     loras: list[tuple[dict[str, Tensor], float]] = field(default_factory=list)
 
+    def model_dtype(self) -> torch.dtype:
+        return torch.float32
+
 
 @dataclass
 class Regular:
@@ -219,7 +222,10 @@ def modules() -> dict[str, ModuleType]:
             "cond_cat": lambda conds, device: {k: torch.cat([c[k].cond for c in conds]).to(device) for k in conds[0]},
         },
         "comfy.sampler_helpers": {
-            "convert_cond": lambda pairs: [{**extra, "cross_attn": text, "uuid": id(text)} for text, extra in pairs]
+            "convert_cond": lambda pairs: [{**extra, "cross_attn": text, "uuid": id(text)} for text, extra in pairs],
+            "get_additional_models": lambda conds, dtype: ([], 0),
+            "get_models_from_cond": lambda conds, kind: [cond[kind] for cond in conds if kind in cond],
+            "cleanup_additional_models": lambda models: None,
         },
         "comfy.conds": {"CONDRegular": Regular},
         "comfy.utils": {"unet_to_diffusers": lambda config: {}},
