@@ -153,7 +153,10 @@ class ComfyDenoiser:
         ]
         options = dict(self.options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0], "uuids": [entry["uuid"] for entry in entries], "sigmas": t}
-        together = comfy.samplers.cond_cat(conds, x_t.device)
+        together = {
+            key: value.to(x_t.device) if isinstance(value, Tensor) else value
+            for key, value in comfy.samplers.cond_cat(conds).items()
+        }
         return self.model.apply_model(x_t, t, transformer_options=options, **together)
 
     def file_key(self, path: str) -> str:

@@ -219,7 +219,7 @@ def modules() -> dict[str, ModuleType]:
         "comfy.samplers": {
             "process_conds": _process_conds, "calc_cond_batch": _calc_cond_batch,
             "cond_equal_size": lambda a, b: all(a[k].cond.shape == b[k].cond.shape for k in a),
-            "cond_cat": lambda conds, device: {k: torch.cat([c[k].cond for c in conds]).to(device) for k in conds[0]},
+            "cond_cat": lambda conds: {key: torch.cat([cond[key].cond for cond in conds]) for key in conds[0]},
         },
         "comfy.sampler_helpers": {
             "convert_cond": lambda pairs: [{**extra, "cross_attn": text, "uuid": id(text)} for text, extra in pairs],
