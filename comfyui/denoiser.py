@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_patcher
 import comfy.samplers
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -105,6 +106,7 @@ class ComfyDenoiser:
         parameter = next(p for p in model.diffusion_model.parameters() if p.is_floating_point())
         if parameter.dtype in COMPUTED:  # else its weights are cast when they are used, to what it asks for
             model.manual_cast_dtype = parameter.dtype
+        _open_sequences(model.diffusion_model)
         _keep_activations(model.diffusion_model)
         patcher = comfy.model_patcher.ModelPatcher(model, parameter.device, parameter.device)
         model.current_patcher = patcher
@@ -231,6 +233,17 @@ def _is_statement(frame: FrameType) -> bool:
     """Whether what this frame runs is `x += y` or one of its kind."""
     opcode, argument = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
     return opcode == dis.opmap["BINARY_OP"] and argument >= INPLACE
+
+
+def _open_sequences(net: nn.Module) -> None:
+    """Makes lists of what ComfyUI's UNets run layer by layer, past the forward pass of the sequence that holds them.
+
+    So each of the layers is a block that can be checkpointed, where the sequence never runs.
+    """
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, TimestepEmbedSequential):
+                module.register_module(name, nn.ModuleList(child))
 
 
 def _keep_activations(net: nn.Module) -> None:

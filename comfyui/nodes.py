@@ -82,7 +82,7 @@ class LorasmithSaveLora(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.LoraModel.Input("lora", tooltip="the trained weights"),
-                io.String.Input("prefix", default="loras/lorasmith", tooltip="path and name in the output folder"),
+                io.String.Input("prefix", default="loras/ComfyUI_trained_lora", tooltip="in the output folder"),
                 io.Int.Input("steps", optional=True, force_input=True, tooltip="steps trained, for the file's name"),
                 io.Combo.Input("layout", options=list(LAYOUTS), default="ComfyUI", tooltip="the names of its keys"),
                 io.Model.Input("model", optional=True, tooltip="the model it is for; only kohya and diffusers need it"),

@@ -1,5 +1,6 @@
 """Checks of a model of ComfyUI as lorasmith sees it: predictions, noise, targets, losses, gradients."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import comfy_extras.nodes_train as builtin
@@ -18,9 +19,13 @@ from pack_runs import (
 from tiny_models import tiny
 from torch import Tensor
 
+from lorasmith.adapters.lora import LoRA
+from lorasmith.attach import AdapterSet, attached
 from lorasmith.contract import config_of
 from lorasmith.draws import Purpose, normal, uniform
+from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
+from lorasmith.targets import Targets
 from lorasmith.types import Batch
 
 FRACTIONS = torch.tensor([0.0, 0.02, 0.5, 0.97])
@@ -180,3 +185,26 @@ def check_the_model_s_own_dtype(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         lora = _first_step(family, dtype, training_dtype="none")
         assert all(tensor.any() for key, tensor in lora.items() if key.endswith("lora_up.weight"))
+
+
+def _kept(kind: str, depth: int | None) -> int:
+    """Bytes that a forward pass keeps for the backward one, weights left out."""
+    denoiser, x0 = denoiser_of(tiny(kind), 2)
+    adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(preset="all"), 0)
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.model.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with attached(denoiser, adapters), checkpointed(denoiser, depth) if depth else nullcontext():
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            denoiser.predict(x0, torch.full((2,), 0.5), entry_numbers(0, 1))
+    return sum(size for place, size in seen.items() if place not in weights)
+
+
+def check_checkpointing_keeps_less(kind: str) -> None:
+    whole = _kept(kind, None)
+    for depth in range(1, 6):
+        assert _kept(kind, depth) < whole / 3, f"depth {depth}"

@@ -9,11 +9,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 VARIABLES = ("COMFYUI_PATH", "COMFYUI_PYTHON")
 MISSING = [name for name in VARIABLES if not os.environ.get(name)]
-needed = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"{' and '.join(MISSING)} not set: a checkout of ComfyUI, and a Python with what it and lorasmith need",
-)
-"""Marks tests that run ComfyUI itself; the whole of them takes minutes."""
+
+
+def skip_without() -> None:
+    """Skips a module of tests that run ComfyUI itself; the whole of them takes minutes."""
+    if MISSING:
+        what = "a checkout of ComfyUI, and a Python with what it and lorasmith need"
+        pytest.skip(f"{' and '.join(MISSING)} not set: {what}", allow_module_level=True)
 
 
 def comfyui_path() -> Path:

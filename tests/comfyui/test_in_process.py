@@ -6,12 +6,13 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from real_comfyui import HERE, environment, interpreter, needed
+from real_comfyui import HERE, environment, interpreter, skip_without
 
 KINDS = ("sd1", "sd2", "sdxl", "sd3", "flux")
 ARGUMENTS = {"kind": KINDS, "family": ("sd1", "sdxl", "sd3", "flux")}
 """What a check may take: each kind of model, or each family whose layers have names of their own."""
-pytestmark = [needed, pytest.mark.timeout(600)]
+skip_without()
+pytestmark = pytest.mark.timeout(600)
 
 
 def checks() -> Iterator[str]:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from comfy_client import Ended
 from prompts import CONTRACT, Prompt, from_a_folder, node, ours_among_theirs, theirs_among_ours
-from real_comfyui import needed
+from real_comfyui import skip_without
 from safetensors import safe_open
 
 Server = Any
-pytestmark = [needed, pytest.mark.timeout(300)]
+skip_without()
+pytestmark = pytest.mark.timeout(300)
 NODES = ("TrainLora", "SaveLora", "LoadLora", "LossGraph", "Dataset", "Buckets", "SaveDataset", "LoadDataset")
 
 

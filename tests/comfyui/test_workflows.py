@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from prompts import Prompt, node
-from real_comfyui import ROOT, needed
+from real_comfyui import ROOT, skip_without
 
 Server = Any
 WORKFLOWS = ROOT / "comfyui" / "example_workflows"
-pytestmark = [needed, pytest.mark.timeout(300)]
+skip_without()
+pytestmark = pytest.mark.timeout(300)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SEEDS = ("seed", "noise_seed")
 SMALLER = {

@@ -192,6 +192,9 @@ def modules() -> dict[str, ModuleType]:
     found = {name: ModuleType(name) for name in ("comfy", "comfy_api", "comfy_api.latest", "folder_paths")}
     parts = "model_management lora lora_convert sd model_patcher samplers sampler_helpers conds utils".split()
     found |= {f"comfy.{name}": ModuleType(f"comfy.{name}") for name in parts}
+    nested = "comfy.ldm.modules.diffusionmodules.openaimodel"
+    for depth in range(2, nested.count(".") + 2):
+        found.setdefault(name := ".".join(nested.split(".")[:depth]), ModuleType(name))
     for name in parts:
         setattr(found["comfy"], name, found[f"comfy.{name}"])
     manager: Any = found["comfy.model_management"]
@@ -212,6 +215,7 @@ def modules() -> dict[str, ModuleType]:
         soft_empty_cache=lambda: None, load_models_gpu=lambda models, force_full_load: manager.loaded.extend(models),
     )  # fmt: skip
     contents: dict[str, dict[str, Any]] = {
+        nested: {"TimestepEmbedSequential": type("TimestepEmbedSequential", (nn.Sequential,), {})},
         "comfy.lora": {"model_lora_keys_unet": _keys, "load_lora": _load_lora},
         "comfy.lora_convert": {"convert_lora": lambda lora: lora},
         "comfy.sd": {"load_lora_for_models": _with_lora, "load_bypass_lora_for_models": _with_lora},
