@@ -30,7 +30,7 @@ def prepared(
     """
     samples, entries = [], []
     for number, (latent, pair) in enumerate(in_pairs(latents, positive, are_buckets=are_buckets)):
-        x0 = model.process_latent_in(latent)
+        x0 = model.process_latent_in(latent[None])[0]  # some formats have numbers for each channel of a batch
         entry = _entry(model, pair, x0)
         where = torch.tensor([float(number)])
         samples.append(checked(Cached(str(number), x0, {"entry": where, "digest": _digest(entry)})))

@@ -89,7 +89,7 @@ class Model(nn.Module):
         self.current_patcher: Any = None
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
-        return latent * SCALE
+        return latent * torch.full((1, 4, 1, 1), SCALE)
 
     def apply_model(self, x: Tensor, t: Tensor, *, c_crossattn: Tensor, transformer_options: Any = None) -> Tensor:
         dtype = self.manual_cast_dtype or torch.float32
