@@ -30,6 +30,10 @@ def prepared(
     """
     samples, entries = [], []
     for number, (latent, pair) in enumerate(in_pairs(latents, positive, are_buckets=are_buckets)):
+        if len(latent) != model.latent_format.latent_channels:
+            raise ValueError(
+                f"latents must have the model's {model.latent_format.latent_channels} channels, got {len(latent)}"
+            )
         x0 = model.process_latent_in(latent[None])[0]  # some formats have numbers for each channel of a batch
         entry = _entry(model, pair, x0)
         where = torch.tensor([float(number)])

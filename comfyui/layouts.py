@@ -64,6 +64,10 @@ def _other_names(layer: str, model: Any) -> list[tuple[str, slice | None]]:
                 found.append((name.removesuffix(".weight"), rows))
     if not found:
         raise ValueError(f"the layout has no name for {layer}")
+    whole = [name for name, rows in found if rows is None]
+    if len(whole) > 1:  # a vector of the model's own has the names of two parts, of which SDXL has the second
+        is_added = model.model_config.unet_config.get("num_classes") == "sequential"
+        return [(next(name for name in whole if name.startswith("add_embedding") == is_added), None)]
     return found
 
 

@@ -1,5 +1,6 @@
 """Training a LoRA in ComfyUI, and what is done with it: saving, applying, plotting."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from comfy_api.latest import io, ui
 from lorasmith import lorafile
 from lorasmith.contract import NO_LORA
 
-from .applying import with_lora
+from .applying import keys_left, with_lora
 from .layouts import LAYOUTS, in_layout
 from .pictures import loss_picture, tensor_of
 from .places import output_path
 from .training import Trained, trained
 from .widgets import config_of_node, contract_inputs, further_inputs
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "lorasmith"
 
@@ -84,7 +87,12 @@ class LorasmithSaveLora(io.ComfyNode):
                 io.LoraModel.Input("lora", tooltip="the trained weights"),
                 io.String.Input("prefix", default="loras/ComfyUI_trained_lora", tooltip="in the output folder"),
                 io.Int.Input("steps", optional=True, force_input=True, tooltip="steps trained, for the file's name"),
-                io.Combo.Input("layout", options=list(LAYOUTS), default="ComfyUI", tooltip="the names of its keys"),
+                io.Combo.Input(
+                    "layout",
+                    options=list(LAYOUTS),
+                    default="ComfyUI",
+                    tooltip="the program that reads it",
+                ),
                 io.Model.Input("model", optional=True, tooltip="the model it is for; only kohya and diffusers need it"),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="the file, from the output folder on")],
@@ -95,6 +103,9 @@ class LorasmithSaveLora(io.ComfyNode):
         cls, lora: Any, prefix: str, layout: str = "ComfyUI", steps: int | None = None, model: Any = None
     ) -> io.NodeOutput:
         state = in_layout(lora, layout, None if model is None else model.model)
+        left = [] if model is None else keys_left(model, state)
+        if left:
+            log.warning("this file is for %s: ComfyUI does not read %d of its %d keys", layout, len(left), len(state))
         path = output_path(prefix, ("" if steps is None else f"_{steps}_steps") + "_{counter:05}_.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         lorafile.write(path, state, lora.metadata if isinstance(lora, Trained) else {})

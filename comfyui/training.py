@@ -1,5 +1,6 @@
 """A training in ComfyUI: progress, cancelling and resuming around lorasmith's job."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ from lorasmith.job import Job
 from lorasmith.keeping import Keeper, kept
 from lorasmith.lock import FolderLock
 from lorasmith.resuming import WITHOUT_EFFECT
+from lorasmith.training import NonFiniteError
 
 from .conditioning import is_pair, prepared
 from .denoiser import ComfyDenoiser
@@ -77,24 +79,35 @@ def trained(
     exception, once a checkpoint is written.
     """
     extras = [pair[1] for part in positive for pair in part if is_pair(pair)]
+    failure = None
     try:
         with torch.inference_mode(False), _training_mode():
-            patcher = _loaded(patcher, extras)
-            samples, entries = prepared(patcher.model, latents, positive, are_buckets=are_buckets)
-            denoiser = ComfyDenoiser(patcher.model, entries, patcher.model_options)
-            dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
-            metadata = _metadata(patcher.model)
-            job = Job.of(denoiser, dataset, config, device=patcher.load_device, metadata=metadata)
-            _run(job, is_resuming)
-            return Outcome(Trained(job.lora(), job.file_metadata()), job.state.losses, job.steps_in_all)
+            return _outcome(_loaded(patcher, extras), latents, positive, config, (are_buckets, is_resuming))
+    except NonFiniteError as error:
+        failure = NonFiniteError(f"{error}; lower learning_rate, or turn resume off to begin anew")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        comfy.model_management.soft_empty_cache()
-        raise RuntimeError(f"out of memory: {ADVICE} (batch_size, size of latents): {error}") from None
+        failure = RuntimeError(f"out of memory: {ADVICE} (batch_size, size of latents): {error}")
     finally:
         controls = comfy.sampler_helpers.get_models_from_cond(extras, "control")
         comfy.sampler_helpers.cleanup_additional_models(list(dict.fromkeys(controls)))
+        gc.collect()  # the copy of the model hangs in cycles
+        comfy.model_management.soft_empty_cache()
+    raise failure
+
+
+def _outcome(
+    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], config: Config, flags: tuple[bool, bool]
+) -> Outcome:
+    """Nothing of the model's copy is held once this returns or raises; flags: are_buckets, is_resuming."""
+    are_buckets, is_resuming = flags
+    samples, entries = prepared(patcher.model, latents, positive, are_buckets=are_buckets)
+    denoiser = ComfyDenoiser(patcher.model, entries, patcher.model_options)
+    dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
+    job = Job.of(denoiser, dataset, config, device=patcher.load_device, metadata=_metadata(patcher.model))
+    _run(job, is_resuming)
+    return Outcome(Trained(job.lora(), job.file_metadata()), job.state.losses, job.steps_in_all)
 
 
 def _run(job: Job, is_resuming: bool) -> None:

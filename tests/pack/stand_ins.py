@@ -84,7 +84,7 @@ class Model(nn.Module):
         self.diffusion_model = Net()
         self.model_sampling = sampling
         self.model_config = SimpleNamespace(unet_config={"model_channels": 4, "adm_in_channels": None})
-        self.latent_format = SimpleNamespace()
+        self.latent_format = SimpleNamespace(latent_channels=4)
         self.manual_cast_dtype: torch.dtype | None = None
         self.current_patcher: Any = None
 

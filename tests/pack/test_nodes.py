@@ -149,6 +149,7 @@ def test_without_resuming_it_begins_anew(patcher: Any, manager: Any) -> None:
     [
         ([latents(3)], [entries(2)], "positive must have one conditioning for each latent or one for all, got 2 .* 3"),
         ([latents(1)], [[entry(0, hooks=1)]], r"positive\[0\] must have no hooks"),
+        ([{"samples": latents(1)["samples"][:, :3]}], [entries(1)], "latents must have the model's 4 channels, got 3"),
         ([latents(1)], [["a cat"]], r"positive\[0\] must be \[tensor, dict\], got str"),
         ([{"samples": latents(2)["samples"] * math.nan}], [entries(2)], "sample 0: latent must be finite, got NaN"),
         ([{}], [entries(1)], "must be a tensor"),
