@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorasmith.families.sd import StableDiffusion, StableDiffusionCodec
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
 torch.set_num_threads(1)  # the tests run in parallel processes, and threads that wait for each other are slow
 
 
