@@ -4,7 +4,7 @@ N samples, C channels, h w latent sides.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.conds
@@ -74,26 +74,17 @@ def _pairs(entries: Sequence[Any], name: str) -> list[Pair]:
 def _entry(model: Any, pair: Pair, x0: Tensor) -> dict[str, Any]:
     """The conditioning of a sample x0 [C,h,w] as `calc_cond_batch` takes it; its tensors wait on the CPU."""
     device = next(model.diffusion_model.parameters()).device
-    (plain,) = comfy.sampler_helpers.convert_cond([[_usable(pair[0]), _usable(pair[1])]])
+    (plain,) = comfy.sampler_helpers.convert_cond([_mapped(list(pair), torch.clone)])  # no tensors of inference mode
     noise = torch.zeros_like(x0)[None].to(device)
     with torch.no_grad():
         found = comfy.samplers.process_conds(model, noise, {"positive": [plain]}, device, x0[None].to(device))
     (entry,) = found["positive"]
     for cond in entry["model_conds"].values():
-        cond.cond = _moved(cond.cond)
+        cond.cond = _mapped(cond.cond, Tensor.cpu)
     return entry
 
 
-def _usable(value: Any) -> Any:
-    """Copies of tensors, which ComfyUI makes in inference mode."""
-    return _mapped(value, torch.clone)
-
-
-def _moved(value: Any) -> Any:
-    return _mapped(value, Tensor.cpu)
-
-
-def _mapped(value: Any, change: Any) -> Any:
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Tensors changed, also in dicts and lists."""
     if isinstance(value, Tensor):
         return change(value)

@@ -82,7 +82,9 @@ def trained(
     failure = None
     try:
         with torch.inference_mode(False), _training_mode():
-            return _outcome(_loaded(patcher, extras), latents, positive, config, (are_buckets, is_resuming))
+            return _outcome(
+                _loaded(patcher, extras), latents, positive, config, are_buckets=are_buckets, is_resuming=is_resuming
+            )
     except NonFiniteError as error:
         failure = NonFiniteError(f"{error}; lower learning_rate, or turn resume off to begin anew")
     except (RuntimeError, MemoryError) as error:
@@ -98,10 +100,10 @@ def trained(
 
 
 def _outcome(
-    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], config: Config, flags: tuple[bool, bool]
-) -> Outcome:
-    """Nothing of the model's copy is held once this returns or raises; flags: are_buckets, is_resuming."""
-    are_buckets, is_resuming = flags
+    patcher: Any, latents: Sequence[Any], positive: Sequence[Any], config: Config, *,
+    are_buckets: bool, is_resuming: bool,
+) -> Outcome:  # fmt: skip
+    """As `trained`, of a patcher that is loaded; nothing of the model's copy is held once this returns or raises."""
     samples, entries = prepared(patcher.model, latents, positive, are_buckets=are_buckets)
     denoiser = ComfyDenoiser(patcher.model, entries, patcher.model_options)
     dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)

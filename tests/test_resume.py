@@ -305,6 +305,16 @@ def test_too_many_in_a_row_stop_the_run_where_it_can_be_resumed(
     assert result.steps == STEPS and len(result.loss["loss"]) == STEPS
 
 
+def test_groups_left_out_after_the_last_checkpoint_are_not_met_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, lambda numbers, _: 6 <= numbers[0] < 10)
+    with pytest.raises(NonFiniteError):
+        train(checkpoint_folder=tmp_path, non_finite=NonFinite(limit=2), checkpoints=EVERY_STEP)
+    assert read(tmp_path / "step-0000003.safetensors").numbers["counters"]["group"] == 5
+    assert train(checkpoint_folder=tmp_path, resume_from=tmp_path, non_finite=NonFinite(limit=2)).steps == STEPS
+
+
 GOING_BACK = {"checkpoints": Checkpoints(steps=2, keep=1), "non_finite": NonFinite(limit=2, returns=2, rate_factor=0.5)}
 
 

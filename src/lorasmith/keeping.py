@@ -12,6 +12,7 @@ from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder, newest_in
 from lorasmith.devices import is_out_of_memory
 from lorasmith.job import Job
 from lorasmith.lock import PATIENCE, FolderLock
+from lorasmith.state import Counters
 from lorasmith.step_log import StepLog
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Step
@@ -69,6 +70,7 @@ class Keeper:
     checkpoints: CheckpointFolder | None
     made_again: Callable[[], bool]  # makes the folder again if it was deleted, and tells whether it was
     log: StepLog | None = None
+    written: Counters | None = None  # of the last checkpoint: groups may be left out after it, in the same step
 
     def steps(self, stop: threading.Event | None = None) -> Generator[Step, None, None]:
         """Trains to the end; each step is logged, and a checkpoint is written when one is due, and at the end.
@@ -139,13 +141,14 @@ class Keeper:
         if self.log is not None:
             self.log.flush_to_disk()
         self.checkpoints.write(self.job.checkpoint())
+        self.written = replace(self.job.state.counters)
 
     def _keep_if_possible(self) -> None:
         """After an error, which is to be told, not another that follows from it."""
         state = self.job.state
         if self.checkpoints is None or not self.job.world.is_first or not state.is_sound:
             return
-        if state.counters.step in (0, self.checkpoints.last):
+        if not state.counters.step or state.counters == self.written:
             return
         try:
             self.keep()
