@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.kernels.packed import Packed
+from lorasmith.kernels.update import Base
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Denoiser
@@ -139,16 +141,20 @@ def attach(denoiser: Denoiser, adapters: AdapterSet) -> Sequence[Removable]:
     Offsets make new tensors for their parameters, so a denoiser that shares its weights leaves the others' as they are.
     """
     layers = adaptable_layers(denoiser.nets)
-    hooks = [
-        layers[path].register_forward_hook(_Hook(adapters.ran, path, adapter), with_kwargs=True)
-        for path, adapter in adapters.adapters.items()
-    ]
+    hooks = [_hung(layers[path], _Hook(adapters.ran, path, adapter)) for path, adapter in adapters.adapters.items()]
     parameters = {
         f"{name}.{path}": parameter
         for name, net in denoiser.nets.items()
         for path, parameter in net.named_parameters(remove_duplicate=False)
     }
     return [*hooks, *(_Offset(parameters[path], offset) for path, offset in adapters.offsets.items())]
+
+
+def _hung(layer: nn.Module, hook: "_Hook") -> Removable:
+    """The adapter inside the function of a packed layer where it can be, else behind the layer."""
+    if isinstance(layer, Packed) and hook.adapter.takes_base:
+        return layer.take(hook.over)
+    return layer.register_forward_hook(hook, with_kwargs=True)
 
 
 class _Offset:
@@ -174,6 +180,11 @@ class _Hook:
         if next(self.adapter.parameters()).device != y.device:  # the net was moved after they were attached
             self.adapter.to(y.device)
         return self.adapter(args[0] if args else kwargs["input"], y, module.bias)
+
+    def over(self, x: Tensor, base: Base) -> Tensor:
+        """The adapted output of a layer that is yet to run; packed layers stay where they are."""
+        self.ran.add(self.path)
+        return self.adapter(x, base, None)
 
 
 @contextmanager

@@ -127,6 +127,13 @@ class Config(Component):
     quantized_backward: bool = Field(
         default=False, description="take gradients through linear layers as int8 products, a few percent off"
     )
+    pack: Literal["none", "conv", "all"] = Field(
+        default="all",
+        description="which frozen layers are laid out anew for the processor: faster, for more memory",
+    )
+    native_kernels: bool = Field(
+        default=True, description="use kernels in C where the processor has what they need, and a compiler is there"
+    )
     memory_ladder: bool = Field(
         default=False,
         description="where memory runs out, checkpoint activations, then halve batch_size, instead of stopping",

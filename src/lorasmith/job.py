@@ -22,6 +22,7 @@ from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.packing import pack
 from lorasmith.resuming import (
     WITHOUT_EFFECT,
     dtypes_of,
@@ -85,6 +86,8 @@ class Job:
         is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
         if config.sharded:
             shard(copy, device)
+        if not (config.offloading or config.sharded or config.quantized_backward):
+            pack(copy, config.pack, adapters.offsets)
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
         facts = facts_of(denoiser, adapters, dataset, device, world) | {"dtypes": dtypes_of(copy)}

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.devices import device_of, is_out_of_memory
 from lorasmith.diagnosis import origin_of_non_finite
+from lorasmith.kernels.attention import fast_attention
 from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
 from lorasmith.optimizers import Masters
@@ -68,7 +69,7 @@ def train(
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
                 is_checkpointed = True
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            with _computing(device, config):
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
             if is_new and not is_short:
@@ -91,6 +92,18 @@ def train(
             _update(state, config.max_grad_norm, loss=loss, grad_norm=grad_norm, lr=lr)
             yield Step(done + counters.step, loss, lr, grad_norm, time.perf_counter() - began)
             began = time.perf_counter()
+
+
+@contextmanager
+def _computing(device: torch.device, config: Config) -> Iterator[None]:
+    """What forward and backward passes run in, whatever the caller is in."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if config.native_kernels:
+            stack.enter_context(fast_attention())
+        yield
 
 
 def _gradients(

@@ -76,7 +76,12 @@ class Adapter(Protocol):
         """None where the algorithm has none that counts."""
         ...
 
-    def __call__(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    @property
+    def takes_base(self) -> bool:
+        """Whether it may be given a layer that is yet to run instead of its output: it only adds to that."""
+        ...
+
+    def __call__(self, x: Tensor, y: Any, bias: Tensor | None) -> Tensor:
         """x, the layer's input, y, its output, and its bias -> adapted y, in y's shape and dtype."""
         ...
 

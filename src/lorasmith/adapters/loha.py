@@ -16,7 +16,7 @@ from lorasmith.component import Component
 from lorasmith.draws import Purpose, normal, path_number
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Build, Operation, Weights, updated
+from lorasmith.kernels.update import Base, Build, Operation, Weights, updated
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -46,6 +46,7 @@ class LoHaAdapter(nn.Module):
     MARKS = frozenset(FACTORS)
     SUFFIXES = MARKS | {"alpha"}
     algorithm = "LoHa"
+    takes_base = True
 
     def __init__(self, layer: Layer, factors: list[Tensor], alpha: float) -> None:
         """factors w1_a [n_out, r], w1_b [r, n_in / g * K], w2_a and w2_b alike."""
@@ -66,7 +67,7 @@ class LoHaAdapter(nn.Module):
     def rank(self) -> int:
         return self.factors[0].shape[1]
 
-    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, tuple(self.factors), self.alpha / self.rank, self.build)
 

@@ -19,7 +19,7 @@ from lorasmith.draws import kaiming
 from lorasmith.kernels.dense import DenseConv
 from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Build, Operation, Weights, as_they_are, updated
+from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
 
 
 def factorized(size: int, factor: int | None) -> tuple[int, int]:
@@ -68,6 +68,7 @@ class LoKrAdapter(nn.Module):
     MARKS = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     SUFFIXES = MARKS | {"alpha"}
     algorithm = "LoKr"
+    takes_base = True
 
     def __init__(self, layer: Layer, factors: Mapping[str, Tensor], alpha: float) -> None:
         """factors: lokr_w1 [a, b] or lokr_w1_a [a, r] and _b [r, b]; lokr_w2 [c, d, k…] or _a [c, r], _b [r, d K]."""
@@ -107,7 +108,7 @@ class LoKrAdapter(nn.Module):
         """Only of decomposed factors: two whole ones are used as they are."""
         return self._alpha if self.rank else None
 
-    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         scale = self._alpha / self.rank if self.rank else 1.0
         return updated(x, y, self.operation, tuple(self.factors), scale, self.build)

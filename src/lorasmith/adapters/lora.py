@@ -12,7 +12,7 @@ from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.component import Component
 from lorasmith.draws import kaiming
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Operation, updated
+from lorasmith.kernels.update import Base, Operation, updated
 
 Rank = Annotated[int, Field(ge=1, le=128, description="inner dimension of the adapters")]
 Alpha = Annotated[
@@ -41,6 +41,7 @@ class LoRAAdapter(nn.Module):
     MARKS = frozenset({"lora_down.weight", "lora_up.weight"})
     SUFFIXES = MARKS | {"alpha"}
     algorithm = "LoRA"
+    takes_base = True
 
     def __init__(self, layer: Layer, down: Tensor, up: Tensor, alpha: float) -> None:
         """down [r, n_in] or [r, n_in / g, k…], up [n_out, r] or [n_out, r, 1…]."""
@@ -71,7 +72,7 @@ class LoRAAdapter(nn.Module):
     def rank(self) -> int:
         return len(self.down)
 
-    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank)
 

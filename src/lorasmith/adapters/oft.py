@@ -49,6 +49,7 @@ class OFTAdapter(nn.Module):
     MARKS = frozenset({"oft_blocks"})
     SUFFIXES = MARKS | {"alpha"}
     algorithm = "OFT"
+    takes_base = False
 
     def __init__(self, layer: Layer, blocks: Tensor, constraint: float) -> None:
         """blocks [n, s, s]; constraint 0 is none. ValueError where a block would mix a convolution's groups."""

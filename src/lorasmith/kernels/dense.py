@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.kernels.convolution import ConvShape
-from lorasmith.kernels.update import Weights
+from lorasmith.kernels.update import Operation, Weights
 
 
 @dataclass(frozen=True)
-class DenseLinear:
+class DenseLinear(Operation):
     """x [..., n_in], weights ([n_out, n_in],) -> [..., n_out]."""
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
@@ -26,7 +26,7 @@ class DenseLinear:
 
 
 @dataclass(frozen=True)
-class DenseConv:
+class DenseConv(Operation):
     """x [B, n_in, …], weights ([n_out, n_in / g, k…],) -> [B, n_out, …]."""
 
     shape: ConvShape

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.kernels.convolution import ConvShape
-from lorasmith.kernels.update import Weights
+from lorasmith.kernels.update import Operation, Weights
 
 
 @dataclass(frozen=True)
-class KroneckerLinear:
+class KroneckerLinear(Operation):
     """x [..., b d], weights (w1 [a, b], w2 [c, d]) -> x (w1 (x) w2)^T [..., a c]."""
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
@@ -36,7 +36,7 @@ class KroneckerLinear:
 
 
 @dataclass(frozen=True)
-class KroneckerConv:
+class KroneckerConv(Operation):
     """x [B, b d, …], weights (w1 [a, b], w2 [c, d, k…]) -> x with the weight w1 (x) w2 [B, a c, …]; without groups."""
 
     shape: ConvShape

@@ -1,4 +1,4 @@
-"""Updates y + scale * op(x): one autograd function that keeps x and the factors, never what is made of them.
+"""Updates base(x) + scale * op(x): one autograd function that keeps x and the factors, never what is made of them.
 
 What an update multiplies x by is built from its factors, again in the backward pass, so that neither a weight nor
 anything inside the product is kept between the passes (Cherniuk et al. 2023, "Run LoRA Run", section 3, for LoRA).
@@ -16,6 +16,11 @@ Build = Callable[..., Weights]
 """The factors of an update -> the weights that its operation takes."""
 
 
+def as_they_are(*factors: Tensor) -> Weights:
+    """The factors are the weights."""
+    return factors
+
+
 class Operation(Protocol):
     """A linear function of x, given by weights; immutable."""
 
@@ -29,45 +34,88 @@ class Operation(Protocol):
         """The gradients of x (None unless wanted) and weights, given that of scale * run(x, weights)."""
         ...
 
+    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
+        """Adds scale * run(x, weights) to y in place."""
+        y.add_(self.run(x, weights).view(y.shape), alpha=scale)
 
-def as_they_are(*factors: Tensor) -> Weights:
-    """The factors are the weights."""
-    return factors
+    def add_gradients(self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> Weights:
+        """Adds the gradient of x to grad_x in place, and returns those of the weights."""
+        own, grads = self.gradients(grad, x, weights, scale, True)
+        assert own is not None
+        grad_x.add_(own.view(grad_x.shape))
+        return grads
+
+
+class Base(Protocol):
+    """A frozen layer that is run inside the function of its update."""
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x, or its gradient, in the layout that is computed in."""
+        ...
+
+    def product(self, x: Tensor) -> Tensor:
+        """x -> the layer's output, a new tensor."""
+        ...
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the output -> that of x, of this shape, a new tensor."""
+        ...
 
 
 class _Updated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, operation: Operation, build: Build, scale: float, *factors: Tensor
+        ctx: Any, x: Tensor, base: Tensor | Base, operation: Operation, build: Build, scale: float, *factors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, *factors)
-        ctx.operation, ctx.build, ctx.scale = operation, build, scale
+        ctx.base, ctx.operation, ctx.build, ctx.scale = None, operation, build, scale
+        dtype = factors[0].dtype
         weights = build(*(factor.detach() for factor in factors))  # a matrix that wants a gradient makes matmul copy
-        delta = operation.run(x.to(factors[0].dtype), weights)
-        # not view(): autograd refuses what changes a custom function's view in place, as an activation may
-        return torch.ops.aten._unsafe_view(delta, y.shape).mul_(scale).to(y.dtype).add_(y)
+        if isinstance(base, Tensor):
+            y = base.clone()
+        else:
+            ctx.base, x = base, base.arranged(x)
+            y = base.product(x)
+        ctx.save_for_backward(x, *factors)
+        if y.dtype == dtype:
+            operation.add_run(y, x.to(dtype), weights, scale)
+            return y
+        return y.add_(operation.run(x.to(dtype), weights).view(y.shape).mul_(scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
-        dtype = factors[0].dtype
+        base, dtype, wants_x = ctx.base, factors[0].dtype, ctx.needs_input_grad[0]
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in factors]
             weights = ctx.build(*leaves)
         plain = [weight.detach() for weight in weights]
-        grad_x, grad_weights = ctx.operation.gradients(
-            grad.to(dtype), x.to(dtype), plain, ctx.scale, ctx.needs_input_grad[0]
-        )
-        if grad_x is not None:
-            grad_x = grad_x.reshape(x.shape).to(x.dtype)
+        grad_x = None
+        if base is not None:
+            grad = base.arranged(grad)
+            grad_x = base.input_gradient(grad, x.shape) if wants_x else None
+        if grad_x is not None and grad_x.dtype == dtype:
+            grads = ctx.operation.add_gradients(grad_x, grad, x, plain, ctx.scale)
+        else:
+            own, grads = ctx.operation.gradients(grad.to(dtype), x.to(dtype), plain, ctx.scale, wants_x)
+            if own is not None:
+                own = own.reshape(x.shape).to(x.dtype)
+                grad_x = own if grad_x is None else grad_x.add_(own)
         if ctx.build is not as_they_are:
-            grad_weights = torch.autograd.grad(weights, leaves, grad_weights)
-        return grad_x, grad, None, None, None, *grad_weights
+            grads = torch.autograd.grad(weights, leaves, grads)
+        return grad_x, grad if base is None else None, None, None, None, *grads
 
 
 def updated(
-    x: Tensor, y: Tensor, operation: Operation, factors: Sequence[Tensor], scale: float, build: Build = as_they_are
+    x: Tensor,
+    base: Tensor | Base,
+    operation: Operation,
+    factors: Sequence[Tensor],
+    scale: float,
+    build: Build = as_they_are,
 ) -> Tensor:
-    """y + scale * operation.run(x, build(*factors)), computed in the factors' dtype, in y's dtype."""
-    return _Updated.apply(x, y, operation, build, scale, *factors)  # pyright: ignore[reportReturnType]
+    """base, a layer's output or what makes it of x, plus scale * operation.run(x, build(*factors)).
+
+    The update is computed in the factors' dtype, the sum is in the base's.
+    """
+    return _Updated.apply(x, base, operation, build, scale, *factors)  # pyright: ignore[reportReturnType]

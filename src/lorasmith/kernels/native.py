@@ -1,0 +1,86 @@
+"""Kernels in C, compiled once on the machine they run on: for what PyTorch is slow at on some processors.
+
+They are chosen by what the processor has; without it, or without a compiler, PyTorch's own operations do the work.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+FLAGS = (
+    "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
+    "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+)  # fmt: skip
+
+
+class View(ctypes.Structure):
+    """Where the numbers of a tensor [B, H, N, D] are; the last axis lies close."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((axis, ctypes.c_int64) for axis in ("batch", "head", "row"))]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "View":
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where the processor has no matrix unit for bf16 (AMX), or where they cannot be built."""
+    if not (sys.platform == "linux" and torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
+        return None
+    try:
+        found = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no kernels of our own (%s): PyTorch's are used, which are slower here", _reason(error))
+        return None
+    if not found.init_amx():
+        log.info("no kernels of our own (the system grants no matrix unit): PyTorch's are used, which are slower here")
+        return None
+    return found
+
+
+def _reason(error: Exception) -> str:
+    told = getattr(error, "stderr", None) or str(error)
+    return next((line for line in told.splitlines() if "error" in line.lower()), told.strip())[:200]
+
+
+def _built() -> Path:
+    """The library's file in the user's cache; it is named after what it is made of, and written whole or not at all."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise OSError("there is no C compiler: cc, gcc or clang")
+    made_of = hashlib.sha256(repr((compiler, FLAGS)).encode())
+    for source in SOURCES:
+        made_of.update(source.read_bytes())
+    path = _cache() / f"kernels-{made_of.hexdigest()[:16]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            os.replace(new, path)
+    return path
+
+
+def _cache() -> Path:
+    """A folder that the user alone writes to."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        (root / "lorasmith").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root / "lorasmith").close()
+        return root / "lorasmith"
+    except (OSError, RuntimeError):  # a home that is read-only, or none
+        return Path(tempfile.mkdtemp(prefix="lorasmith-"))
