@@ -109,7 +109,7 @@ class LowRankConv(Operation):
         return Taps(self.shape, tuple(weights[0].shape[2:]), tuple(x.shape[2:]))
 
     def _row_gradients(self, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor, Weights]:
-        """spread [N, K r] and matrix [K r, n_in], whose product is the gradient of x's rows, and the weights' gradients."""
+        """spread [N, K r] and matrix [K r, n_in], whose product is the gradient of x's rows, and the weights' own."""
         down, up = weights
         taps, grad_rows = self._taps(x, weights), rows_of(grad)
         h = taps.run(x, down).flatten(0, -2)
