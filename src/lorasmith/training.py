@@ -20,7 +20,7 @@ from lorasmith.config import Config
 from lorasmith.devices import device_of, is_out_of_memory
 from lorasmith.diagnosis import origin_of_non_finite
 from lorasmith.kernels.attention import fast_attention
-from lorasmith.memory import checkpointed
+from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
 from lorasmith.optimizers import Masters
 from lorasmith.state import State
@@ -65,6 +65,7 @@ def train(
     is_new, is_checkpointed, is_stopping = counters.step == 0, False, False
     began = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept(device))
         while counters.step < config.steps and not is_stopping:
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
