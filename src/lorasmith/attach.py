@@ -60,7 +60,7 @@ class AdapterSet:
         adapters = {}
         for path, layer in chosen.items():
             try:
-                adapters[path] = algorithm.build(layer, path, seed)
+                adapters[path] = algorithm.build(layer, path, seed, layers[path])
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         return cls(adapters)
@@ -173,7 +173,7 @@ class _Hook:
         self.ran.add(self.path)
         if next(self.adapter.parameters()).device != y.device:  # the net was moved after they were attached
             self.adapter.to(y.device)
-        return self.adapter(args[0] if args else kwargs["input"], y, module.bias)
+        return self.adapter(args[0] if args else kwargs["input"], y, module.bias, module)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def train_lora(
     seed: int = 0,
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16",
     lora_dtype: Literal["bf16", "fp32"] = "bf16",
-    algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT"] = "LoRA",
+    algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"] = "LoRA",
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
     *,

@@ -13,6 +13,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lokr import LoKr
@@ -23,6 +24,8 @@ logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 def counterpart(algorithm: Any, module: Any) -> Any:
     """LyCORIS's module with the same settings."""
+    if isinstance(algorithm, DoRA):
+        return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, weight_decompose=True)
     if isinstance(algorithm, LoRA):
         return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
     if isinstance(algorithm, LoHa):
@@ -34,9 +37,11 @@ def counterpart(algorithm: Any, module: Any) -> Any:
 
 
 def delta(theirs: Any, weight: Tensor) -> Tensor:
-    """What it adds to a weight; get_diff_weight of LoHa and LoKr multiplies by their scale twice."""
+    """What it adds to a weight, of DoRA with its lengths; get_diff_weight of LoHa and LoKr multiplies by their scale twice."""
     if isinstance(theirs, LohaModule | LokrModule):
         return theirs.get_weight(weight.shape)
+    if theirs.wd:
+        return theirs.get_merged_weight(shape=weight.shape)[0] - weight
     return theirs.get_diff_weight(shape=weight.shape)[0]
 
 

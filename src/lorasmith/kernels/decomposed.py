@@ -1,0 +1,89 @@
+"""Layers whose rows are given new lengths: (m / n) (z + scale up(down(x))) + bias, with z = y - bias.
+
+n, the rows' lengths with the update, is a constant of the backward pass (Liu et al. 2024, "DoRA", section 4.3). It
+comes from products with the factors, so that W + scale up down is never made. r rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorasmith.kernels.update import Operation, Weights
+
+SMALLEST = 1e-30
+"""The least square of a length, so that a row of zeros can be divided by its own."""
+
+
+def row_norms(squares: Tensor, products: Tensor, weights: Weights, scale: float) -> Tensor:
+    """The lengths [n_out] of the rows of W + scale up down, in float32 or wider.
+
+    squares [n_out]: those of W's rows; products [r, n_out]: down W^T; weights: down [r, …], up [n_out, r, …]. By rows,
+    |W + s U D|^2 = |W|^2 + (2 s W D^T + s^2 U D D^T) * U, summed.
+    """
+    down, up = (weight.detach().flatten(1).to(squares.dtype) for weight in weights)
+    crossed = torch.addmm(products.to(squares.dtype), down @ down.t(), up.t(), beta=2 * scale, alpha=scale**2)
+    return (squares + (crossed * up.t()).sum(0)).clamp_(min=SMALLEST).sqrt_()
+
+
+class _Decomposed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor | None, operation: Operation, scale: float, norms: Tensor,
+        lengths: Tensor, down: Tensor, up: Tensor, change: Tensor,
+    ) -> Tensor:  # fmt: skip
+        gain = (lengths + change.detach() - norms) / norms  # m / n - 1, which a dtype of 16 bits holds as it is small
+        ctx.save_for_backward(x, y, bias, norms, gain, down, up, change)
+        ctx.operation, ctx.scale = operation, scale
+        delta = operation.run(x.to(down.dtype), (down.detach(), _scaled(up.detach(), scale * (1 + gain))))
+        # not view(): autograd refuses what changes a custom function's view in place, as an activation may
+        out = torch.ops.aten._unsafe_view(delta, y.shape).to(y.dtype).addcmul_(y, _along(gain, up).to(y.dtype))
+        if bias is not None:
+            out.sub_(_along(gain * bias, up).to(y.dtype))
+        return out.add_(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, bias, norms, gain, down, up, change = ctx.saved_tensors
+        scales = ctx.scale * (1 + gain)
+        grad_x, (grad_down, grad_up) = ctx.operation.gradients(
+            grad.to(down.dtype), x.to(down.dtype), (down.detach(), _scaled(up.detach(), scales)), 1.0,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        if grad_x is not None:
+            grad_x = grad_x.reshape(x.shape).to(x.dtype)
+        rows = [axis for axis in range(grad.ndim) if axis != (grad.ndim - 1 if up.ndim == 2 else 1)]
+        # what m / n multiplies, times the gradient: the update's part is up's gradient, already summed
+        total = (grad * y).sum(rows, dtype=norms.dtype)
+        total += ctx.scale * (grad_up.to(norms.dtype) * up.detach()).flatten(1).sum(1)
+        if bias is not None:
+            total -= grad.sum(rows, dtype=norms.dtype) * bias
+        grad_y = torch.addcmul(grad, grad, _along(gain, up).to(grad.dtype)) if ctx.needs_input_grad[1] else None
+        factors = grad_down, _scaled(grad_up, scales), (total / norms).to(change.dtype)
+        return grad_x, grad_y, None, None, None, None, None, *factors
+
+
+def _scaled(up: Tensor, factors: Tensor) -> Tensor:
+    """up [n_out, r, 1…], each row times its factor [n_out], in up's dtype."""
+    return (up * factors.view(-1, *[1] * (up.ndim - 1))).to(up.dtype)
+
+
+def _along(values: Tensor, up: Tensor) -> Tensor:
+    """values [n_out] -> what multiplies each output: [n_out], or [n_out, 1…] of a convolution."""
+    return values.view(-1, *[1] * (up.ndim - 2))
+
+
+def decomposed(
+    x: Tensor, y: Tensor, bias: Tensor | None, operation: Operation, factors: tuple[Tensor, Tensor, Tensor], *,
+    scale: float, norms: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …], bias [n_out] -> y with the update, in y's dtype.
+
+    factors: down and up, as `operation` takes them, and change [n_out]: m = lengths + change. norms, lengths [n_out]:
+    those of the rows with and without the update; constants.
+    """
+    return _Decomposed.apply(  # pyright: ignore[reportReturnType]
+        x, y, bias, operation, scale, norms, lengths, *factors
+    )
