@@ -8,7 +8,7 @@ from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
-from lorasmith.dora_scales import are_for_comfyui, from_comfyui
+from lorasmith.dora_scales import as_in_the_paper
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import lora_family
 from lorasmith.targets import adaptable_layers
@@ -23,9 +23,9 @@ def adapters_from(
     """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
 
     Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
-    metadata: those of its file, which say what its dora_scale is; without, it is the paper's m.
+    metadata: those of its file, which say what its dora_scale is (`dora_scales`).
     """
-    layers = by_layer(from_comfyui(state, denoiser) if are_for_comfyui(metadata or {}) else state)
+    layers = by_layer(as_in_the_paper(state, denoiser, metadata or {}))
     names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
