@@ -74,7 +74,7 @@ def test_what_is_beside_the_adapters_is_named(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(state, tmp_path / "a.safetensors")
     facts = dict(inspected(tmp_path / "a.safetensors").facts)
-    assert facts["algorithm"] == "DoRA" and facts["also"] == "diff_b (1)"
+    assert facts["algorithm"] == "DoRA" and facts["also"] == "diff_b"
     assert facts["steps"] == "not stated" and facts["not finite"] == "1 tensors"
 
 

@@ -56,10 +56,11 @@ class _Decomposed(torch.autograd.Function):
             grad_x = grad_x.reshape(x.shape).to(x.dtype)
         rows = [axis for axis in range(grad.ndim) if axis != (grad.ndim - 1 if up.ndim == 2 else 1)]
         # what m / n multiplies, times the gradient: the update's part is up's gradient, already summed
-        total = (grad * y).sum(rows, dtype=norms.dtype)
+        wide = grad.to(norms.dtype) if grad.dtype == torch.float16 else grad  # whose sums may be beyond its range
+        total = (wide * y).sum(rows).to(norms.dtype)
         total += ctx.scale * (grad_up.to(norms.dtype) * up.detach()).flatten(1).sum(1)
         if bias is not None:
-            total -= grad.sum(rows, dtype=norms.dtype) * bias
+            total -= wide.sum(rows).to(norms.dtype) * bias
         grad_y = torch.addcmul(grad, grad, _along(gain, up).to(grad.dtype)) if ctx.needs_input_grad[1] else None
         factors = grad_down, _scaled(grad_up, scales), (total / norms).to(change.dtype)
         return grad_x, grad_y, None, None, None, None, None, *factors
