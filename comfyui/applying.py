@@ -42,8 +42,8 @@ def with_lora(model: Any, lora: dict[str, Tensor], strength: float, *, beside: b
 
 
 def _refuse_beside(lora: dict[str, Tensor]) -> None:
-    """ValueError for algorithms that ComfyUI fails on when it computes them beside the weights."""
-    for algorithm, part in (("LoKr", ".lokr_"), ("OFT", ".oft_")):
+    """ValueError for algorithms that ComfyUI fails on, or gets wrong, when it computes them beside the weights."""
+    for algorithm, part in (("LoKr", ".lokr_"), ("OFT", ".oft_"), ("DoRA", ".dora_scale")):
         if any(part in key for key in lora):
             raise ValueError(f"bypass must be off for {algorithm}, which ComfyUI cannot compute beside all layers")
 

@@ -7,6 +7,7 @@ import comfy.lora
 import comfy.utils
 from torch import Tensor
 
+from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.layouts import DOWN, UP, by_layer
 
 LAYOUTS = ("ComfyUI", "kohya", "diffusers")
@@ -39,8 +40,8 @@ def _kohya(layer: str, parts: Mapping[str, Tensor], model: Any) -> dict[str, Ten
 
 def _diffusers(layer: str, parts: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """As diffusers names it; a layer that diffusers has in parts gets a part of the rows each."""
-    if not {DOWN, UP} <= parts.keys() <= {DOWN, UP, "alpha"}:
-        raise ValueError(f"the layout diffusers is for LoRA alone, got {', '.join(sorted(parts))} for {layer}")
+    if not {DOWN, UP} <= parts.keys() <= {DOWN, UP, "alpha", SCALE}:
+        raise ValueError(f"the layout diffusers is for LoRA and DoRA, got {', '.join(sorted(parts))} for {layer}")
     down, up = parts[DOWN], parts[UP]
     scale = float(parts["alpha"]) / len(down) if "alpha" in parts else 1.0
     root = "unet" if "model_channels" in model.model_config.unet_config else "transformer"
@@ -49,6 +50,10 @@ def _diffusers(layer: str, parts: Mapping[str, Tensor], model: Any) -> dict[str,
         part = up if rows is None else up[rows]
         state[f"{root}.{name}.{DIFFUSERS_PARTS[DOWN]}"] = down
         state[f"{root}.{name}.{DIFFUSERS_PARTS[UP]}"] = (part.float() * scale).to(part.dtype)
+        if SCALE in parts:
+            lengths = parts[SCALE] if rows is None else parts[SCALE][rows]
+            is_conv = lengths.ndim > 2
+            state[f"{root}.{name}.{VECTOR}"] = lengths.transpose(0, 1) if is_conv else lengths.flatten()
     return state
 
 

@@ -102,13 +102,14 @@ class LorasmithSaveLora(io.ComfyNode):
     def execute(
         cls, lora: Any, prefix: str, layout: str = "ComfyUI", steps: int | None = None, model: Any = None
     ) -> io.NodeOutput:
-        state = in_layout(lora, layout, None if model is None else model.model)
+        weights, metadata = lora.file(layout) if isinstance(lora, Trained) else (lora, {})
+        state = in_layout(weights, layout, None if model is None else model.model)
         left = [] if model is None else keys_left(model, state)
         if left:
             log.warning("this file is for %s: ComfyUI does not read %d of its %d keys", layout, len(left), len(state))
         path = output_path(prefix, ("" if steps is None else f"_{steps}_steps") + "_{counter:05}_.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lorafile.write(path, state, lora.metadata if isinstance(lora, Trained) else {})
+        lorafile.write(path, state, metadata)
         shown = path.relative_to(folder_paths.get_output_directory()).as_posix()
         return io.NodeOutput(shown, ui=ui.PreviewText(shown))
 

@@ -19,10 +19,12 @@ import torch
 from comfy_api.latest import ComfyAPISync
 from torch import Tensor
 
+from lorasmith.adapters.dora import SCALE
 from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import is_out_of_memory
+from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui
 from lorasmith.job import Job
 from lorasmith.keeping import Keeper, kept
 from lorasmith.lock import FolderLock
@@ -52,11 +54,19 @@ BASES = {
 
 
 class Trained(dict[str, Tensor]):
-    """A LORA_MODEL that knows what its file is to say."""
+    """A LORA_MODEL as ComfyUI reads it, which knows what its file is to say, and DoRA's lengths as others read them."""
 
-    def __init__(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        super().__init__(state)
-        self.metadata = dict(metadata)
+    def __init__(self, lora: Mapping[str, Tensor], metadata: Mapping[str, str], denoiser: ComfyDenoiser) -> None:
+        """lora: with the paper's lengths; metadata: of a file with these; denoiser: the model it was trained on."""
+        super().__init__(for_comfyui(lora, denoiser))
+        self._lengths = {key: tensor for key, tensor in lora.items() if key.endswith(f".{SCALE}")}
+        self.metadata = {**metadata, **(COMFYUI if self._lengths else {})}
+
+    def file(self, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The weights as the program of a layout reads them, under ComfyUI's names, and the metadata."""
+        if layout == "ComfyUI" or not self._lengths:
+            return dict(self), self.metadata
+        return {**self, **self._lengths}, {**self.metadata, **PAPER}
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def _outcome(
     dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
     job = Job.of(denoiser, dataset, config, device=patcher.load_device, metadata=_metadata(patcher.model))
     _run(job, is_resuming)
-    return Outcome(Trained(job.lora(), job.file_metadata()), job.state.losses, job.steps_in_all)
+    return Outcome(Trained(job.lora(), job.file_metadata(), denoiser), job.state.losses, job.steps_in_all)
 
 
 def _run(job: Job, is_resuming: bool) -> None:

@@ -108,7 +108,7 @@ def test_data_of_another_model_is_refused(denoiser: Any, shape: tuple[int, ...],
         train_lora(denoiser, torch.randn(2, 4, 8, 8), [{"pooled": torch.randn(8)}], **QUICK)
 
 
-@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT"])
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"])
 def test_the_default_dtype_does_not_matter(denoiser: Any, latents: Tensor, texts: Tensor, algorithm: str) -> None:
     expected = bytes_of(denoiser, latents, list(texts), algorithm=algorithm)
     torch.set_default_dtype(torch.float64)

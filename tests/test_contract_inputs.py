@@ -31,7 +31,7 @@ CHOICES = {
     "loss_function": ("MSE", "L1", "Huber", "SmoothL1"),
     "training_dtype": ("bf16", "fp32", "none"),
     "lora_dtype": ("bf16", "fp32"),
-    "algorithm": ("LoRA", "LoHa", "LoKr", "OFT"),
+    "algorithm": ("LoRA", "LoHa", "LoKr", "OFT", "DoRA"),
 }
 FLAGS = ("gradient_checkpointing", "bucket_mode", "offloading", "quantized_backward")
 RULES = {

@@ -16,6 +16,7 @@ STARTS_AT_ZERO = {
     "LoHa": ("hada_w2_a",),
     "LoKr": ("lokr_w2", "lokr_w2_b"),
     "OFT": ("oft_blocks",),
+    "DoRA": ("lora_up.weight",),
 }
 """The parts of an adapter that are 0 until a gradient moves them."""
 QUICK: dict[str, Any] = {

@@ -22,7 +22,7 @@ FLOORS = (
         "lock",
     ),
     ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
-    ("attach", "memory", "config", "lorafile"),
+    ("attach", "memory", "config", "lorafile", "dora_scales"),
     ("settings", "objective", "state", "families", "inspection", "loading", "base_weights", "sharding", "packing"),
     ("diagnosis", "checkpoints"),
     ("training", "resuming"),

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 from lorasmith import lorafile
 from lorasmith.adapters import LoHa, LoKr, LoRA
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.oft import OFT
 from lorasmith.demo import BASE
 from lorasmith.inspection import inspected
 
-ALGORITHMS = [LoRA(rank=4, alpha=2), LoHa(rank=3, alpha=1), LoKr(rank=2, alpha=3), LoKr(rank=64), OFT(rank=4)]
+ALGORITHMS = [
+    LoRA(rank=4, alpha=2),
+    LoHa(rank=3, alpha=1),
+    LoKr(rank=2, alpha=3),
+    LoKr(rank=64),
+    OFT(rank=4),
+    DoRA(rank=4),
+]
 
 
 def written(tmp_path: Path, algorithm: Any, metadata: dict[str, str] | None = None) -> tuple[Path, dict[str, Any]]:
@@ -25,7 +33,7 @@ def written(tmp_path: Path, algorithm: Any, metadata: dict[str, str] | None = No
     names = ("lora_unet_down_blocks_0_attentions_0_x_attn2_to_k", "lora_unet_down_blocks_12_attentions_0_y")
     adapters, state = {}, {}
     for number, name in enumerate(names):
-        adapter = algorithm.build(Layer(24, 36), name, 0)
+        adapter = algorithm.build(Layer(24, 36), name, 0, nn.Linear(24, 36))
         for parameter in adapter.parameters():
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
         adapters[name] = adapter
@@ -35,7 +43,9 @@ def written(tmp_path: Path, algorithm: Any, metadata: dict[str, str] | None = No
 
 
 def delta(adapter: Any) -> Tensor:
-    """What the adapter adds to a weight that is 0, or turns one that is the identity by."""
+    """What the adapter adds to a weight that is 0, or turns one that is the identity by; of DoRA, s B A."""
+    if adapter.algorithm == "DoRA":
+        return (adapter.up @ adapter.down).detach()
     if adapter.algorithm == "OFT":
         return (adapter(torch.empty(0), torch.eye(36), None) - torch.eye(36)).detach()
     return adapter(torch.eye(24), torch.zeros(24, 36), None).detach()
@@ -64,7 +74,7 @@ def test_what_is_beside_the_adapters_is_named(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(state, tmp_path / "a.safetensors")
     facts = dict(inspected(tmp_path / "a.safetensors").facts)
-    assert facts["also"] == "dora_scale (1), diff_b (1)" or facts["also"] == "diff_b (1), dora_scale (1)"
+    assert facts["algorithm"] == "DoRA" and facts["also"] == "diff_b"
     assert facts["steps"] == "not stated" and facts["not finite"] == "1 tensors"
 
 

@@ -21,7 +21,7 @@ ENDINGS = [  # by rows of SPELLINGS: {how a key ends: the part it means}
     {"_lora.up.weight": UP, ".lora.up.weight": UP},
     {".lora_linear_layer.down.weight": DOWN},
     {".lora_linear_layer.up.weight": UP},
-    {".lora_magnitude_vector": "dora_scale", ".lora_magnitude_vector.default.weight": "dora_scale"},
+    {f".lora_magnitude_vector{end}": "lora_magnitude_vector" for end in ("", ".weight", ".default.weight")},
     {".w_norm": "diff"},
     {".b_norm": "diff_b"},
     {".lora_mid.weight": "lora_mid.weight", ".oft_R.weight": "oft_R.weight", ".lora_B.bias": "lora_B.bias"},

@@ -23,7 +23,7 @@ from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.targets import Targets
 
-LYCORIS = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
+LYCORIS = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "DoRA": "locon"}
 LAYERS = r".*up_blocks.1.*(to_q|to_out.0|ff.net.0.proj|conv1|proj_in|upsamplers.0.conv)"
 
 
@@ -56,7 +56,9 @@ def test_a_file_of_lycoris(
 ) -> None:
     before = output(denoiser, latents, texts)
     LycorisNetwork.apply_preset({"name_algo_map": {}, "target_module": [], "target_name": [LAYERS]})
-    network: Any = create_lycoris(denoiser.unet, 1.0, linear_dim=4, linear_alpha=2.0, algo=LYCORIS[algorithm])
+    network: Any = create_lycoris(
+        denoiser.unet, 1.0, linear_dim=4, linear_alpha=2.0, algo=LYCORIS[algorithm], dora_wd=algorithm == "DoRA"
+    )
     network.apply_to()
     randomised(network.parameters())
     theirs = output(denoiser, latents, texts)
@@ -73,6 +75,7 @@ def test_a_file_of_lycoris(
 PEFT_CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "plain": lambda names: peft.LoraConfig(r=4, lora_alpha=8, target_modules=names),
     "rslora": lambda names: peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=names),
+    "dora": lambda names: peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, use_dora=True),
     "patterns": lambda names: peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=names, alpha_pattern={"to_q": 2}, rank_pattern={"to_q": 3}
     ),
@@ -170,7 +173,7 @@ def test_what_does_not_fit_is_listed(denoiser: Any) -> None:
     cases = {
         "lora_unet_nowhere.lora_up.weight": (torch.ones(1), r"lora_unet_nowhere \(lora_up.weight\): the model has no"),
         "lora_te_text_model_x.alpha": (torch.ones(1), r"lora_te_text_model_x \(alpha\): the model has no such layer"),
-        f"{key}.dora_scale": (torch.ones(1), f"{key}: dora_scale cannot be trained here"),
+        f"{key}.dora_scale": (torch.ones(1), rf"{key}: dora_scale must have the shape \[\d+, 1\], got \[1\]"),
         f"{key}.lora_mid.weight": (torch.ones(1), "lora_mid.weight cannot be trained here"),
         f"{key}.diff": (torch.ones(3), r"diff must have the shape \[\d+, \d+\], got \[3\]"),
         f"{key}.lora_up.weight": (torch.ones(3, 2), f"{key}: lora_up.weight must have the shape"),

@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from measure_checkpointing import Subject, measured
 from torch import Tensor, nn
 
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.lora import LoRA
 from lorasmith.adapters.oft import OFT
 from lorasmith.attach import AdapterSet, attached
@@ -212,6 +213,9 @@ def test_offloading_is_refused_where_it_saves_nothing_or_an_adapter_misses_weigh
     rotations = AdapterSet.new(case.denoiser, OFT(), Targets(), 0)
     with pytest.raises(ValueError, match="offloading must be False with OFT"):
         refuse_useless_offloading(case.denoiser, rotations, cuda, True)
+    lengths = AdapterSet.new(case.denoiser, DoRA(), Targets(), 0)
+    with pytest.raises(ValueError, match="offloading must be False with DoRA"):
+        refuse_useless_offloading(case.denoiser, lengths, cuda, True)
     offsets = AdapterSet(adapters.adapters, {"unet.conv_in.bias": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"offloading must be False with this existing_lora: .* \(diff\)"):
         refuse_useless_offloading(case.denoiser, offsets, cuda, True)

@@ -92,7 +92,7 @@ def interrupted(train: Train, breaking: Breaking, folder: Path, at: tuple[int, .
 
 SETTINGS: list[dict[str, Any]] = [
     {"algorithm": algorithm, "optimizer": optimizer, "lora_dtype": lora_dtype}
-    for algorithm in ("LoRA", "LoHa", "LoKr", "OFT")
+    for algorithm in ("LoRA", "LoHa", "LoKr", "OFT", "DoRA")
     for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")
     for lora_dtype in ("bf16", "fp32")
 ] + [

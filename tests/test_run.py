@@ -203,3 +203,10 @@ def test_a_run_continues_a_lora(opened: Opened, tmp_path: Path, caplog: Any) -> 
         metadata = second.job.file_metadata()
     assert json.loads(metadata["lorasmith.config"])["existing_lora"] == "lora.safetensors"
     assert metadata["ss_network_args"] == '{"algo": "loha"}' and metadata["lorasmith.steps"] == "5"
+
+
+def test_the_metadata_of_dora_are_lycoriss_and_say_whose_lengths_it_holds(opened: Opened) -> None:
+    with opened(steps=1, adapter={"name": "DoRA", "rank": 2}, sampling={"prompts": []}) as job_run:
+        metadata = job_run.job.file_metadata()
+    assert metadata["ss_network_module"] == "lycoris.kohya" and metadata["lorasmith.dora_scale"] == "paper"
+    assert metadata["ss_network_args"] == '{"algo": "locon", "dora_wd": "True", "wd_on_output": "True"}'

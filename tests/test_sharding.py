@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters import Algorithm, LoHa, LoKr, LoRA
+from lorasmith.adapters import Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.adapters.oft import OFT
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import quantize_backward
@@ -366,6 +366,9 @@ def test_sharding_is_refused_where_it_saves_nothing_or_something_would_break(fam
         refuse_useless_sharding(Config(offloading=True), adapters, two)
     with pytest.raises(ValueError, match="^sharded must be False with memory_ladder"):
         refuse_useless_sharding(Config(memory_ladder=True), adapters, two)
+    lengths = AdapterSet.new(family.denoiser, DoRA(rank=2), Targets(), 0)
+    with pytest.raises(ValueError, match="^sharded must be False with DoRA"):
+        refuse_useless_sharding(Config(), lengths, two)
     layer = next(iter(adaptable_layers(family.denoiser.nets)))
     offsets = AdapterSet(adapters.adapters, {f"{layer}.bias": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"^sharded must be False with this existing_lora: .* \(diff\)"):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.kernels.packed import Packed
-from lorasmith.kernels.update import Base
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Denoiser
@@ -62,7 +61,7 @@ class AdapterSet:
         adapters = {}
         for path, layer in chosen.items():
             try:
-                adapters[path] = algorithm.build(layer, path, seed)
+                adapters[path] = algorithm.build(layer, path, seed, layers[path])
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         return cls(adapters)
@@ -179,12 +178,12 @@ class _Hook:
         self.ran.add(self.path)
         if next(self.adapter.parameters()).device != y.device:  # the net was moved after they were attached
             self.adapter.to(y.device)
-        return self.adapter(args[0] if args else kwargs["input"], y, module.bias)
+        return self.adapter(args[0] if args else kwargs["input"], y, module.bias, module)
 
-    def over(self, x: Tensor, base: Base) -> Tensor:
+    def over(self, x: Tensor, layer: Packed) -> Tensor:
         """The adapted output of a layer that is yet to run; packed layers stay where they are."""
         self.ran.add(self.path)
-        return self.adapter(x, base, None)
+        return self.adapter(x, layer, layer.bias, layer)
 
 
 @contextmanager

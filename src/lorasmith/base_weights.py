@@ -17,6 +17,7 @@ def refuse_useless_offloading(base: Denoiser, adapters: AdapterSet, device: torc
         (device_of(base).type == device.type, f"on {device.type}: the weights are there already"),
         (not checkpointing, "without gradient_checkpointing: every weight would stay for the backward pass"),
         ("OFT" in adapters.algorithms, "with OFT: it reads each layer's bias, which is away by then"),
+        ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is away by then"),
         (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are away"),
     )
     for broken, why in rules:

@@ -13,6 +13,7 @@ from lorasmith.attach import attach
 from lorasmith.config import Checkpoints, Config, NonFinite
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
+from lorasmith.dora_scales import PAPER
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
@@ -49,7 +50,7 @@ def train_lora(
     seed: int = 0,
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16",
     lora_dtype: Literal["bf16", "fp32"] = "bf16",
-    algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT"] = "LoRA",
+    algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"] = "LoRA",
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
     *,
@@ -180,5 +181,5 @@ def _path(value: Any, name: str) -> Path | None:
 def _with_lora(denoiser: Denoiser, family: Family | None, lora: dict[str, Tensor], config: Config) -> Any:
     """The model with exactly what the file holds."""
     copy, device = shared_copy(denoiser), device_of(denoiser)
-    attach(copy, adapters_from(lora, copy).freeze().to(device, compute_dtype(config.lora_dtype, device)))
+    attach(copy, adapters_from(lora, copy, PAPER).freeze().to(device, compute_dtype(config.lora_dtype, device)))
     return copy if family is None else family.pipeline(copy)

@@ -162,7 +162,10 @@ def _block(layer: str) -> str:
 
 
 def _norm(parts: Mapping[str, Tensor]) -> float:
-    """The Frobenius norm of an adapter's delta; of OFT, of R - I. NaN where parts are missing or do not match."""
+    """The Frobenius norm of an adapter's delta; of OFT, of R - I; of DoRA, of s B A.
+
+    NaN where parts are missing or do not match.
+    """
     parts = {part: tensor.float() for part, tensor in parts.items()}
     kind = kind_of(parts)
     assert kind is not None
@@ -204,5 +207,5 @@ def _oft_norm(parts: Mapping[str, Tensor]) -> float:
 
 
 NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {
-    "LoRA": _lora_norm, "LoHa": _loha_norm, "LoKr": _lokr_norm, "OFT": _oft_norm,
+    "LoRA": _lora_norm, "LoHa": _loha_norm, "LoKr": _lokr_norm, "OFT": _oft_norm, "DoRA": _lora_norm,
 }  # fmt: skip

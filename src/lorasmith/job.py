@@ -20,6 +20,7 @@ from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
+from lorasmith.dora_scales import PAPER
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.packing import pack
@@ -40,7 +41,8 @@ from lorasmith.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
-LYCORIS_NAMES = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
+LYCORIS_NAMES = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "DoRA": "locon"}
+LYCORIS_DORA = {"dora_wd": "True", "wd_on_output": "True"}  # as its users write them
 
 
 @dataclass
@@ -165,7 +167,7 @@ class Job:
             "ss_mixed_precision": config.training_dtype,
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
-        return {**own, **self.metadata}
+        return {**own, **(PAPER if "DoRA" in self.adapters.algorithms else {}), **self.metadata}
 
 
 def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[AdapterSet, int, int]:
@@ -175,7 +177,7 @@ def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[Adapter
     """
     try:
         state, metadata = lorafile.read(path)
-        adapters, steps = adapters_from(state, denoiser), lorafile.steps_of(path, metadata)
+        adapters, steps = adapters_from(state, denoiser, metadata), lorafile.steps_of(path, metadata)
     except ValueError as error:
         raise ValueError(f"existing_lora: {error}") from error
     constraint = lorafile.stated_constraint(metadata)
@@ -217,8 +219,9 @@ def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
     }
     if adapters.algorithms == ["LoRA"]:
         return {"ss_network_module": "networks.lora", **own}
-    algorithm = "+".join(LYCORIS_NAMES[name] for name in adapters.algorithms)
-    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm}), **own}
+    algorithm = "+".join(dict.fromkeys(LYCORIS_NAMES[name] for name in adapters.algorithms))
+    args = {"algo": algorithm, **(LYCORIS_DORA if "DoRA" in adapters.algorithms else {})}
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args), **own}
 
 
 def _portable(config: Config) -> str:

@@ -21,7 +21,7 @@ SPELLINGS = (
     (r"[._]lora\.up\.weight", UP),
     (r"\.lora_linear_layer\.down\.weight", DOWN),
     (r"\.lora_linear_layer\.up\.weight", UP),
-    (r"\.lora_magnitude_vector(\.\w+)*", "dora_scale"),
+    (r"\.lora_magnitude_vector(\.\w+)*", "lora_magnitude_vector"),
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
     (r"\.(lora_mid\.weight|oft_R\.\w+|lora_[AB][.\w]*)", None),

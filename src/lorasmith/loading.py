@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
+from lorasmith.dora_scales import as_in_the_paper
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import lora_family
 from lorasmith.targets import adaptable_layers
@@ -15,12 +17,15 @@ from lorasmith.types import Denoiser
 MAX_LISTED = 10
 
 
-def adapters_from(state: Mapping[str, Tensor], denoiser: Denoiser) -> AdapterSet:
+def adapters_from(
+    state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str] | None = None
+) -> AdapterSet:
     """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
 
     Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
+    metadata: those of its file, which say what its dora_scale is (`dora_scales`).
     """
-    layers = by_layer(state)
+    layers = by_layer(as_in_the_paper(state, denoiser, metadata or {}))
     names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
@@ -42,6 +47,9 @@ def adapters_from(state: Mapping[str, Tensor], denoiser: Denoiser) -> AdapterSet
                 adapters[path] = _adapter(path, adaptable, trained)
         except ValueError as error:
             misfits.append(f"{key}: {error}")
+    for path, adapter in adapters.items():
+        if isinstance(adapter, DoRAAdapter) and f"{path}.weight" in offsets:
+            misfits.append(f"{path}: diff changes the weight that DoRA takes the lengths of, which cannot be trained")
     if misfits or not adapters:
         raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
     return AdapterSet(adapters, offsets)
@@ -65,7 +73,7 @@ def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[
 def _adapter(path: str, adaptable: Mapping[str, nn.Module], parts: Mapping[str, Tensor]) -> Adapter:
     if path not in adaptable:
         raise ValueError(f"{', '.join(sorted(parts))} cannot be trained on a layer of this kind")
-    return adapter_from_file(Layer.of(path, adaptable[path]), parts)
+    return adapter_from_file(Layer.of(path, adaptable[path]), parts, adaptable[path])
 
 
 def _refusal(misfits: list[str], num_layers: int, family: str) -> str:

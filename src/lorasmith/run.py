@@ -253,7 +253,10 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
     family, device = opened(config.model), _device(config, ALONE)
-    adapters = None if lora is None else adapters_from(lorafile.read(lora)[0], family.denoiser)
+    adapters = None
+    if lora is not None:
+        state, metadata = lorafile.read(lora)
+        adapters = adapters_from(state, family.denoiser, metadata)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]

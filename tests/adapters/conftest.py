@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import Algorithm
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lokr import LoKr
@@ -41,6 +42,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "OFT_3": OFT(rank=3),
     "OFT_8_blocks_of_5": OFT(rank=8),
     "OFT_3_limited": OFT(rank=3, alpha=0.01),
+    "DoRA_1": DoRA(rank=1),
+    "DoRA_4": DoRA(rank=4, alpha=2.0),
 }
 
 
@@ -58,7 +61,7 @@ class Sample:
 
     def adapted(self, adapter: Adapter, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x
-        return adapter(x, self.module(x), self.module.bias)
+        return adapter(x, self.module(x), self.module.bias, self.module)
 
 
 def filled(adapter: Adapter, std: float = 0.3) -> Adapter:
@@ -85,7 +88,7 @@ def algorithm(request: pytest.FixtureRequest) -> Algorithm:
 @pytest.fixture
 def adapter(algorithm: Any, sample: Sample) -> Adapter:
     """A trained one: random weights."""
-    return filled(algorithm.build(sample.sizes, "layer", 0))
+    return filled(algorithm.build(sample.sizes, "layer", 0, sample.module))
 
 
 @pytest.fixture(name="filled")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lokr import LoKr
@@ -22,15 +23,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 def test_a_new_adapter_is_the_exact_identity(
     algorithm: Any, sample: Any, layers: torch.dtype, ours: torch.dtype
 ) -> None:
-    adapter = algorithm.build(sample.sizes, "layer", 0).to(ours)
+    adapter = algorithm.build(sample.sizes, "layer", 0, sample.module).to(ours)
     module, x = sample.module.to(layers), sample.x.to(layers)
-    adapted = adapter(x, module(x), module.bias)
+    adapted = adapter(x, module(x), module.bias, module)
     assert adapted.dtype == layers and torch.equal(adapted, module(x))
 
 
 def test_no_factor_is_dead(algorithm: Any, sample: Any) -> None:
     """A gradient reaches the adapter at step 0, and each of its factors after the first."""
-    adapter = algorithm.build(sample.sizes, "layer", 0)
+    adapter = algorithm.build(sample.sizes, "layer", 0, sample.module)
     target = torch.randn(sample.module(sample.x).shape, generator=torch.Generator().manual_seed(3))
 
     def gradients() -> list[Tensor]:
@@ -50,12 +51,14 @@ def test_a_file_gives_the_adapter_back_bit_for_bit(
     algorithm: Any, sample: Any, adapter: Any, dtype: torch.dtype
 ) -> None:
     tensors = adapter.to(dtype).file_tensors(dtype)
-    back = adapter_from_file(sample.sizes, tensors)
+    back = adapter_from_file(sample.sizes, tensors, sample.module)
     again = back.file_tensors(dtype)
     assert list(again) == list(tensors)
     assert all(torch.equal(again[name], tensors[name]) and again[name].dtype == tensors[name].dtype for name in again)
-    assert {t.dtype for name, t in tensors.items() if name != "alpha"} == {dtype}
-    assert tensors["alpha"].dtype == torch.float32 and tensors["alpha"].ndim == 0
+    plain = {"alpha", "dora_scale"}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in plain} == {dtype}
+    assert {tensor.dtype for name, tensor in tensors.items() if name in plain} == {torch.float32}
+    assert tensors["alpha"].ndim == 0
     assert (back.algorithm, back.rank) == (algorithm.name, adapter.rank)
     if back.alpha == adapter.alpha:  # OFT's may be raised, with blocks that hold the limit already
         assert torch.equal(sample.adapted(back), sample.adapted(adapter))
@@ -63,7 +66,7 @@ def test_a_file_gives_the_adapter_back_bit_for_bit(
 
 def test_a_read_adapter_shares_no_memory_with_the_file(sample: Any, adapter: Any) -> None:
     tensors = {name: tensor.clone() for name, tensor in adapter.file_tensors(torch.float32).items()}
-    back = adapter_from_file(sample.sizes, tensors)
+    back = adapter_from_file(sample.sizes, tensors, sample.module)
     before = sample.adapted(back)
     for tensor in tensors.values():
         tensor.zero_()
@@ -77,7 +80,7 @@ def test_factors_are_the_only_state(adapter: Any) -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that any operation made."""
+    """Keeps the number of elements of the largest tensor that any operation made; views of what it took are none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,16 +89,18 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         tensors = made if isinstance(made, tuple | list) else (made,)
-        self.largest = max([self.largest, *(t.numel() for t in tensors if isinstance(t, Tensor))])
+        taken = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        new = [t for t in tensors if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in taken]
+        self.largest = max([self.largest, *(t.numel() for t in new)])
         return made
 
 
 def largest_tensor(algorithm: Any, module: Any, x: Tensor, filled: Any) -> int:
     """Of the adapter's forward and backward pass."""
-    adapter = filled(algorithm.build(Layer.of("layer", module), "layer", 0))
+    adapter = filled(algorithm.build(Layer.of("layer", module), "layer", 0, module))
     x, y = x.requires_grad_(), module(x).detach().requires_grad_()
     with Sizes() as sizes:
-        adapted = adapter(x, y, module.bias)
+        adapted = adapter(x, y, module.bias, module)
         torch.autograd.grad(adapted, [x, y, *adapter.parameters()][isinstance(algorithm, OFT) :], torch.ones_like(y))
     return sizes.largest
 
@@ -106,7 +111,8 @@ LARGE = {
     "conv3d_groups": (lambda: nn.Conv3d(24, 30, (1, 3, 3), groups=2), (1, 24, 2, 3, 3)),
 }
 LEAN = (
-    LoRA(rank=4), LoHa(rank=3), LoKr(rank=2), LoKr(rank=2, factor=1), LoKr(rank=2, factor=4), LoKr(rank=64), OFT(rank=8)
+    LoRA(rank=4), LoHa(rank=3), LoKr(rank=2), LoKr(rank=2, factor=1), LoKr(rank=2, factor=4), LoKr(rank=64),
+    OFT(rank=8), DoRA(rank=4),
 )  # fmt: skip
 
 
@@ -127,13 +133,15 @@ def test_a_delta_of_full_rank_is_made(filled: Any) -> None:
     assert largest_tensor(LoHa(rank=64), nn.Linear(96, 120), torch.randn(2, 96), filled) == 96 * 120
 
 
-@pytest.mark.parametrize("algorithm", [LoRA(rank=4), LoHa(rank=4), LoKr(rank=2)], ids=repr)
+@pytest.mark.parametrize("algorithm", [LoRA(rank=4), LoHa(rank=4), LoKr(rank=2), DoRA(rank=4)], ids=repr)
 def test_initialisation_depends_on_seed_and_path_alone(algorithm: Any) -> None:
-    sizes = Layer(36, 36)
+    sizes, base = Layer(36, 36), nn.Linear(36, 36)
 
     def start(seed: int, path: str) -> tuple[float, ...]:
         return tuple(
-            value for factor in algorithm.build(sizes, path, seed).parameters() for value in factor.flatten().tolist()
+            value
+            for factor in algorithm.build(sizes, path, seed, base).parameters()
+            for value in factor.flatten().tolist()
         )
 
     seeds = (0, 1, 2**32, 2**64 - 1)

@@ -13,6 +13,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lokr import LoKr
@@ -23,6 +24,8 @@ logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 def counterpart(algorithm: Any, module: Any) -> Any:
     """LyCORIS's module with the same settings."""
+    if isinstance(algorithm, DoRA):
+        return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, weight_decompose=True)
     if isinstance(algorithm, LoRA):
         return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
     if isinstance(algorithm, LoHa):
@@ -34,9 +37,11 @@ def counterpart(algorithm: Any, module: Any) -> Any:
 
 
 def delta(theirs: Any, weight: Tensor) -> Tensor:
-    """What it adds to a weight; get_diff_weight of LoHa and LoKr multiplies by their scale twice."""
+    """What it adds to a weight, new lengths too; get_diff_weight of LoHa and LoKr multiplies by their scale twice."""
     if isinstance(theirs, LohaModule | LokrModule):
         return theirs.get_weight(weight.shape)
+    if isinstance(theirs, LoConModule) and theirs.wd:
+        return theirs.get_merged_weight(shape=weight.shape)[0] - weight
     return theirs.get_diff_weight(shape=weight.shape)[0]
 
 
@@ -73,6 +78,10 @@ def test_the_same_weights_make_the_same_layer_and_gradients(algorithm: Any, samp
     suffixes = [suffix for suffix in adapter.file_tensors(torch.float32) if suffix != "alpha"]
     parameters = dict(theirs.named_parameters())
     assert set(suffixes) == set(parameters)
+    if isinstance(algorithm, DoRA):  # whose norm is a constant in the paper's section 4.3, and none in LyCORIS
+        theirs.load_state_dict(adapter.file_tensors(torch.float32))
+        assert_alike(sample, adapter, theirs)
+        return
     for suffix, parameter in zip(suffixes, adapter.parameters(), strict=True):
         parameters[suffix].data.copy_(parameter.data)
     assert_alike(sample, adapter, theirs)
@@ -91,7 +100,7 @@ def test_lycoris_reads_our_file(algorithm: Any, sample: Any, adapter: Any) -> No
 
 def test_we_read_lycoriss_file(algorithm: Any, sample: Any) -> None:
     theirs = scrambled(counterpart(algorithm, sample.module))
-    ours = adapter_from_file(sample.sizes, theirs.state_dict())
+    ours = adapter_from_file(sample.sizes, theirs.state_dict(), sample.module)
     assert ours.algorithm == algorithm.name
     assert_alike(sample, ours, theirs)
 
@@ -119,8 +128,9 @@ def test_a_lokr_whose_smaller_half_is_decomposed_too(sample_of: Any) -> None:
 def test_files_of_options_that_we_lack_are_refused(kind: Any) -> None:
     conv: Any = nn.Conv2d(24, 30, 3)
     sizes = Layer.of("layer", conv)
-    for options, suffix in (({"weight_decompose": True}, "dora_scale"), ({"use_tucker": True}, "lora_mid|_t")):
+    lengths = {"weight_decompose": True, "wd_on_out": kind is not LoConModule}
+    for options, suffix in ((lengths, "dora_scale"), ({"use_tucker": True}, "lora_mid|_t")):
         with pytest.raises(ValueError, match=f"({suffix}).* cannot be trained here"):
-            adapter_from_file(sizes, kind("layer", conv, lora_dim=2, alpha=1, **options).state_dict())
+            adapter_from_file(sizes, kind("layer", conv, lora_dim=2, alpha=1, **options).state_dict(), conv)
     with pytest.raises(ValueError, match="rescale cannot be trained here"):
         adapter_from_file(sizes, DiagOFTModule("layer", conv, lora_dim=3, rescaled=True).state_dict())

@@ -10,6 +10,7 @@ from lycoris.functional import factorization
 from torch import nn
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lokr import LoKr, factorized
@@ -20,6 +21,7 @@ ALGORITHMS = st.one_of(
     st.builds(LoRA, rank=st.integers(1, 16)),
     st.builds(LoHa, rank=st.integers(1, 16)),
     st.builds(LoKr, rank=st.integers(1, 16), factor=st.none() | st.integers(1, 50)),
+    st.builds(DoRA, rank=st.integers(1, 16)),
     st.builds(OFT, rank=st.integers(1, 16), alpha=st.none() | st.floats(1e-4, 10)),
 )
 
@@ -43,25 +45,25 @@ def layers(draw: st.DrawFn) -> Any:
 def test_random_layers(layer: Any, algorithm: Any) -> None:
     sizes = Layer.of("layer", layer)
     try:
-        adapter = algorithm.build(sizes, "layer", 0)
+        adapter = algorithm.build(sizes, "layer", 0, layer)
     except ValueError:
         assume(not isinstance(algorithm, OFT))  # single outputs, or blocks across groups
         raise
     axes = len(sizes.kernel)
     x = torch.randn(2, sizes.n_in, *(3, 4, 3)[:axes])
     y = layer(x)
-    assert torch.equal(adapter(x, y, layer.bias), y)
+    assert torch.equal(adapter(x, y, layer.bias, layer), y)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
-    adapted = adapter(x, y, layer.bias)
+    adapted = adapter(x, y, layer.bias, layer)
     assert adapted.shape == y.shape and adapted.dtype == y.dtype
     adapted.sum().backward()
     assert all(parameter.grad.shape == parameter.shape for parameter in adapter.parameters())
     tensors = adapter.file_tensors(torch.float32)
-    back = adapter_from_file(sizes, tensors)
+    back = adapter_from_file(sizes, tensors, layer)
     again = back.file_tensors(torch.float32)
     assert list(again) == list(tensors) and all(torch.equal(again[name], tensors[name]) for name in tensors)
-    torch.testing.assert_close(back(x, y, layer.bias), adapted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(back(x, y, layer.bias, layer), adapted, rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=300, deadline=None)

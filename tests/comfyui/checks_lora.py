@@ -26,9 +26,10 @@ from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.attach import attached
+from lorasmith.layouts import by_layer
 from lorasmith.loading import adapters_from
 
-ALGORITHMS = ("LoRA", "LoHa", "LoKr", "OFT")
+ALGORITHMS = ("LoRA", "LoHa", "LoKr", "OFT", "DoRA")
 UNETS = ("sd1", "sd2", "sdxl")
 LEARNT = {"steps": 3, "learning_rate": 0.05}
 
@@ -63,7 +64,7 @@ def _the_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) 
         close(found[key], difference, 1e-3)
 
 
-def _both_predictions(kind: str, lora: dict[str, Tensor], patcher: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _both_predictions(kind: str, lora: Any, patcher: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The output [1,C,h,w] of lorasmith's hooks, of ComfyUI's patcher, and without the LoRA."""
     model = _model(kind)
     denoiser, x0 = denoiser_of(model, 1)
@@ -72,7 +73,7 @@ def _both_predictions(kind: str, lora: dict[str, Tensor], patcher: Any) -> tuple
     floats = {key: tensor.float() for key, tensor in lora.items()}
     with torch.no_grad():
         before = denoiser.predict(x_t, t, entry_numbers(0))
-        with attached(denoiser, adapters_from(floats, denoiser).freeze()):
+        with attached(denoiser, adapters_from(floats, denoiser, lora.metadata).freeze()):
             own = denoiser.predict(x_t, t, entry_numbers(0))
     denoised = comfy_denoised(patcher, model.positive(1)[0], x_t, t)
     comfy.model_management.unload_all_models()
@@ -155,10 +156,31 @@ def check_every_layer_in_kohya_s_names(family: str) -> None:
     _the_same(_differences(model, other), _differences(model, lora), family)
 
 
+def check_every_layout_has_its_lengths_of_dora(family: str) -> None:
+    """ComfyUI's file makes the weights in ComfyUI that the others' m makes by the paper's equation 5."""
+    model, lora = _model(family), _lora(family, "all", "DoRA")
+    in_comfyui, (papers, _) = _differences(model, lora), lora.file("kohya")
+    layers = by_layer(papers)
+    assert {f"{layer}.weight" for layer in layers} == in_comfyui.keys()
+    for layer, parts in layers.items():
+        weight, up, down = _weight(model, f"{layer}.weight"), parts["lora_up.weight"], parts["lora_down.weight"]
+        whole = weight + float(parts["alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        lengths = whole.flatten(1).norm(dim=1).view_as(parts["dora_scale"])
+        close(in_comfyui[f"{layer}.weight"], parts["dora_scale"] / lengths * whole - weight, 1e-3)
+    lora = _lora(family, "attention", "DoRA")
+    papers, metadata = lora.file("diffusers")
+    assert metadata["lorasmith.dora_scale"] == "paper" and lora.metadata["lorasmith.dora_scale"] == "ComfyUI"
+    state = in_layout(papers, "diffusers", model.patcher.model)
+    vectors = [tensor for key, tensor in state.items() if key.endswith(".lora_magnitude_vector")]
+    assert len(vectors) == len(state) / 3
+    scales = torch.cat([tensor.flatten() for key, tensor in papers.items() if key.endswith(".dora_scale")])
+    assert torch.equal(torch.cat([vector.flatten() for vector in vectors]), scales)
+
+
 def check_layouts_that_are_not_possible_are_refused() -> None:
     with refused("model", "kohya"):
         in_layout(_lora("sd1", "attention"), "kohya", None)
-    with refused("diffusers", "LoRA"):
+    with refused("diffusers", "LoRA and DoRA"):
         in_layout(_lora("sd1", "attention", "LoHa"), "diffusers", _model("sd1").patcher.model)
 
 

@@ -26,7 +26,7 @@ CONTRACT = [
     ("seed", "IntInput", {"default": 0, "min": 0, "max": 18446744073709551615}),
     ("training_dtype", "ComboInput", {"default": "bf16", "options": ["bf16", "fp32", "none"]}),
     ("lora_dtype", "ComboInput", {"default": "bf16", "options": ["bf16", "fp32"]}),
-    ("algorithm", "ComboInput", {"default": "LoRA", "options": ["LoRA", "LoHa", "LoKr", "OFT"]}),
+    ("algorithm", "ComboInput", {"default": "LoRA", "options": ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"]}),
     ("gradient_checkpointing", "BooleanInput", {"default": True}),
     ("existing_lora", "ComboInput", {"default": "[None]", "options": ["[None]"]}),
 ]

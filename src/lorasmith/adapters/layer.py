@@ -1,4 +1,4 @@
-"""What adapters know of the layers they hang on: sizes, never weights."""
+"""What adapters know of the layers they hang on: sizes; of a weight, what `base.py` says."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -81,8 +81,11 @@ class Adapter(Protocol):
         """Whether it may be given a layer that is yet to run instead of its output: it only adds to that."""
         ...
 
-    def __call__(self, x: Tensor, y: Any, bias: Tensor | None) -> Tensor:
-        """x, the layer's input, y, its output, and its bias -> adapted y, in y's shape and dtype."""
+    def __call__(self, x: Tensor, y: Any, bias: Tensor | None, base: nn.Module | None = None) -> Tensor:
+        """x, the layer's input, y, its output, its bias, and itself -> adapted y, in y's shape and dtype.
+
+        base is for those that ask the layer's weight (`adapters/base.py`); the others may be run without.
+        """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

@@ -28,7 +28,7 @@ class LoHa(Component):
     rank: Rank = 8
     alpha: Alpha = None
 
-    def build(self, layer: Layer, path: str, seed: int) -> "LoHaAdapter":
+    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoHaAdapter":
         """A new adapter, the identity: w2_a is 0, the others normal with LyCORIS's deviations, from (seed, path)."""
         stds = (0.1, 1.0, 0.0, 1.0)
         factors = [
@@ -56,7 +56,7 @@ class LoHaAdapter(nn.Module):
         self.operation, self.build = _way(layer, factors[0].shape[1])
 
     @classmethod
-    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoHaAdapter":
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoHaAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit; no alpha: scale 1."""
         rank = size_of(tensors, "hada_w1_a", -1)
         shapes = _shapes(layer, rank)
@@ -67,7 +67,7 @@ class LoHaAdapter(nn.Module):
     def rank(self) -> int:
         return self.factors[0].shape[1]
 
-    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, tuple(self.factors), self.alpha / self.rank, self.build)
 

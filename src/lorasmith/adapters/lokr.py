@@ -45,7 +45,7 @@ class LoKr(Component):
         default=None, ge=1, le=65536, description="rows and columns of the smaller Kronecker factor; none: near square"
     )
 
-    def build(self, layer: Layer, path: str, seed: int) -> "LoKrAdapter":
+    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoKrAdapter":
         """A new adapter, the identity: w2 (or its second factor) is 0, the rest Kaiming's, drawn from (seed, path).
 
         w2 is decomposed at the rank where LyCORIS does so and that makes it smaller.
@@ -80,7 +80,7 @@ class LoKrAdapter(nn.Module):
         self.operation, self.build = _way(layer, factors)
 
     @classmethod
-    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoKrAdapter":
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoKrAdapter":
         """The adapter that a file holds for this layer, whatever its factor; ValueError where it does not fit."""
         factors, sizes = {}, []
         for name, kernel in (("lokr_w1", ()), ("lokr_w2", layer.kernel)):
@@ -108,7 +108,7 @@ class LoKrAdapter(nn.Module):
         """Only of decomposed factors: two whole ones are used as they are."""
         return self._alpha if self.rank else None
 
-    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         scale = self._alpha / self.rank if self.rank else 1.0
         return updated(x, y, self.operation, tuple(self.factors), scale, self.build)

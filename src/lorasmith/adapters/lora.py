@@ -28,10 +28,9 @@ class LoRA(Component):
     rank: Rank = 8
     alpha: Alpha = None
 
-    def build(self, layer: Layer, path: str, seed: int) -> "LoRAAdapter":
-        """A new adapter, the identity; A is uniform in ±1 / sqrt(fan-in), drawn from (seed, path)."""
-        down = kaiming(seed, path, (self.rank, layer.fan_in)).view(_down_shape(layer, self.rank))
-        up = torch.zeros(_up_shape(layer, self.rank), dtype=torch.float32)
+    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoRAAdapter":
+        """A new adapter, the identity."""
+        down, up = new_factors(layer, self.rank, path, seed)
         return LoRAAdapter(layer, down, up, float(self.rank) if self.alpha is None else self.alpha)
 
 
@@ -52,33 +51,46 @@ class LoRAAdapter(nn.Module):
         self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
 
     @classmethod
-    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "LoRAAdapter":
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoRAAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer.
 
-        Without alpha the scale is 1, as in every reader of such files. Convolutions with a kernel of 1 may be stored
-        as matrices.
+        Without alpha the scale is 1, as in every reader of such files.
         """
-        down, up = (tensors.get(suffix, torch.empty(1)) for suffix in ("lora_down.weight", "lora_up.weight"))
-        rank = size_of(tensors, "lora_down.weight", 0)
-        stored = dict(tensors)
-        if layer.conv is not None and math.prod(layer.kernel) == 1 and down.ndim == up.ndim == 2:
-            ones = [1] * len(layer.kernel)
-            stored |= {"lora_down.weight": down.view(*down.shape, *ones), "lora_up.weight": up.view(*up.shape, *ones)}
-        down = fitting(stored, "lora_down.weight", _down_shape(layer, rank))
-        up = fitting(stored, "lora_up.weight", _up_shape(layer, rank))
-        return cls(layer, down, up, alpha_of(tensors, rank))
+        down, up = read_factors(layer, tensors)
+        return cls(layer, down, up, alpha_of(tensors, len(down)))
 
     @property
     def rank(self) -> int:
         return len(self.down)
 
-    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank)
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names."""
         return for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
+
+
+def new_factors(layer: Layer, rank: int, path: str, seed: int) -> tuple[Tensor, Tensor]:
+    """A, uniform in ±1 / sqrt(fan-in), drawn from (seed, path), and B, which is 0."""
+    down = kaiming(seed, path, (rank, layer.fan_in)).view(_down_shape(layer, rank))
+    return down, torch.zeros(_up_shape(layer, rank), dtype=torch.float32)
+
+
+def read_factors(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A file's A and B; ValueError where their shapes do not fit the layer.
+
+    Convolutions with a kernel of 1 may be stored as matrices.
+    """
+    down, up = (tensors.get(suffix, torch.empty(1)) for suffix in ("lora_down.weight", "lora_up.weight"))
+    rank = size_of(tensors, "lora_down.weight", 0)
+    stored = dict(tensors)
+    if layer.conv is not None and math.prod(layer.kernel) == 1 and down.ndim == up.ndim == 2:
+        ones = [1] * len(layer.kernel)
+        stored |= {"lora_down.weight": down.view(*down.shape, *ones), "lora_up.weight": up.view(*up.shape, *ones)}
+    down = fitting(stored, "lora_down.weight", _down_shape(layer, rank))
+    return down, fitting(stored, "lora_up.weight", _up_shape(layer, rank))
 
 
 def _down_shape(layer: Layer, rank: int) -> tuple[int, ...]:

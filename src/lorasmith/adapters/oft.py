@@ -31,7 +31,7 @@ class OFT(Component):
     rank: Annotated[int, Field(ge=1, le=128, description="size of a block, or their number where that is smaller")] = 8
     alpha: Constraint = None
 
-    def build(self, layer: Layer, path: str, seed: int) -> "OFTAdapter":
+    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "OFTAdapter":
         """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
         size, num_blocks = factorized(layer.n_out, self.rank)
         if size == 1:
@@ -64,7 +64,7 @@ class OFTAdapter(nn.Module):
         self.constraint = constraint
 
     @classmethod
-    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor]) -> "OFTAdapter":
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "OFTAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer."""
         size = max(1, size_of(tensors, "oft_blocks", -1))
         blocks = fitting(tensors, "oft_blocks", (layer.n_out // size, size, size))
@@ -80,7 +80,7 @@ class OFTAdapter(nn.Module):
     def alpha(self) -> float | None:
         return self.constraint or None
 
-    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
         turn = turn_of(self.blocks.float(), self._limit).to(self.blocks.dtype)
         return rotated(y, turn, bias, self.layer.conv is not None)

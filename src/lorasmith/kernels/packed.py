@@ -31,9 +31,14 @@ class _Frozen(torch.autograd.Function):
 class Packed(nn.Module, Base):
     """A frozen layer with a weight in blocks; an adapter may run inside its function."""
 
-    adapter: Callable[[Tensor, Base], Tensor] | None = None
+    adapter: Callable[[Tensor, "Packed"], Tensor] | None = None
+    bias: Tensor | None
     blocks: Tensor
     blocks_back: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -41,12 +46,16 @@ class Packed(nn.Module, Base):
         both = (self.blocks, self.blocks_back)
         return sum(torch.ops.mkldnn._nbytes(blocks) for blocks in both if blocks is not None)
 
+    def row_products(self, rows: Tensor) -> Tensor:
+        """rows [r, n_in] or [r, n_in / g, k, k] -> their products with each of the weight's rows [r, n_out]."""
+        ...
+
     def forward(self, input: Tensor) -> Tensor:
         if self.adapter is None:
             return _Frozen.apply(input, self)  # pyright: ignore[reportReturnType]
         return self.adapter(input, self)
 
-    def take(self, adapter: Callable[[Tensor, Base], Tensor]) -> "Taken":
+    def take(self, adapter: Callable[[Tensor, "Packed"], Tensor]) -> "Taken":
         """Hangs in an adapter, (x, this layer) -> the adapted output; returns what takes it out again."""
         if self.adapter is not None:
             raise ValueError("a packed layer must have one adapter at most, got another")
@@ -84,6 +93,9 @@ class PackedLinear(Packed, nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
 
+    def row_products(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows.to(self.dtype), self.blocks, None, "none", [], "")
+
     def arranged(self, x: Tensor) -> Tensor:
         return x.contiguous()
 
@@ -113,6 +125,11 @@ class PackedConv2d(Packed, nn.Conv2d):
 
     def product(self, x: Tensor) -> Tensor:
         return _run(x, self.blocks, self.bias, self.shape)
+
+    def row_products(self, rows: Tensor) -> Tensor:
+        pictures = self.arranged(rows.to(self.dtype).repeat(1, self.groups, 1, 1))
+        plain = ConvShape((1, 1), (0, 0), (1, 1), self.groups)
+        return _run(pictures, self.blocks, None, plain).flatten(1)
 
     def arranged(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)

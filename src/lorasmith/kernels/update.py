@@ -62,30 +62,52 @@ class Base(Protocol):
         ...
 
 
+def run_of(base: Tensor | Base, x: Tensor) -> tuple[Base | None, Tensor, Tensor]:
+    """A layer's output, or the layer -> the layer, x as it computes with it, and the output."""
+    if isinstance(base, Tensor):
+        return None, x, base
+    x = base.arranged(x)
+    return base, x, base.product(x)
+
+
+def with_run(y: Tensor, operation: Operation, x: Tensor, weights: Weights, scale: float) -> Tensor:
+    """y, a new tensor, plus scale * operation.run(x, weights), which is computed in the weights' dtype."""
+    dtype = weights[0].dtype
+    if y.dtype == dtype:
+        operation.add_run(y, x.to(dtype), weights, scale)
+        return y
+    return y.add_(operation.run(x.to(dtype), weights).view(y.shape).mul_(scale))
+
+
+def with_gradients(
+    grad_x: Tensor | None, operation: Operation, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
+) -> tuple[Tensor | None, Weights]:
+    """The gradient of x through the operation, added to grad_x, a new tensor, where there is one; those of weights."""
+    dtype = weights[0].dtype
+    if grad_x is not None and grad_x.dtype == dtype:
+        return grad_x, operation.add_gradients(grad_x, grad.to(dtype), x.to(dtype), weights, scale)
+    own, grads = operation.gradients(grad.to(dtype), x.to(dtype), weights, scale, wants_x)
+    if own is not None:
+        own = own.reshape(x.shape).to(x.dtype)
+    return own if grad_x is None or own is None else grad_x.add_(own), grads
+
+
 class _Updated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, base: Tensor | Base, operation: Operation, build: Build, scale: float, *factors: Tensor
     ) -> Tensor:
-        ctx.base, ctx.operation, ctx.build, ctx.scale = None, operation, build, scale
-        dtype = factors[0].dtype
+        ctx.operation, ctx.build, ctx.scale = operation, build, scale
         weights = build(*(factor.detach() for factor in factors))  # a matrix that wants a gradient makes matmul copy
-        if isinstance(base, Tensor):
-            y = base.clone()
-        else:
-            ctx.base, x = base, base.arranged(x)
-            y = base.product(x)
+        ctx.base, x, y = run_of(base, x)
         ctx.save_for_backward(x, *factors)
-        if y.dtype == dtype:
-            operation.add_run(y, x.to(dtype), weights, scale)
-            return y
-        return y.add_(operation.run(x.to(dtype), weights).view(y.shape).mul_(scale))
+        return with_run(y.clone() if y is base else y, operation, x, weights, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
-        base, dtype, wants_x = ctx.base, factors[0].dtype, ctx.needs_input_grad[0]
+        base, wants_x = ctx.base, ctx.needs_input_grad[0]
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in factors]
             weights = ctx.build(*leaves)
@@ -94,13 +116,7 @@ class _Updated(torch.autograd.Function):
         if base is not None:
             grad = base.arranged(grad)
             grad_x = base.input_gradient(grad, x.shape) if wants_x else None
-        if grad_x is not None and grad_x.dtype == dtype:
-            grads = ctx.operation.add_gradients(grad_x, grad, x, plain, ctx.scale)
-        else:
-            own, grads = ctx.operation.gradients(grad.to(dtype), x.to(dtype), plain, ctx.scale, wants_x)
-            if own is not None:
-                own = own.reshape(x.shape).to(x.dtype)
-                grad_x = own if grad_x is None else grad_x.add_(own)
+        grad_x, grads = with_gradients(grad_x, ctx.operation, grad, x, plain, ctx.scale, wants_x)
         if ctx.build is not as_they_are:
             grads = torch.autograd.grad(weights, leaves, grads)
         return grad_x, grad if base is None else None, None, None, None, *grads

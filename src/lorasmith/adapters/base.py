@@ -1,0 +1,41 @@
+"""What an adapter may ask of the weight of the layer it hangs on: lengths of its rows, and their products with others.
+
+The one place that reads a frozen weight. A layer that keeps its own packed or quantised answers here in its own way.
+r rows, g the layer's groups, k… its kernel.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.kernels.decomposed import SMALLEST
+from lorasmith.kernels.packed import Packed
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that products take as they are."""
+
+
+def row_squares(base: nn.Module) -> Tensor:
+    """The squared lengths [n_out] of a layer's rows, 1e-30 at least, in float32 or wider, on the CPU."""
+    weight = _weight(base, torch.float32)
+    lengths = torch.linalg.vector_norm(
+        weight, dim=tuple(range(1, weight.ndim)), dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
+    return lengths.square().clamp(min=SMALLEST).cpu()
+
+
+def row_products(base: nn.Module, rows: Tensor) -> Tensor:
+    """rows [r, n_in] or [r, n_in / g, k…] -> their products with each of a layer's rows [r, n_out], in its dtype."""
+    rows = rows.detach()
+    if isinstance(base, Packed):
+        return base.row_products(rows)
+    weight = _weight(base, rows.dtype)
+    if not weight.is_contiguous():  # channels_last, which flattens without a copy in the order of its memory
+        weight, rows = weight.movedim(1, -1), rows.movedim(1, -1)
+    return rows.to(weight.dtype).flatten(1) @ weight.flatten(1).t()
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A layer's weight, in its own dtype where products take that."""
+    assert isinstance(base.weight, Tensor)
+    weight = base.weight.detach()
+    return weight if weight.dtype in PLAIN else weight.to(dtype)

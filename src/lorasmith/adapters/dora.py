@@ -1,0 +1,124 @@
+"""DoRA (Liu et al. 2024, "Weight-Decomposed Low-Rank Adaptation", eq. 5): W becomes m (W + s B A) / |W + s B A|.
+
+One length m for each output's row of W; s = alpha / rank. What is trained beside A and B is the change of m: it starts
+at 0, so that the layer stays exactly as it is in 16 bits too, and weight decay leads back to the layer's own lengths.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import row_products, row_squares
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
+from lorasmith.adapters.lora import Alpha, LoRAAdapter, Rank, new_factors, read_factors
+from lorasmith.component import Component
+from lorasmith.kernels.decomposed import decomposed, row_norms
+from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.update import Base, Operation
+
+SCALE, VECTOR = "dora_scale", "lora_magnitude_vector"
+"""m in files: LyCORIS's name, [n_out, 1…]; PEFT's, [n_out], or [1, n_out, 1…] of a convolution."""
+
+
+class DoRA(Component):
+    """Low-rank adapters and a length for each output: m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|."""
+
+    name: Literal["DoRA"] = "DoRA"
+    rank: Rank = 8
+    alpha: Alpha = None
+
+    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "DoRAAdapter":
+        """A new adapter, the identity; A is that of a LoRA of this seed and path."""
+        assert base is not None
+        squares = row_squares(base)
+        down, up = new_factors(layer, self.rank, path, seed)
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return DoRAAdapter(layer, (down, up, torch.zeros_like(squares)), squares, alpha)
+
+
+class DoRAAdapter(nn.Module):
+    """The adapter of one layer. r rank, g the layer's groups, k… its kernel."""
+
+    MARKS = frozenset({SCALE, VECTOR})
+    SUFFIXES = LoRAAdapter.SUFFIXES | MARKS
+    algorithm = "DoRA"
+    takes_base = True
+
+    def __init__(self, layer: Layer, factors: tuple[Tensor, Tensor, Tensor], squares: Tensor, alpha: float) -> None:
+        """factors: down [r, n_in] or [r, n_in / g, k…], up [n_out, r] or [n_out, r, 1…], change [n_out].
+
+        squares [n_out]: the squared lengths of the layer's rows, which m is a change of.
+        """
+        super().__init__()
+        self.down, self.up, self.change = (nn.Parameter(factor) for factor in factors)
+        self.squares = squares
+        self.alpha = alpha
+        self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
+
+    @classmethod
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "DoRAAdapter":
+        """The adapter that a file holds for this layer, its dora_scale being m; ValueError where it does not fit."""
+        assert base is not None
+        squares = row_squares(base)
+        down, up = read_factors(layer, tensors)
+        change = _magnitudes(layer, tensors).to(squares.dtype) - squares.sqrt()
+        return cls(layer, (down, up, change), squares, alpha_of(tensors, len(down)))
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
+        """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
+        assert base is not None
+        norms, lengths = self.norms(base), self._own_squares().sqrt()
+        factors = self.down, self.up, self.change
+        return decomposed(x, y, bias, self.operation, factors, scale=self._scale, norms=norms, lengths=lengths)
+
+    def norms(self, base: nn.Module) -> Tensor:
+        """The lengths [n_out] of the rows of W + s B A, a constant."""
+        return row_norms(self._own_squares(), row_products(base, self.down), (self.down, self.up), self._scale)
+
+    def magnitudes(self) -> Tensor:
+        """m [n_out], in float32 or wider."""
+        return self._own_squares().sqrt() + self.change.detach()
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """down, up and alpha under kohya's names, m under LyCORIS's.
+
+        m is in float32: its change is small beside it, and 16 bits would hide that.
+        """
+        tensors = for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
+        shape = (-1, *[1] * (self.up.ndim - 1))
+        return {**tensors, SCALE: self.magnitudes().to("cpu", torch.float32).view(shape)}
+
+    @property
+    def _scale(self) -> float:
+        return self.alpha / self.rank
+
+    def _own_squares(self) -> Tensor:
+        """The squares, on the parameters' device."""
+        if self.squares.device != self.change.device:
+            self.squares = self.squares.to(self.change.device)
+        return self.squares
+
+
+def _magnitudes(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A file's m [n_out]; ValueError where it has none, two, or one for each input."""
+    if SCALE in tensors and VECTOR in tensors:
+        raise ValueError(f"{SCALE} must not stand beside {VECTOR}")
+    ones = (1,) * len(layer.kernel)
+    if VECTOR in tensors:
+        return fitting(tensors, VECTOR, (1, layer.n_out, *ones) if ones else (layer.n_out,)).flatten()
+    shape = (layer.n_out, 1, *ones)
+    found = tuple(tensors[SCALE].shape) if SCALE in tensors else shape
+    if found == (1, layer.weight_shape[1], *ones) != shape:
+        raise ValueError(
+            f"{SCALE} must hold a number for each of {layer.n_out} outputs, got {list(found)}, one for each input: "
+            "that kind of DoRA cannot be trained here"
+        )
+    is_matrix = found == shape[:2] and math.prod(layer.kernel) == 1  # as factors of such convolutions may be
+    return fitting(tensors, SCALE, found if is_matrix else shape).flatten()

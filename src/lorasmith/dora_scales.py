@@ -1,0 +1,61 @@
+"""The lengths of DoRA as ComfyUI reads them: it divides by |W|, where the paper and all others divide by |W + s B A|.
+
+So a file for ComfyUI holds m |W| / |W + s B A| as its dora_scale, and says so in its metadata; reading takes that back.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from lorasmith.adapters.dora import SCALE, DoRAAdapter
+from lorasmith.adapters.layer import Layer
+from lorasmith.layouts import ModuleNames, by_layer
+from lorasmith.targets import adaptable_layers
+from lorasmith.types import Denoiser
+
+log = logging.getLogger(__name__)
+
+KEY = "lorasmith.dora_scale"
+PAPER, COMFYUI = {KEY: "paper"}, {KEY: "ComfyUI"}
+"""What a file's metadata say of its dora_scale."""
+
+
+def as_in_the_paper(lora: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's LoRA with the paper's lengths, for this denoiser's weights; what fits no layer is left as it is.
+
+    A file that does not say which it holds has the paper's; one with ComfyUI's names could be of either kind, so that
+    a warning says so.
+    """
+    if metadata.get(KEY) == COMFYUI[KEY]:
+        return _changed(lora, denoiser, lambda own, updated: updated / own)
+    if KEY not in metadata and any(key.startswith("diffusion_model.") and key.endswith(f".{SCALE}") for key in lora):
+        log.warning("the LoRA does not say whether its %s is ComfyUI's: taken as the paper's", SCALE)
+    return dict(lora)
+
+
+def for_comfyui(lora: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Tensor]:
+    """A LoRA with the paper's lengths -> with ComfyUI's, for this denoiser's weights."""
+    return _changed(lora, denoiser, lambda own, updated: own / updated)
+
+
+def _changed(
+    lora: Mapping[str, Tensor], denoiser: Denoiser, factor: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Each dora_scale times what the lengths [n_out] of a layer's rows, without and with the update, make."""
+    names, adaptable, state = ModuleNames(denoiser), adaptable_layers(denoiser.nets), dict(lora)
+    for layer, parts in by_layer(lora).items():
+        path = names.path(layer)
+        if SCALE not in parts or path not in adaptable:
+            continue
+        base = adaptable[path]
+        try:
+            adapter = DoRAAdapter.from_file(Layer.of(path, base), parts, base)
+        except ValueError:  # which whoever makes adapters of them says, with all the others
+            continue
+        adapter.to(next(base.parameters()).device)
+        norms = adapter.norms(base).cpu()
+        factors = factor(adapter.squares.cpu().sqrt(), norms)
+        scale = parts[SCALE].to(factors.dtype)
+        state[f"{layer}.{SCALE}"] = scale * factors.view(-1, *[1] * (scale.ndim - 1))
+    return state

@@ -1,0 +1,91 @@
+"""Layers whose rows are given new lengths: (m / n) (z + scale up(down(x))) + bias, with z = y - bias.
+
+n, the rows' lengths with the update, is a constant of the backward pass (Liu et al. 2024, "DoRA", section 4.3). It
+comes from products with the factors, so that W + scale up down is never made. r rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorasmith.kernels.update import Base, Operation, Weights, run_of, with_gradients, with_run
+
+SMALLEST = 1e-30
+"""The least square of a length, so that a row of zeros can be divided by its own."""
+
+
+def row_norms(squares: Tensor, products: Tensor, weights: Weights, scale: float) -> Tensor:
+    """The lengths [n_out] of the rows of W + scale up down, in float32 or wider.
+
+    squares [n_out]: those of W's rows; products [r, n_out]: down W^T; weights: down [r, …], up [n_out, r, …]. By rows,
+    |W + s U D|^2 = |W|^2 + (2 s W D^T + s^2 U D D^T) * U, summed.
+    """
+    down, up = (weight.detach().flatten(1).to(squares.dtype) for weight in weights)
+    crossed = torch.addmm(products.to(squares.dtype), down @ down.t(), up.t(), beta=2 * scale, alpha=scale**2)
+    return (squares + (crossed * up.t()).sum(0)).clamp_(min=SMALLEST).sqrt_()
+
+
+class _Decomposed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Tensor | Base, bias: Tensor | None, operation: Operation, scale: float,
+        norms: Tensor, lengths: Tensor, down: Tensor, up: Tensor, change: Tensor,
+    ) -> Tensor:  # fmt: skip
+        gain = (lengths + change.detach() - norms) / norms  # m / n - 1, which a dtype of 16 bits holds as it is small
+        ctx.base, x, y = run_of(base, x)
+        ctx.save_for_backward(x, y, bias, norms, gain, down, up, change)
+        ctx.operation, ctx.scale = operation, scale
+        out = torch.addcmul(y, y, _along(gain, up).to(y.dtype))
+        if bias is not None:
+            out.sub_(_along(gain * bias, up).to(y.dtype))
+        weights = down.detach(), _scaled(up.detach(), scale * (1 + gain))
+        return with_run(out, operation, x, weights, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, bias, norms, gain, down, up, change = ctx.saved_tensors
+        scales = ctx.scale * (1 + gain)
+        if ctx.base is not None:
+            grad = ctx.base.arranged(grad)
+        wants_y = ctx.base is not None or ctx.needs_input_grad[1]
+        grad_y = torch.addcmul(grad, grad, _along(gain, up).to(grad.dtype)) if wants_y else None
+        grad_x = ctx.base.input_gradient(grad_y, x.shape) if ctx.base is not None and ctx.needs_input_grad[0] else None
+        grad_x, (grad_down, grad_up) = with_gradients(
+            grad_x, ctx.operation, grad, x, (down.detach(), _scaled(up.detach(), scales)), 1.0, ctx.needs_input_grad[0]
+        )
+        rows = [axis for axis in range(grad.ndim) if axis != (grad.ndim - 1 if up.ndim == 2 else 1)]
+        # what m / n multiplies, times the gradient: the update's part is up's gradient, already summed
+        wide = grad.to(norms.dtype) if grad.dtype == torch.float16 else grad  # whose sums may be beyond its range
+        total = (wide * y).sum(rows).to(norms.dtype)
+        total += ctx.scale * (grad_up.to(norms.dtype) * up.detach()).flatten(1).sum(1)
+        if bias is not None:
+            total -= wide.sum(rows).to(norms.dtype) * bias
+        factors = grad_down, _scaled(grad_up, scales), (total / norms).to(change.dtype)
+        return grad_x, grad_y if ctx.base is None else None, None, None, None, None, None, *factors
+
+
+def _scaled(up: Tensor, factors: Tensor) -> Tensor:
+    """up [n_out, r, 1…], each row times its factor [n_out], in up's dtype."""
+    return (up * factors.view(-1, *[1] * (up.ndim - 1))).to(up.dtype)
+
+
+def _along(values: Tensor, up: Tensor) -> Tensor:
+    """values [n_out] -> what multiplies each output: [n_out], or [n_out, 1…] of a convolution."""
+    return values.view(-1, *[1] * (up.ndim - 2))
+
+
+def decomposed(
+    x: Tensor, base: Tensor | Base, bias: Tensor | None, operation: Operation, factors: tuple[Tensor, Tensor, Tensor],
+    *, scale: float, norms: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    """x [..., n_in] or [B, n_in, …] -> base, the layer's output or what makes it, with the update, in its dtype.
+
+    bias [n_out]: the layer's, which its output holds; factors: down and up, as `operation` takes them, and change
+    [n_out]: m = lengths + change; norms, lengths [n_out]: those of the rows with and without the update, constants.
+    """
+    return _Decomposed.apply(  # pyright: ignore[reportReturnType]
+        x, base, bias, operation, scale, norms, lengths, *factors
+    )
