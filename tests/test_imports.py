@@ -23,7 +23,7 @@ FLOORS = (
     ),
     ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
     ("attach", "memory", "config", "lorafile"),
-    ("settings", "objective", "state", "families", "inspection", "loading", "base_weights", "sharding"),
+    ("settings", "objective", "state", "families", "inspection", "loading", "base_weights", "low_bit", "sharding"),
     ("diagnosis", "checkpoints"),
     ("training", "resuming"),
     ("job", "inputs"),

@@ -25,16 +25,22 @@ def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dt
     Every parameter shares its memory with the original's, but for those that another device or dtype makes anew.
     """
     frozen = {
-        id(p): nn.Parameter(_normal(p).detach().to(device, dtype if p.is_floating_point() else None), False)
-        for net in denoiser.nets.values()
-        for p in net.parameters()
+        id(p): nn.Parameter(_normal(p).detach(), False) for net in denoiser.nets.values() for p in net.parameters()
     }
     twin = copy.deepcopy(denoiser, frozen)
     for net in twin.nets.values():
         net.eval()
+    move(twin, device, dtype)
+    return twin
+
+
+def move(denoiser: Denoiser, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Gives the parameters another device or dtype, and the buffers another device; None: that which they have."""
+    for net in denoiser.nets.values():
+        for p in net.parameters():
+            p.data = p.data.to(device, dtype if p.is_floating_point() else None)
         for buffer in net.buffers():
             buffer.data = buffer.data.to(device)
-    return twin
 
 
 def _normal(parameter: nn.Parameter) -> torch.Tensor:
