@@ -6,6 +6,7 @@ n_in and n_out are the sizes of a linear layer.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lorasmith.types import Denoiser
 log = logging.getLogger(__name__)
 
 NF4_BLOCK = 64  # numbers that share a scale (Dettmers et al. 2023, section 3)
+LEAST = 1e-12  # a row's largest number counts as no less in fp8
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 FARTHEST = 0.16  # of numbers in -1 to 1 from what comes back; nf4's widest gap is 0.304 wide, so 0.152
 
@@ -37,23 +39,30 @@ class Packed:
 
 
 def _int8(weight: Tensor) -> Packed:
-    """Each row divided by its largest number over 127.5, rounded; one scale a row."""
+    """Each row divided by its largest number over 127.5, rounded; one scale a row.
+
+    From float32, as the quotients of bf16 numbers would be rounded twice.
+    """
     try:
         from torchao.quantization import Int8Tensor, PerRow  # pyright: ignore[reportMissingImports]
     except ImportError:  # an older torchao has the module without the class
         raise _without("int8", "quantized") from None
-    packed = Int8Tensor.from_hp(weight, granularity=PerRow())
-    return Packed((packed.qdata, packed.scale, packed.zero_point), packed.dequantize)
+    packed = Int8Tensor.from_hp(weight.float(), granularity=PerRow())
+    assert packed.zero_point is not None
+    return Packed((packed.qdata, packed.scale, packed.zero_point), partial(packed.dequantize, weight.dtype))
 
 
 def _fp8(weight: Tensor) -> Packed:
-    """Each row divided by its largest number over 448, as float8 (e4m3); one scale a row."""
+    """Each row divided by its largest number over 448, as float8 (e4m3); one scale a row.
+
+    From float32, as fp16 has too few digits for small scales; the least scale keeps rows of zeros from becoming NaN.
+    """
     try:
         from torchao.quantization import Float8Tensor, PerRow  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise _without("fp8", "quantized") from None
-    packed = Float8Tensor.from_hp(weight, granularity=PerRow())
-    return Packed((packed.qdata, packed.scale), packed.dequantize)
+    packed = Float8Tensor.from_hp(weight.float(), granularity=PerRow(), hp_value_lb=LEAST)
+    return Packed((packed.qdata, packed.scale), partial(packed.dequantize, weight.dtype))
 
 
 def _nf4(weight: Tensor) -> Packed:
@@ -129,12 +138,16 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
     layers = dict(_packable(twin))
     if not layers:
         raise ValueError("base_dtype must be none: the model has no torch.nn.Linear in lists of blocks")
-    _refuse_without_kernels(kind, device, dtype or torch.float32)
+    for path, layer in layers.items():
+        if (dtype or layer.weight.dtype) not in COMPUTED:
+            raise ValueError(
+                f"base_dtype must be none here: {path}.weight is {layer.weight.dtype}, not fp32, bf16 or fp16"
+            )
+    for each in {dtype or layer.weight.dtype for layer in layers.values()}:
+        _refuse_without_kernels(kind, device, each)
     bytes_before = bytes_after = 0
     for path, layer in layers.items():
         weight = layer.weight.detach().to(device, dtype)
-        if weight.dtype not in COMPUTED:
-            raise ValueError(f"base_dtype must be none here: {path}.weight is {weight.dtype}, not fp32, bf16 or fp16")
         if not weight.isfinite().all():
             raise ValueError(f"{path}.weight must be finite for base_dtype {kind}, got NaN or infinity")
         bytes_before += weight.nbytes
@@ -142,7 +155,7 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
         bytes_after += packed.nbytes
         del layer.weight
         layer.__class__ = LowBitLinear  # as torch's parametrize does: the layer keeps its places and hooks
-        layer.packed = packed  # pyright: ignore[reportAttributeAccessIssue]
+        layer.packed = packed  # pyright: ignore[reportArgumentType]
     move(twin, device, dtype)
     _tell(twin, kind, bytes_before, bytes_after)
     return twin
