@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
-from lorasmith.memory import D, blocks, move, shared_copy
+from lorasmith.memory import D, blocks, shared_copy
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -134,10 +134,11 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
     convolutions. A weight is packed before the next is copied, so no second set of weights is held on the way.
     ValueError where that cannot be.
     """
-    twin = shared_copy(denoiser)
-    layers = dict(_packable(twin))
-    if not layers:
+    paths = {path for path, _ in _packable(shared_copy(denoiser))}  # a copy's layers may differ from the original's
+    if not paths:
         raise ValueError("base_dtype must be none: the model has no torch.nn.Linear in lists of blocks")
+    twin = shared_copy(denoiser, device, dtype, but={f"{path}.weight" for path in paths})
+    layers = dict(_packable(twin))
     for path, layer in layers.items():
         if (dtype or layer.weight.dtype) not in COMPUTED:
             raise ValueError(
@@ -156,7 +157,6 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
         del layer.weight
         layer.__class__ = LowBitLinear  # as torch's parametrize does: the layer keeps its places and hooks
         layer.packed = packed  # pyright: ignore[reportArgumentType]
-    move(twin, device, dtype)
     _tell(twin, kind, bytes_before, bytes_after)
     return twin
 

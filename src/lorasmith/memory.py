@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -19,28 +19,28 @@ log = logging.getLogger(__name__)
 INNERMOST = 5  # the greatest depth: nets that nest deeper give their innermost blocks too
 
 
-def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None) -> D:
+def shared_copy(
+    denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None, *, but: Container[str] = ()
+) -> D:
     """A copy in evaluation mode, frozen; hooks and flags on it stay there.
 
     Every parameter shares its memory with the original's, but for those that another device or dtype makes anew.
+    but: parameters, as "<net>.<path>", that keep their device and dtype.
     """
-    frozen = {
-        id(p): nn.Parameter(_normal(p).detach(), False) for net in denoiser.nets.values() for p in net.parameters()
-    }
+    named = [
+        (f"{name}.{path}", p)
+        for name, net in denoiser.nets.items()
+        for path, p in net.named_parameters(remove_duplicate=False)
+    ]
+    frozen = {id(p): nn.Parameter(_normal(p).detach(), False) for _, p in named}
+    for p in {id(p): p for path, p in named if path not in but}.values():
+        frozen[id(p)].data = frozen[id(p)].data.to(device, dtype if p.is_floating_point() else None)
     twin = copy.deepcopy(denoiser, frozen)
     for net in twin.nets.values():
         net.eval()
-    move(twin, device, dtype)
-    return twin
-
-
-def move(denoiser: Denoiser, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """Gives the parameters another device or dtype, and the buffers another device; None: that which they have."""
-    for net in denoiser.nets.values():
-        for p in net.parameters():
-            p.data = p.data.to(device, dtype if p.is_floating_point() else None)
         for buffer in net.buffers():
             buffer.data = buffer.data.to(device)
+    return twin
 
 
 def _normal(parameter: nn.Parameter) -> torch.Tensor:
