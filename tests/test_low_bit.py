@@ -87,6 +87,12 @@ def test_weights_come_back_as_the_formula_says(kind: str, dtype: torch.dtype) ->
     assert not low_bit.PACKINGS[kind](torch.zeros(64, 64, dtype=dtype)).whole().any()
 
 
+def test_small_weights_in_fp16_are_no_worse(kind: str) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).div(4096).half()
+    found, expected = (w.float() - weight for w in (low_bit.PACKINGS[kind](weight).whole(), reference(kind, weight)))
+    assert found.norm() < 1.01 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_linear_layers_shrink_and_the_rest_stays(case: Case, kind: str, dtype: torch.dtype) -> None:  # noqa: F811
     before = {name: p.detach().clone() for name, p in case.net.named_parameters()}
