@@ -55,7 +55,7 @@ def _int8(weight: Tensor) -> Packed:
 def _fp8(weight: Tensor) -> Packed:
     """Each row divided by its largest number over 448, as float8 (e4m3); one scale a row.
 
-    From float32, as fp16 has too few digits for small scales; the least scale keeps rows of zeros from becoming NaN.
+    From float32, as for int8; the least scale keeps rows of zeros from becoming NaN.
     """
     try:
         from torchao.quantization import Float8Tensor, PerRow  # pyright: ignore[reportMissingImports]
