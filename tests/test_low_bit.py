@@ -250,6 +250,13 @@ def test_what_needs_whole_weights_is_refused(flow_denoiser: FlowDenoiser) -> Non
     refuse_needs_of_whole_weights(Config(base_dtype="int8"), adapters)
 
 
+def test_a_training_that_needs_whole_weights_is_refused_at_its_start(
+    family: StableDiffusion, latents: Tensor, texts: Tensor
+) -> None:
+    said = refusal(lambda: train_lora(family.denoiser, latents, list(texts), base_dtype="nf4", quantized_backward=True))
+    assert said == "base_dtype must be none with quantized_backward: it takes gradients through whole weights"
+
+
 def test_models_that_have_nothing_to_pack_are_refused(kind: str) -> None:
     for net in (nn.Conv2d(4, 4, 1), nn.Sequential(nn.Linear(64, 64)), nn.ModuleList([nn.Linear(64, 1)] * 2)):
         said = refusal(lambda net=net: low_bit_copy(FlowDenoiser(net, Flow()), kind, CPU, None))  # pyright: ignore
