@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_patcher
+import comfy.ops
 import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
@@ -107,6 +108,7 @@ class ComfyDenoiser:
         if parameter.dtype in COMPUTED:  # else its weights are cast when they are used, to what it asks for
             model.manual_cast_dtype = parameter.dtype
         _open_sequences(model.diffusion_model)
+        _make_plain(model.diffusion_model)
         _keep_activations(model.diffusion_model)
         patcher = comfy.model_patcher.ModelPatcher(model, parameter.device, parameter.device)
         model.current_patcher = patcher
@@ -244,6 +246,17 @@ def _open_sequences(net: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, TimestepEmbedSequential):
                 module.register_module(name, nn.ModuleList(child))
+
+
+def _make_plain(net: nn.Module) -> None:
+    """Makes torch's own layers of ComfyUI's linear ones that neither cast nor patch their weights.
+
+    They compute the same; what keeps weights in few bits, or takes gradients as int8 products, looks for torch's own.
+    """
+    for module in net.modules():
+        if type(module) is comfy.ops.disable_weight_init.Linear:
+            if not (module.comfy_cast_weights or module.weight_function or module.bias_function):
+                module.__class__ = nn.Linear
 
 
 def _keep_activations(net: nn.Module) -> None:

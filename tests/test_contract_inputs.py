@@ -32,6 +32,7 @@ CHOICES = {
     "training_dtype": ("bf16", "fp32", "none"),
     "lora_dtype": ("bf16", "fp32"),
     "algorithm": ("LoRA", "LoHa", "LoKr", "OFT", "DoRA"),
+    "base_dtype": ("none", "int8", "fp8", "nf4"),
 }
 FLAGS = ("gradient_checkpointing", "bucket_mode", "offloading", "quantized_backward")
 RULES = {
@@ -44,7 +45,7 @@ RULES = {
 LEGAL = [(name, value) for name, values in INTEGERS.items() for value in values if (name, value) != ("steps", 100_000)]
 LEGAL += [("learning_rate", value) for value in (1e-7, 5e-4, 1.0, 1)]
 LEGAL += [("alpha", value) for value in (None, 1e-6, 3, 1e6)]
-LEGAL += [(name, value) for name, values in CHOICES.items() for value in values]
+LEGAL += [(name, value) for name, values in CHOICES.items() for value in values if value not in ("int8", "fp8", "nf4")]
 LEGAL += [("gradient_checkpointing", True), ("gradient_checkpointing", False), ("bucket_mode", True)]
 LEGAL += [("existing_lora", "[None]"), ("existing_lora", None)]
 

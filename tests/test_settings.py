@@ -286,6 +286,7 @@ def test_none_takes_a_value_away() -> None:
     assert configured(merged(values, parsed(tokens)[1])) == configured({})
     with pytest.raises(ValueError, match="^batch_size must be 1 to 10000, got 'none'$"):
         from_tokens("--batch_size", "none")
+    assert from_tokens("--base_dtype", "none").base_dtype == "none"  # which is a value of its own
 
 
 def drawable(key: str, name: str | None) -> st.SearchStrategy[Any]:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.demo import BASE
+from lorasmith.low_bit import LowBitLinear
 from lorasmith.memory import INNERMOST, blocks, checkpointed
 from lorasmith.noise import Flow
 from lorasmith.targets import Targets
@@ -71,6 +72,9 @@ def measured(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, depth: int | 
     adapters = new_adapters(denoiser)
     nets = denoiser.nets.values()
     weights = [tensor for net in nets for tensor in (*net.parameters(), *net.buffers())]
+    weights += [
+        tensor for net in nets for m in net.modules() if isinstance(m, LowBitLinear) for tensor in m.packed.kept
+    ]
     gradients = [torch.zeros_like(p) for p in adapters.parameters()]
     for parameter, gradient in zip(adapters.parameters(), gradients, strict=True):
         parameter.grad = gradient

@@ -211,7 +211,7 @@ def _hush_imports() -> None:
     """Libraries warn while they are imported, of what they do not find and nobody here asked for."""
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

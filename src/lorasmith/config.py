@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
 from lorasmith.component import Component
-from lorasmith.devices import DtypeName, TrainingDtypeName
+from lorasmith.devices import BaseDtypeName, DtypeName, TrainingDtypeName
 from lorasmith.draws import SEED_MAX
 from lorasmith.losses import MSE, Loss
 from lorasmith.noise import Times, Uniform
@@ -126,6 +126,9 @@ class Config(Component):
     offloading: bool = Field(default=False, description="leave the blocks' weights on the CPU when training elsewhere")
     quantized_backward: bool = Field(
         default=False, description="take gradients through linear layers as int8 products, a few percent off"
+    )
+    base_dtype: BaseDtypeName = Field(
+        default="none", description="keep the frozen weights of linear layers in 8 or 4 bits to save memory"
     )
     pack: Literal["none", "conv", "all"] = Field(
         default="all",

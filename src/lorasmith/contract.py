@@ -60,6 +60,7 @@ def train_lora(
     checkpoint_depth: int = 2,
     offloading: bool = False,
     quantized_backward: bool = False,
+    base_dtype: Literal["none", "int8", "fp8", "nf4"] = "none",
     bucket_mode: bool = False,
     checkpoint_folder: str | Path | None = None,
     resume_from: str | Path | None = None,
@@ -94,6 +95,8 @@ def train_lora(
     checkpoint_depth: 1 to 5: gradient_checkpointing computes the outermost blocks again at 1, the innermost at 5.
     offloading: refused, as the model that comes in stays on the device that it is trained on.
     quantized_backward: take gradients through linear layers as int8 products, a few percent off, with torchao.
+    base_dtype: keep the frozen weights of linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes) while
+        it trains, to save memory; model_with_lora has whole ones.
     bucket_mode: latents may be a list of several sizes; every step trains on samples of one size.
     checkpoint_folder: where to write checkpoints, also when an error or Ctrl-C breaks the training off; None: nowhere.
     resume_from: a checkpoint, or a folder of checkpoints of which the newest sound one is taken; None: none. The result
@@ -122,7 +125,7 @@ def train_lora(
             "gradient_checkpointing": gradient_checkpointing, "existing_lora": existing_lora, "alpha": alpha,
             "factor": factor, "targets": Targets() if targets is None else targets,
             "checkpoint_depth": checkpoint_depth, "offloading": offloading, "quantized_backward": quantized_backward,
-            "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
+            "base_dtype": base_dtype, "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
             "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
         }
     )  # fmt: skip

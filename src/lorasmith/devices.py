@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DtypeName = Literal["bf16", "fp32"]
 TrainingDtypeName = Literal["bf16", "fp32", "none"]
+BaseDtypeName = Literal["none", "int8", "fp8", "nf4"]
 
 
 def best_device() -> torch.device:

@@ -22,6 +22,7 @@ from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.dora_scales import PAPER
 from lorasmith.loading import adapters_from
+from lorasmith.low_bit import low_bit_copy, refuse_needs_of_whole_weights
 from lorasmith.memory import shared_copy
 from lorasmith.packing import pack
 from lorasmith.resuming import (
@@ -75,12 +76,18 @@ class Job:
         else:
             adapters, done, first = _continued(path, denoiser, dataset.order.group_size)
             _warn_of_differences(config, adapters, denoiser)
+        if config.base_dtype != "none":
+            refuse_needs_of_whole_weights(config, adapters)
         if config.offloading:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
         if config.sharded:
             refuse_useless_sharding(config, adapters, world)
         home = device_of(denoiser) if config.offloading or config.sharded else device
-        copy = shared_copy(denoiser, home, model_dtype(config.training_dtype, device))
+        dtype = model_dtype(config.training_dtype, device)
+        if config.base_dtype == "none":
+            copy = shared_copy(denoiser, home, dtype)
+        else:
+            copy = low_bit_copy(denoiser, config.base_dtype, home, dtype)
         if config.quantized_backward:
             quantize_backward(copy, device)
         if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps

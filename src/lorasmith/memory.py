@@ -4,7 +4,7 @@ import copy
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -22,16 +22,22 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 INNERMOST = 5  # the greatest depth: nets that nest deeper give their innermost blocks too
 
 
-def shared_copy(denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None) -> D:
+def shared_copy(
+    denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None, *, but: Container[str] = ()
+) -> D:
     """A copy in evaluation mode, frozen; hooks and flags on it stay there.
 
     Every parameter shares its memory with the original's, but for those that another device or dtype makes anew.
+    but: parameters, as "<net>.<path>", that keep their device and dtype.
     """
-    frozen = {
-        id(p): nn.Parameter(_normal(p).detach().to(device, dtype if p.is_floating_point() else None), False)
-        for net in denoiser.nets.values()
-        for p in net.parameters()
-    }
+    named = [
+        (f"{name}.{path}", p)
+        for name, net in denoiser.nets.items()
+        for path, p in net.named_parameters(remove_duplicate=False)
+    ]
+    frozen = {id(p): nn.Parameter(_normal(p).detach(), False) for _, p in named}
+    for p in {id(p): p for path, p in named if path not in but}.values():
+        frozen[id(p)].data = frozen[id(p)].data.to(device, dtype if p.is_floating_point() else None)
     twin = copy.deepcopy(denoiser, frozen)
     for net in twin.nets.values():
         net.eval()

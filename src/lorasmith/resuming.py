@@ -97,7 +97,7 @@ def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -
 def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:
     """Logs what is not as it was when the checkpoint was written."""
     old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    keys = [key for key in {**old, **new} if _shown(old.get(key)) != _shown(new.get(key))]
     harmless = [key for key in keys if _is_harmless(key, checkpoint, config)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]
     changes += [

@@ -241,7 +241,7 @@ def _next_value(setting: Setting, rest: list[str]) -> str:
 
 
 def _value(setting: Setting, text: str) -> Any:
-    if text == "none" and setting.default == "none":
+    if text == "none" == setting.default and "none" not in setting.options:
         return None
     if setting.kind is not tuple:
         return text

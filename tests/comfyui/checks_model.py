@@ -17,7 +17,7 @@ from pack_runs import (
     trained,
 )  # fmt: skip
 from tiny_models import tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
@@ -31,6 +31,14 @@ from lorasmith.types import Batch
 FRACTIONS = torch.tensor([0.0, 0.02, 0.5, 0.97])
 LOSSES = ("MSE", "L1", "Huber", "SmoothL1")
 FLOWS = ("sd3", "flux")
+
+
+def check_linear_layers_are_torch_s_own(kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(kind, dtype)
+        layers = [m for m in denoiser_of(model, 1)[0].model.diffusion_model.modules() if isinstance(m, nn.Linear)]
+        assert layers and {type(layer) for layer in layers} == {nn.Linear}
+        assert not any(type(layer) is nn.Linear for layer in model.patcher.model.diffusion_model.modules())
 
 
 def check_a_batch_of_captions_is_its_samples(kind: str) -> None:

@@ -1,6 +1,7 @@
 """Stand-ins for what the node pack uses of ComfyUI, by what they do and not by how."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -74,6 +75,14 @@ class Net(nn.Module):
             y = self.norm(h)
             h += block["attn"](y)
         return h.movedim(-1, 1)
+
+
+class Linear(nn.Linear):
+    """As ComfyUI's own, which can cast its weight, or patch it by functions."""
+
+    comfy_cast_weights = False
+    weight_function: Sequence[Any] = ()
+    bias_function: Sequence[Any] = ()
 
 
 class Model(nn.Module):
@@ -190,7 +199,7 @@ def modules() -> dict[str, ModuleType]:
     """{name: module}; a prompt is cancelled once it has told of `comfy.model_management.interrupt_at` steps."""
     management = {"in_training": False, "interrupt_at": None, "progress": [], "loaded": []}
     found = {name: ModuleType(name) for name in ("comfy", "comfy_api", "comfy_api.latest", "folder_paths")}
-    parts = "model_management lora lora_convert sd model_patcher samplers sampler_helpers conds utils".split()
+    parts = "model_management lora lora_convert sd model_patcher samplers sampler_helpers conds utils ops".split()
     found |= {f"comfy.{name}": ModuleType(f"comfy.{name}") for name in parts}
     nested = "comfy.ldm.modules.diffusionmodules.openaimodel"
     for depth in range(2, nested.count(".") + 2):
@@ -231,6 +240,7 @@ def modules() -> dict[str, ModuleType]:
             "get_models_from_cond": lambda conds, kind: [cond[kind] for cond in conds if kind in cond],
             "cleanup_additional_models": lambda models: None,
         },
+        "comfy.ops": {"disable_weight_init": SimpleNamespace(Linear=Linear)},
         "comfy.conds": {"CONDRegular": Regular},
         "comfy.utils": {"unet_to_diffusers": lambda config: {}},
         "comfy_api.latest": {
