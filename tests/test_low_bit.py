@@ -20,7 +20,7 @@ from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.families.sd import StableDiffusion
-from lorasmith.low_bit import LowBitLinear, Packed, low_bit_copy, refuse_needs_of_whole_weights
+from lorasmith.low_bit import LowBitLinear, Stored, low_bit_copy, refuse_needs_of_whole_weights
 from lorasmith.memory import blocks, shared_copy
 from lorasmith.noise import Flow
 from lorasmith.sampling import picture_of
@@ -277,14 +277,14 @@ def test_weights_that_cannot_be_packed_are_refused(flow_denoiser: FlowDenoiser, 
 def test_kernels_that_are_not_there_or_wrong_are_refused(
     flow_denoiser: FlowDenoiser, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(weight: Tensor) -> Packed:
+    def missing(weight: Tensor) -> Stored:
         raise RuntimeError("no kernel\nand a traceback")
 
     monkeypatch.setitem(low_bit.PACKINGS, kind, missing)
     said = refusal(lambda: low_bit_copy(flow_denoiser, kind, CPU, None))
     assert said == f"base_dtype must not be {kind} on this cpu and torch: no kernel"
     for factor in (-1, float("nan")):
-        monkeypatch.setitem(low_bit.PACKINGS, kind, lambda w, factor=factor: Packed((w,), lambda: w * factor))
+        monkeypatch.setitem(low_bit.PACKINGS, kind, lambda w, factor=factor: Stored((w,), lambda: w * factor))
         said = refusal(lambda: low_bit_copy(flow_denoiser, kind, CPU, None))
         assert said == f"base_dtype must not be {kind} on this cpu and torch: numbers come back wrong"
 

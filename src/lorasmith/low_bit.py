@@ -27,7 +27,7 @@ FARTHEST = 0.16  # of numbers in -1 to 1 from what comes back; nf4's widest gap 
 
 
 @dataclass(frozen=True)
-class Packed:
+class Stored:
     """What is kept of a weight, and how it is made whole: [n_out, n_in] in the dtype it had."""
 
     kept: tuple[Tensor, ...]
@@ -38,7 +38,7 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.kept)
 
 
-def _int8(weight: Tensor) -> Packed:
+def _int8(weight: Tensor) -> Stored:
     """Each row divided by its largest number over 127.5, rounded; one scale a row.
 
     From float32, as the quotients of bf16 numbers would be rounded twice.
@@ -49,10 +49,10 @@ def _int8(weight: Tensor) -> Packed:
         raise _without("int8", "quantized") from None
     packed = Int8Tensor.from_hp(weight.float(), granularity=PerRow())
     assert packed.zero_point is not None
-    return Packed((packed.qdata, packed.scale, packed.zero_point), partial(packed.dequantize, weight.dtype))
+    return Stored((packed.qdata, packed.scale, packed.zero_point), partial(packed.dequantize, weight.dtype))
 
 
-def _fp8(weight: Tensor) -> Packed:
+def _fp8(weight: Tensor) -> Stored:
     """Each row divided by its largest number over 448, as float8 (e4m3); one scale a row.
 
     From float32, as for int8; the least scale keeps rows of zeros from becoming NaN.
@@ -62,10 +62,10 @@ def _fp8(weight: Tensor) -> Packed:
     except ImportError:
         raise _without("fp8", "quantized") from None
     packed = Float8Tensor.from_hp(weight.float(), granularity=PerRow(), hp_value_lb=LEAST)
-    return Packed((packed.qdata, packed.scale), partial(packed.dequantize, weight.dtype))
+    return Stored((packed.qdata, packed.scale), partial(packed.dequantize, weight.dtype))
 
 
-def _nf4(weight: Tensor) -> Packed:
+def _nf4(weight: Tensor) -> Stored:
     """Each block of 64 numbers divided by its largest, as the nearest of 16 quantiles of the normal distribution.
 
     The blocks are handed over as rows: bitsandbytes 0.50.2 gives wrong numbers for rows of 96 on processors with
@@ -77,20 +77,20 @@ def _nf4(weight: Tensor) -> Packed:
         raise _without("nf4", "nf4") from None
     kept, state = bnb.quantize_4bit(weight.reshape(-1, NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4")
     shape = weight.shape
-    return Packed((kept, state.absmax), lambda: bnb.dequantize_4bit(kept, state).view(shape))
+    return Stored((kept, state.absmax), lambda: bnb.dequantize_4bit(kept, state).view(shape))
 
 
 def _without(kind: str, extra: str) -> ValueError:
     return ValueError(f"base_dtype {kind} needs the extra '{extra}': pip install 'lorasmith[{extra}]'")
 
 
-PACKINGS: dict[str, Callable[[Tensor], Packed]] = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}
+PACKINGS: dict[str, Callable[[Tensor], Stored]] = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}
 
 
 class LowBitLinear(nn.Linear):
     """A frozen linear layer whose weight is made whole for each product, forward and backward, and when it is read."""
 
-    packed: Packed
+    packed: Stored
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
