@@ -219,10 +219,9 @@ def versions(made: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, str
 def result(entry: Entry, warmup: int) -> dict[str, Any]:
     """A contender's part of the JSON; each turn's seconds without the warm-up."""
     turns = [
-        {"first_step": turn["first_step"], "warmup": turn["seconds"][: warmup - 1], "memory": turn["memory"],
-         "seconds": turn["seconds"][warmup - 1 :]}
+        {**turn, "warmup": turn["seconds"][: warmup - 1], "seconds": turn["seconds"][warmup - 1 :]}
         for turn in entry.turns
-    ]  # fmt: skip
+    ]
     known = ("loss", "difference", "layers", "numbers")
     checked = {key: entry.check[key] for key in known if key in entry.check}
     return {"name": entry.name, "left_out": entry.left_out, **checked, "turns": turns}

@@ -10,6 +10,9 @@ HEADS = (
 )  # fmt: skip
 
 
+BUSY = 0.2  # cores that other programs may use before the table says so
+
+
 @dataclass(frozen=True)
 class Line:
     """One contender's line."""
@@ -71,10 +74,13 @@ def table(found: Mapping[str, Any], lines: Sequence[Line]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
     ruled = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
     shown = [f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in ruled]
-    left_out = [
+    notes = [
         f"{contender['name']}: {'ended early' if contender['turns'] else 'left out'}: "
         f"{contender['left_out'].splitlines()[0]}"
         for contender in found["contenders"]
         if contender["left_out"]
     ]
-    return "\n".join([*told, "", *shown, *([""] if left_out else []), *left_out])
+    busy = max((turn["busy_elsewhere"] for c in found["contenders"] for turn in c["turns"]), default=0.0)
+    if busy > BUSY:
+        notes.append(f"other programs kept up to {busy:.1f} cores busy meanwhile: do not trust these seconds")
+    return "\n".join([*told, "", *shown, *([""] if notes else []), *notes])

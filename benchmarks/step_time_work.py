@@ -104,11 +104,14 @@ def answer(work: Work, load: Callable[[], Any], build: Callable[[Any], Contender
     if work.what == "check":
         return _checked(work, contender)
     stamps: list[float] = []
+    before = processor_seconds()
     contender.train(lambda: stamps.append(time.perf_counter()))
+    wall, all_cores, own = (now - then for then, now in zip(before, processor_seconds(), strict=True))
     assert len(stamps) == work.steps, f"{len(stamps)} steps of {work.steps}"
     seconds = [after - before for before, after in zip([ready, *stamps], stamps, strict=False)]
     memory = {"imported": imported, "loaded": loaded, "peak": peak(), "above_imports": peak() - imported}
-    return {"first_step": seconds[0], "seconds": seconds[1:], "memory": memory}
+    busy_elsewhere = max(0.0, all_cores - own) / wall
+    return {"first_step": seconds[0], "seconds": seconds[1:], "memory": memory, "busy_elsewhere": busy_elsewhere}
 
 
 def _checked(work: Work, contender: Contender) -> dict[str, Any]:
@@ -149,6 +152,18 @@ def peak() -> float:
 def _status(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / ONE_GB
+
+
+def processor_seconds() -> tuple[float, float, float]:
+    """Now, the seconds that all cores were busy for, and those for this process; the last twice where only it is known.
+
+    What all cores did beyond this process is another program's, which the times of steps suffer from.
+    """
+    own, stat = time.process_time(), Path("/proc/stat")
+    if not stat.exists():
+        return time.perf_counter(), own, own
+    user, nice, system, _, _, *others = (int(part) for part in stat.read_text().splitlines()[0].split()[1:9])
+    return time.perf_counter(), (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK"), own
 
 
 def machine() -> dict[str, Any]:
