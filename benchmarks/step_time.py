@@ -32,9 +32,20 @@ from step_time_report import Line, table
 from step_time_work import Work, machine
 
 HERE = Path(__file__).parent
-DEFAULTS = ("lorasmith", "peft", "peft:channels_last", "peft:bf16", "lycoris", "comfyui", "comfyui:bypass_mode")
+DEFAULTS = (
+    "lorasmith", "peft", "peft:channels_last", "peft:bf16", "peft:bf16,channels_last", "lycoris", "comfyui",
+    "comfyui:bypass_mode",
+)  # fmt: skip
 RESOLUTIONS = {"sd15": 512, "small": 64}
 MULTIPLES = {"sd15": 64, "small": 16}
+PROGRAMS = {
+    "": "step_time_model.py",
+    "lorasmith": "step_time_lorasmith.py",
+    "peft": "step_time_script.py",
+    "lycoris": "step_time_script.py",
+    "comfyui": "step_time_comfyui.py",
+}
+CONTENDERS = tuple(kind for kind in PROGRAMS if kind)
 TOLERANCES = {"bf16": 1e-2, "fp32": 1e-4}  # of losses, relative to the first one
 FARTHEST = {"bf16": 5e-2, "fp32": 1e-3}  # of predictions
 
@@ -65,9 +76,8 @@ class Entry:
 
 def answered(work: Work) -> dict[str, Any]:
     """What a process of its own answers; Failed where it ends without."""
-    is_comfyui = work.kind == "comfyui"
-    python = os.environ["COMFYUI_PYTHON"] if is_comfyui else sys.executable
-    program = HERE / ("step_time_comfyui.py" if is_comfyui else "step_time_contenders.py")
+    python = os.environ["COMFYUI_PYTHON"] if work.kind == "comfyui" else sys.executable
+    program = HERE / PROGRAMS[work.kind]
     work_path = Path(work.folder, "work.json")
     work.answer_path.unlink(missing_ok=True)
     work.write(work_path)
@@ -94,7 +104,7 @@ def of(base: Work, entry: Entry, what: str, steps: int = 1) -> Work:
 
 
 def check(base: Work, entries: Sequence[Entry]) -> None:
-    """Notes what every contender predicts before its first step; Failed where losses or predictions differ."""
+    """Notes what every contender predicts before its first step, and compares it."""
     for entry in entries:
         if entry.left_out is None:
             entry.check = answered(of(base, entry, "check"))
@@ -107,7 +117,11 @@ def check(base: Work, entries: Sequence[Entry]) -> None:
             f"{entry.name}: loss {found['loss']:.6f}, prediction off by {found['difference']:.1e}, "
             f"{found['layers']} layers, {found['numbers']:,} numbers"
         )
-    racing = [entry for entry in entries if entry.left_out is None]
+    compare(base, [entry for entry in entries if entry.left_out is None])
+
+
+def compare(base: Work, racing: Sequence[Entry]) -> None:
+    """Failed where a loss or prediction is not the first one's."""
     for entry in racing:
         loss, first = entry.check["loss"], racing[0].check["loss"]
         is_near = abs(loss - first) <= TOLERANCES[base.dtype] * abs(first)
@@ -176,6 +190,11 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     asked.resolution = asked.resolution or RESOLUTIONS[asked.size]
     if asked.resolution % MULTIPLES[asked.size]:
         parser.error(f"--resolution must be a multiple of {MULTIPLES[asked.size]}, got {asked.resolution}")
+    strange = [name for name in asked.contenders or () if name.partition(":")[0] not in CONTENDERS]
+    if strange:
+        parser.error(
+            f"--contenders must be among {', '.join(CONTENDERS)}, with options after a colon, got {strange[0]}"
+        )
     if min(asked.rounds, asked.steps, asked.warmup, asked.rank, asked.batch) < 1:
         parser.error("--rounds, --steps, --warmup, --rank and --batch must be at least 1")
     return asked
@@ -192,7 +211,6 @@ def measured(asked: argparse.Namespace, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     say(f"making the model: {asked.size}, {asked.resolution} px, {asked.dtype}")
     made = answered(base)
-    flops = answered(replace(base, what="flops"))["flops"]
     check(base, entries)
     peaks = list(race(base, entries, asked.rounds, asked.warmup + asked.steps))
     return {
@@ -201,7 +219,7 @@ def measured(asked: argparse.Namespace, folder: str) -> dict[str, Any]:
         "commit": commit(),
         "versions": versions(made, entries),
         "weights": made["weights"],
-        "flops": flops,
+        "flops": made["flops"],
         "peak_flops": peaks,
         "contenders": [result(entry, asked.warmup) for entry in entries],
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from step_time_work import LEARNING_RATE, Contender, LeftOut, Work, answer, main_of
+from step_time_work import LEARNING_RATE, LeftOut, Work, answer, main_of
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -124,8 +124,7 @@ class TrainNode:
 def answers(work: Work) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as base:
         begin(work, base)
-        build: Callable[[Any], Contender] = lambda patcher: TrainNode(patcher, work)  # noqa: E731
-        found = answer(work, lambda: loaded(work), build)
+        found = answer(work, lambda: loaded(work), lambda patcher: TrainNode(patcher, work))
     return found | {"versions": {"ComfyUI": importlib.import_module("comfyui_version").__version__}}
 
 

@@ -5,12 +5,13 @@ B batch, N samples, h w latent height and width, L tokens, D width.
 
 import statistics
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from step_time_work import Work
+from step_time_work import Work, main_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,14 +47,16 @@ def made(work: Work) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = net_of(work.size)
-    names, dtype = ldm_names(net.config), DTYPES[work.dtype]
+    ldm, dtype = ldm_names(net.config), DTYPES[work.dtype]
     state: dict[str, Tensor] = {}
     for key, value in net.state_dict().items():
         path, _, part = key.rpartition(".")
-        state[f"{UNET}{names[path]}.{part}"] = value.to(dtype).contiguous()
+        state[f"{UNET}{ldm[path]}.{part}"] = value.to(dtype).contiguous()
     save_file(state, work.model_path)
     save_file(_data(work, SIZES[work.size]["cross_attention_dim"]), work.data_path)
-    return {"weights": sum(value.numel() for value in state.values())}
+    names = ("lorasmith", "diffusers", "peft", "lycoris_lora")
+    weights = sum(value.numel() for value in state.values())
+    return {"weights": weights, "flops": flops(work), "versions": {name: version(name) for name in names}}
 
 
 def _data(work: Work, width: int) -> dict[str, Tensor]:
@@ -69,7 +72,7 @@ def _data(work: Work, width: int) -> dict[str, Tensor]:
     return {"latents": latents, "text": text, "x_t": x_t, "eps": eps, "t": t, "sigma": ((1 - a) / a).sqrt()}
 
 
-def flops(work: Work) -> dict[str, Any]:
+def flops(work: Work) -> int:
     """What a step of the plain net computes: forward and the gradient of its input, whose weights are frozen."""
     side = work.resolution // 8
     with torch.device("meta"):
@@ -80,7 +83,7 @@ def flops(work: Work) -> dict[str, Any]:
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         net(x_t, t, text).sample.sum().backward()
-    return {"flops": counter.get_total_flops()}
+    return counter.get_total_flops()
 
 
 def peak_flops(work: Work) -> dict[str, Any]:
@@ -95,3 +98,7 @@ def peak_flops(work: Work) -> dict[str, Any]:
         torch.mm(a, b)
         seconds.append(time.perf_counter() - began)
     return {"peak_flops": 2 * side**3 / statistics.median(seconds)}
+
+
+if __name__ == "__main__":
+    main_of(lambda work: {"make": made, "peak": peak_flops}[work.what](work))

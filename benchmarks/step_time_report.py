@@ -82,5 +82,5 @@ def table(found: Mapping[str, Any], lines: Sequence[Line]) -> str:
     ]
     busy = max((turn["busy_elsewhere"] for c in found["contenders"] for turn in c["turns"]), default=0.0)
     if busy > BUSY:
-        notes.append(f"other programs kept up to {busy:.1f} cores busy meanwhile: do not trust these seconds")
+        notes.append(f"other programs kept up to {busy:.1f} cores busy during the steps, which makes them longer")
     return "\n".join([*told, "", *shown, *([""] if notes else []), *notes])

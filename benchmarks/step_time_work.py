@@ -27,7 +27,7 @@ class LeftOut(Exception):
 class Work:
     """One process's work."""
 
-    what: str  # "make", "peak", "flops", "check" or "time"
+    what: str  # "make", "peak", "check" or "time"
     folder: str  # of the model, the data and the answers
     size: str
     resolution: int  # in pixels, an eighth of which is the latents' side
@@ -186,7 +186,7 @@ def main_of(answers: Callable[[Work], dict[str, Any]]) -> None:
         torch.set_num_threads(work.threads)
     try:
         found = answers(work)
-    except LeftOut as reason:
-        found = {"left_out": str(reason)}
+    except (LeftOut, NotImplementedError) as reason:
+        found = {"left_out": str(reason).splitlines()[0]}
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     work.answer_path.write_text(json.dumps(found))

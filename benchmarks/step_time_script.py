@@ -1,11 +1,10 @@
-"""Lorasmith, diffusers with PEFT, and LyCORIS, each as step_time.py has it train.
+"""PEFT and LyCORIS in the loop of diffusers' own LoRA script, as step_time.py has them train.
 
-B batch, N samples, h w latent height and width, L tokens, D width.
+B batch, h w latent height and width, L tokens, D width.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,55 +14,15 @@ from lycoris import LycorisNetwork, create_lycoris
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from step_time_model import flops, made, peak_flops
 from step_time_work import ATTENTION, LEARNING_RATE, Contender, LeftOut, Work, answer, main_of
 from torch import Tensor, nn
 
-from lorasmith.attach import attached
-from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES
 from lorasmith.families import Family, opened
 from lorasmith.families.ldm_sizes import BETAS
-from lorasmith.job import Job
-from lorasmith.settings import configured, merged, parsed, settings
 from lorasmith.targets import adaptable_layers
-from lorasmith.types import Cached
 
-CPU = torch.device("cpu")
 LYCORIS_NAMES = {"LoRA": "lora", "DoRA": "lora", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
-
-
-class Lorasmith:
-    """A Job, as every face of lorasmith runs it; options are settings of its schema."""
-
-    def __init__(self, family: Family, work: Work) -> None:
-        if work.algorithm not in settings()["adapter"].options:
-            raise LeftOut(f"lorasmith has no {work.algorithm}")
-        targets = {"preset": "all"} if work.layers == "all" else {"preset": "none", "include": [ATTENTION]}
-        base = {
-            "steps": work.steps, "batch_size": work.batch, "learning_rate": LEARNING_RATE, "targets": targets,
-            "training_dtype": work.dtype, "lora_dtype": work.dtype, "gradient_checkpointing": False,
-            "adapter": {"name": work.algorithm, "rank": work.rank},
-        }  # fmt: skip
-        others, own = parsed([f"--{key}={value}" for key, value in work.options.items()])
-        assert not others
-        config, data = configured(merged(base, own)), load_file(work.data_path)
-        pairs = zip(data["latents"], data["text"], strict=True)
-        samples = [Cached(str(number), latent, {"text": text}) for number, (latent, text) in enumerate(pairs)]
-        dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size)
-        self.job = Job.of(family.denoiser, dataset, config, device=CPU)
-
-    def layers_and_numbers(self) -> tuple[int, int]:
-        adapters = self.job.adapters
-        return len(adapters.adapters), sum(p.numel() for p in adapters.parameters())
-
-    def prediction(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with attached(self.job.denoiser, self.job.adapters), torch.no_grad():
-            return self.job.denoiser.predict(x_t, t, {"text": text})
-
-    def train(self, on_step: Callable[[], None]) -> None:
-        for _ in self.job.steps():
-            on_step()
 
 
 class Script:
@@ -117,6 +76,8 @@ class Peft(Script):
 
     def __init__(self, family: Family, work: Work) -> None:
         work.refuse_other_options(*self.OPTIONS)
+        if work.algorithm == "OFT" and work.layers == "all":  # as of 0.21, where outputs of 3 x 3 kernels change
+            raise LeftOut("PEFT's OFT on convolutions does not begin as the identity")
         unet = family.denoiser.unet.requires_grad_(False)
         unet.add_adapter(_peft_config(unet, work))
         cast_training_params(unet, dtype=DTYPES[work.dtype] if work.flag("bf16") else torch.float32)
@@ -174,18 +135,7 @@ class Lycoris(Script):
             return self.predicted(x_t, t, text)
 
 
-KINDS: dict[str, Callable[[Family, Work], Contender]] = {"lorasmith": Lorasmith, "peft": Peft, "lycoris": Lycoris}
-
-
-def answers(work: Work) -> dict[str, Any]:
-    """The answer to any work but ComfyUI's."""
-    if work.what in ("check", "time"):
-        found = answer(work, lambda: opened(work.model_path), lambda family: KINDS[work.kind](family, work))
-    else:
-        found = {"make": made, "flops": flops, "peak": peak_flops}[work.what](work)
-    names = ("lorasmith", "diffusers", "peft", "lycoris_lora")
-    return found | {"versions": {name: version(name) for name in names}}
-
+KINDS: dict[str, Callable[[Family, Work], Contender]] = {"peft": Peft, "lycoris": Lycoris}
 
 if __name__ == "__main__":
-    main_of(answers)
+    main_of(lambda work: answer(work, lambda: opened(work.model_path), lambda family: KINDS[work.kind](family, work)))
