@@ -1,5 +1,6 @@
 """Faults in numbers and memory: what is not finite is never written, and what does not fit is said or halved."""
 
+import ctypes
 import itertools
 import math
 import re
@@ -85,6 +86,10 @@ EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536")  # what is freed goes back to th
 
 def limit_memory(megabytes: float) -> None:
     """What this process may take from now on."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, 0)  # what is free goes back to the system, as training keeps it
+    libc.mallopt(-3, 128 * 1024)
+    libc.malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     taken = int(status.split("VmSize:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (taken + int(megabytes * 2**20), resource.RLIM_INFINITY))

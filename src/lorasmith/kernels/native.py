@@ -80,7 +80,8 @@ def _cache() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         (root / "lorasmith").mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root / "lorasmith").close()
+        if not os.access(root / "lorasmith", os.W_OK):
+            raise PermissionError(root)
         return root / "lorasmith"
     except (OSError, RuntimeError):  # a home that is read-only, or none
         return Path(tempfile.mkdtemp(prefix="lorasmith-"))
