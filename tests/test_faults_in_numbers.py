@@ -1,5 +1,6 @@
 """Faults in numbers and memory: what is not finite is never written, and what does not fit is said or halved."""
 
+import gc
 import itertools
 import math
 import re
@@ -84,7 +85,8 @@ EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536")  # what is freed goes back to th
 
 
 def limit_memory(megabytes: float) -> None:
-    """What this process may take from now on."""
+    """What this process may take from now on, garbage not counted."""
+    gc.collect()
     status = Path("/proc/self/status").read_text()
     taken = int(status.split("VmSize:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (taken + int(megabytes * 2**20), resource.RLIM_INFINITY))
