@@ -52,6 +52,10 @@ class Script:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_autocast):
             return self.unet(x_t, t, text.to(self.dtype), return_dict=False)[0].float()
 
+    def prediction(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.predicted(x_t, t, text)
+
     def train(self, on_step: Callable[[], None]) -> None:
         data, size = load_file(self.work.data_path), self.work.batch
         latents, texts = data["latents"].to(self.dtype), data["text"].to(self.dtype)
@@ -86,10 +90,6 @@ class Peft(Script):
     def layers_and_numbers(self) -> tuple[int, int]:
         layers = sum(isinstance(module, BaseTunerLayer) for module in self.unet.modules())
         return layers, sum(p.numel() for p in self.adapters)
-
-    def prediction(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.predicted(x_t, t, text)
 
 
 def _peft_config(unet: nn.Module, work: Work) -> PeftConfig:
@@ -129,10 +129,6 @@ class Lycoris(Script):
 
     def layers_and_numbers(self) -> tuple[int, int]:
         return len(self.network.loras), sum(p.numel() for p in self.adapters)
-
-    def prediction(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.predicted(x_t, t, text)
 
 
 KINDS: dict[str, Callable[[Family, Work], Contender]] = {"peft": Peft, "lycoris": Lycoris}

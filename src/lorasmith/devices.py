@@ -39,6 +39,17 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+def has_packed_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies there by weights that lie in its own blocks, natively in this dtype."""
+    needed = ("_reorder_linear_weight", "_reorder_convolution_weight", "_linear_pointwise", "_convolution_pointwise")
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.mkldnn, name) for name in needed)
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16(device)))
+    )
+
+
 @cache
 def has_int8(device: torch.device) -> bool:
     """Whether products of int8 numbers come out right there: processors without VNNI cut sums off on the way."""

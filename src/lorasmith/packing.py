@@ -3,11 +3,10 @@
 import logging
 from collections.abc import Collection
 
-import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer
-from lorasmith.devices import device_of, has_bf16
+from lorasmith.devices import has_packed_products
 from lorasmith.kernels.packed import Packed, PackedConv2d, PackedLinear
 from lorasmith.types import Denoiser
 
@@ -24,8 +23,6 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> None:
     Layers stay as they are on other devices, in dtypes that oneDNN has no fast products for, where they are more than
     plain layers, and where an offset, given by the path of its parameter, changes them.
     """
-    if not KINDS[what] or not _can_pack(denoiser):
-        return
     changed = {path.rpartition(".")[0] for path in offsets}
     num_packed, num_bytes = 0, 0
     for name, net in denoiser.nets.items():
@@ -40,22 +37,13 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> None:
         log.info("%d layers packed for this processor: %.2f GB in blocks (pack)", num_packed, num_bytes / 1e9)
 
 
-def _can_pack(denoiser: Denoiser) -> bool:
-    needed = ("_reorder_linear_weight", "_reorder_convolution_weight", "_linear_pointwise", "_convolution_pointwise")
-    return (
-        device_of(denoiser).type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in needed)
-    )
-
-
 def _packed(path: str, layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Packed | None:
     if type(layer) not in kinds:
         return None
     weight = layer.weight
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.requires_grad or not weight.numel():
         return None
-    if not (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16(weight.device))):
+    if not has_packed_products(weight.device, weight.dtype):
         return None
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer)

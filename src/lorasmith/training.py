@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -98,12 +98,8 @@ def train(
 @contextmanager
 def _computing(device: torch.device, config: Config) -> Iterator[None]:
     """What forward and backward passes run in, whatever the caller is in."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if config.native_kernels:
-            stack.enter_context(fast_attention())
+    kernels = fast_attention() if config.native_kernels else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), kernels:
         yield
 
 

@@ -49,9 +49,13 @@ def _rows(x: Tensor) -> Tensor:
 def _inner_gradient(grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Weights]:
     """grad [N, n_out], x [N, n_in] -> the gradients of h [N, r] and of down and up."""
     down, up = weights
-    grad_h = F.linear(grad, up.t().contiguous()) * scale
-    grad_up = (F.linear(x, down).t().contiguous() @ grad).t().contiguous() * scale
+    grad_h, grad_up = _through_up(grad, F.linear(x, down), up, scale)
     return grad_h, (grad_h.t().contiguous() @ x, grad_up)
+
+
+def _through_up(grad: Tensor, h: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """grad [N, n_out], h [N, r], up [n_out, r] -> the gradients of h and up."""
+    return F.linear(grad, up.t().contiguous()) * scale, (h.t().contiguous() @ grad).t().contiguous() * scale
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,10 @@ class LowRankConv(Operation):
         down, up = weights
         taps, grad_rows = self._taps(x, weights), rows_of(grad)
         h = taps.run(x, down).flatten(0, -2)
-        grad_up = (h.t().contiguous() @ grad_rows).t().reshape(up.shape) * scale
-        grad_h = F.linear(grad_rows, up.flatten(1).t().contiguous()) * scale
+        grad_h, grad_up = _through_up(grad_rows, h, up.flatten(1), scale)
         spread = taps.spread(grad_h.view(len(x), *grad.shape[2:], -1))
         grad_down = taps.kernel_of(spread.t().contiguous() @ rows_of(x), down.shape)
-        return spread, taps.matrix_of(down), (grad_down, grad_up)
+        return spread, taps.matrix_of(down), (grad_down, grad_up.view(up.shape))
 
     def _split(self, x: Tensor) -> Tensor:
         """x [B, n_in, …] -> [B g, n_in / g, …]."""

@@ -77,11 +77,11 @@ def _built() -> Path:
 
 def _cache() -> Path:
     """A folder that the user alone writes to."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
-        (root / "lorasmith").mkdir(parents=True, exist_ok=True)
-        if not os.access(root / "lorasmith", os.W_OK):
-            raise PermissionError(root)
-        return root / "lorasmith"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorasmith")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
     except (OSError, RuntimeError):  # a home that is read-only, or none
-        return Path(tempfile.mkdtemp(prefix="lorasmith-"))
+        pass
+    return Path(tempfile.mkdtemp(prefix="lorasmith-"))
