@@ -82,7 +82,7 @@ class PackedLinear(Packed, nn.Linear):
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         weight = layer.weight.detach()
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.blocks_back = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
+        self.blocks_back = torch.ops.mkldnn._reorder_linear_weight(weight.t(), None)
         self.train(layer.training)
 
     @property
@@ -143,9 +143,8 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 def _blocks_of(weight: Tensor, shape: ConvShape) -> Tensor:
     return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(memory_format=torch.channels_last),
-        shape.padding, shape.stride, shape.dilation, shape.groups, None,
-    )  # fmt: skip
+        weight, shape.padding, shape.stride, shape.dilation, shape.groups, None
+    )
 
 
 def _run(x: Tensor, blocks: Tensor | None, bias: Tensor | None, shape: ConvShape) -> Tensor:
