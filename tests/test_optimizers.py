@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from lorasmith.contract import train_lora
 from lorasmith.devices import has_bf16
 from lorasmith.noise import Flow
-from lorasmith.optimizers import SGD, Adam, AdamW, Constant, Cosine, Linear, LossScale, Masters, Optimizer, RMSprop
+from lorasmith.optimizers import (
+    SGD,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    Linear,
+    LossScale,
+    Masters,
+    Optimizer,
+    RMSprop,
+    norm,
+)
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Cond, Result
@@ -104,7 +116,7 @@ def test_masters_do_not_stall() -> None:
     """1000 steps of 2^-12 move a bf16 weight of 1 nowhere, and its master all the way."""
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     masters = Masters([weight])
-    optimizer = torch.optim.SGD(masters.tensors, lr=2**-12)
+    optimizer = torch.optim.SGD([masters.vector], lr=2**-12)
     for _ in range(1024):
         weight.grad = -torch.ones(1, dtype=torch.bfloat16)
         masters.take_gradients()
@@ -115,9 +127,32 @@ def test_masters_do_not_stall() -> None:
     assert float(torch.ones(1, dtype=torch.bfloat16) + 2**-12) == 1
 
 
-def test_fp32_parameters_are_their_own_masters() -> None:
-    weight = torch.ones(1, requires_grad=True)
-    assert Masters([weight]).tensors[0] is weight
+def test_fp32_parameters_are_part_of_their_masters() -> None:
+    weights = [torch.full(shape, float(len(shape)), requires_grad=True) for shape in ((2,), (3, 1))]
+    masters = Masters(weights)
+    assert masters.vector.tolist() == [1, 1, 2, 2, 2]
+    masters.vector.data += 1
+    assert [weight.tolist() for weight in weights] == [[2, 2], [[3], [3], [3]]]
+
+
+def test_the_norm_of_many_numbers_is_exact() -> None:
+    vector = 1e-3 * torch.randn(2**24 + 1, generator=torch.Generator().manual_seed(0))
+    assert norm(vector) == pytest.approx(float(vector.double().norm()), rel=1e-6)
+    assert norm(torch.tensor([3.0, 4.0])) == 5 and norm(torch.tensor([3e38, 3e38])) == math.inf
+
+
+def test_gradients_of_micro_batches_add_up() -> None:
+    """Where a parameter got none, there is a zero, and it is told apart."""
+    weights = [torch.zeros(2, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    masters = Masters(weights)
+    for number in (1.0, 2.0**-10):  # in bf16 the sum would be 1
+        weights[0].grad = torch.full((2,), number, dtype=torch.bfloat16)
+        weights[2].grad = None if number == 1 else torch.ones(2, dtype=torch.bfloat16)
+        masters.take_gradients()
+    assert masters.gradient().tolist() == [1 + 2**-10] * 2 + [0, 0, 1, 1]
+    assert list(masters.gradients()) == [id(weights[0]), id(weights[2])] and weights[0].grad is None
+    masters.clear()
+    assert not masters.gradients() and masters.gradient().tolist() == [0] * 6
 
 
 @settings(max_examples=30, deadline=None)
@@ -130,29 +165,29 @@ def test_unscaled_gradients_are_those_without_a_scale(values: list[float], expon
             weight.grad = torch.tensor(values).to(dtype) * scale
             masters = Masters([weight])
             masters.take_gradients()
-            masters.unscale(scale)
-            assert (grad := masters.tensors[0].grad) is not None and grad.dtype == torch.float32
-            taken.append(grad)
+            masters.scale(1 / scale)
+            assert masters.gradient().dtype == torch.float32
+            taken.append(masters.gradient())
         assert torch.equal(*taken)
 
 
-def with_gradient(value: float) -> list[Tensor]:
-    """A tensor with a gradient that holds this number, and one without."""
-    some = torch.zeros(2, requires_grad=True)
-    some.grad = torch.tensor([1.0, value])
-    return [some, torch.zeros(2, requires_grad=True)]
+def with_gradient(value: float) -> Masters:
+    """Of a weight whose gradient holds this number."""
+    masters = Masters([torch.zeros(2, requires_grad=True)])
+    masters.vector.grad = torch.tensor([1.0, value])
+    return masters
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3e38])
 def test_the_scale_is_halved_down_to_1_while_gradients_are_not_finite(value: float) -> None:
     """3e38 is finite, but the norm of gradients, which clipping needs, is not."""
     scale, halvings = LossScale(True), 0
-    while scale.overflowed(tensors := with_gradient(value)):
+    while scale.overflowed(masters := with_gradient(value)):
         halvings += 1
-        assert all(tensor.grad is None for tensor in tensors)
+        assert masters.vector.grad is None
         assert math.frexp(scale.value)[0] == 0.5
     assert (halvings, scale.value) == (16, 1.0)
-    assert tensors[0].grad is not None
+    assert masters.vector.grad is not None
 
 
 def test_the_scale_doubles_after_2000_good_steps_in_a_row_up_to_its_limit() -> None:
@@ -171,8 +206,8 @@ def test_the_scale_doubles_after_2000_good_steps_in_a_row_up_to_its_limit() -> N
 
 def test_without_fp16_there_is_no_scale() -> None:
     scale = LossScale(False)
-    assert not scale.overflowed(tensors := with_gradient(math.inf))
-    assert scale.value == 1 and tensors[0].grad is not None
+    assert not scale.overflowed(masters := with_gradient(math.inf))
+    assert scale.value == 1 and masters.vector.grad is not None
 
 
 @dataclass(frozen=True)
@@ -214,9 +249,9 @@ def test_gradients_that_overflow_in_fp16_are_tried_again_at_a_lower_scale(
     tried: list[float] = []
     overflowed = LossScale.overflowed
 
-    def noted(scale: LossScale, tensors: Any) -> bool:
+    def noted(scale: LossScale, masters: Masters) -> bool:
         tried.append(scale.value)
-        return overflowed(scale, tensors)
+        return overflowed(scale, masters)
 
     monkeypatch.setattr(LossScale, "overflowed", noted)
     inputs: dict[str, Any] = {"lora_dtype": lora_dtype, "optimizer": "SGD", "learning_rate": 0.01}

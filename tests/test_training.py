@@ -18,6 +18,7 @@ from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import shared_copy
 from lorasmith.objective import noised, sample_losses
+from lorasmith.optimizers import SGD
 from lorasmith.state import State
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError, train
@@ -102,6 +103,17 @@ def test_a_run_equals_peft_with_a_plain_loop(family: StableDiffusion, latents: T
     ours = {id(w): w for w in weights(adapters)}
     for (theirs, _), trained in zip(pairs, ours.values(), strict=True):
         torch.testing.assert_close(theirs.data, trained, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 1e3])
+def test_gradients_are_clipped_by_their_common_length(limit: float, flow_denoiser: Any) -> None:
+    """A step of SGD at a rate of 1 moves the weights by the gradient."""
+    config = Config(optimizer=SGD(), learning_rate=1.0, max_grad_norm=limit, adapter=LoRA(rank=2), targets=FLOW_TARGETS)
+    before = weights(AdapterSet.new(flow_denoiser, config.adapter, config.targets, config.seed))
+    adapters, (step,) = run(flow_denoiser, flow_samples(), config, steps=1)
+    moved = torch.cat([(new - old).flatten() for new, old in zip(weights(adapters), before, strict=True)]).norm()
+    assert 1e-3 < step.grad_norm < 1e3
+    assert moved.item() == pytest.approx(limit if limit == 1e-3 else step.grad_norm, rel=1e-3)
 
 
 def test_a_group_is_one_however_it_is_cut(flow_denoiser: Any) -> None:

@@ -1,7 +1,7 @@
 """The set of adapters, and how they hang on a net: by forward hooks."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -107,14 +107,14 @@ class AdapterSet:
             parameter.requires_grad_(False)
         return self
 
-    def refuse_unused(self, gradient: Callable[[Tensor], Tensor | None]) -> None:
+    def refuse_unused(self, gradients: Mapping[int, Tensor]) -> None:
         """ValueError that names adapters that never ran, or whose output never reached the loss, by their gradients.
 
-        Adapters whose gradient is exactly zero are named in a warning: most likely their output is thrown away, but a
-        net may also ignore it for this input alone.
+        gradients: {id of a parameter: its gradient}, of those that got one. Adapters whose gradient is exactly zero are
+        named in a warning: most likely their output is thrown away, but a net may also ignore it for this input alone.
         """
         idle = [path for path in self.adapters if path not in self.ran]
-        grads = {path: [gradient(w) for w in adapter.parameters()] for path, adapter in self.adapters.items()}
+        grads = {path: [gradients.get(id(w)) for w in adapter.parameters()] for path, adapter in self.adapters.items()}
         cut_off = [path for path, found in grads.items() if path in self.ran and any(g is None for g in found)]
         for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
             if paths:

@@ -75,6 +75,8 @@ class RMSprop(Component):
 
 Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]
 
+PIECE = 2**17  # numbers of a vector whose squares are summed up in one go
+
 Warmup = Annotated[int, Field(ge=0, le=100_000, description="steps over which the rate rises from 0")]
 
 
@@ -121,56 +123,76 @@ class Cosine(Component):
 Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), named("constant")]
 
 
-class Masters:
-    """fp32 copies of 16-bit parameters, so that small steps are not lost (Micikevicius et al. 2018, section 3.1)."""
+def norm(vector: Tensor) -> float:
+    """The length of a vector [N], from those of its pieces: fp32 would lose much in one long sum."""
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector.detach().split(PIECE)))))
 
+
+class Masters:
+    """All parameters as one fp32 vector [N], which the optimizer works on: small steps of 16-bit ones are not lost.
+
+    (Micikevicius et al. 2018, section 3.1.) Parameters in fp32 are parts of it themselves.
+    """
+
+    @torch.inference_mode(False)  # whatever the caller is in: parameters are trained as parts of the vector
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
-        self.tensors = [
-            p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in params
-        ]
-        self.by_param = {id(param): master for param, master in zip(self.params, self.tensors, strict=True)}
+        self.sizes = [p.numel() for p in self.params]
+        dtype = torch.promote_types(self.params[0].dtype, torch.float32)
+        self.vector = torch.empty(sum(self.sizes), dtype=dtype, device=self.params[0].device)
+        self.values = self.parts(self.vector)
+        self.reached: set[int] = set()  # ids of the parameters that got a gradient
+        torch._foreach_copy_(self.values, [p.detach() for p in self.params])
+        self.vector.requires_grad_()
+        for param, value in zip(self.params, self.values, strict=True):
+            if param.dtype == dtype:
+                param.data = value
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """A vector [N] -> each parameter's part of it, in its shape."""
+        return [part.view_as(p) for part, p in zip(vector.split(self.sizes), self.params, strict=True)]
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Adds the parameters' gradients to the masters', in fp32, and takes them from the parameters."""
-        for param, master in zip(self.params, self.tensors, strict=True):
-            if master is not param and param.grad is not None:
-                grad = param.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
+        """Adds the parameters' gradients to the vector's, in fp32, and takes them from the parameters."""
+        parts = []
+        for param in self.params:
+            grad = param.grad
+            if grad is None:
+                grad = torch.zeros_like(param)
+            else:
+                self.reached.add(id(param))
                 param.grad = None
+            parts.append(grad.flatten())
+        taken, before = torch.cat(parts), self.vector.grad
+        self.vector.grad = taken.to(self.vector.dtype) if before is None else before.add_(taken)
 
     @torch.no_grad()
-    def unscale(self, scale: float) -> None:
-        """Divides the masters' gradients by the scale of the loss."""
-        for master in self.tensors:
-            if master.grad is not None and scale != 1:
-                master.grad /= scale
+    def scale(self, factor: float) -> None:
+        """Multiplies the gradient."""
+        if self.vector.grad is not None and factor != 1:
+            self.vector.grad *= factor
 
     def clear(self) -> None:
         """Forgets all gradients."""
-        for tensor in (*self.params, *self.tensors):
+        self.reached.clear()
+        for tensor in (*self.params, self.vector):
             tensor.grad = None
 
-    def flat_gradient(self) -> Tensor:
-        """All gradients in one vector; zeros where there is none."""
-        return torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).flatten() for m in self.tensors])
+    def gradient(self) -> Tensor:
+        """The gradient [N]; zeros where there is none."""
+        return torch.zeros_like(self.vector) if self.vector.grad is None else self.vector.grad
 
-    def set_gradient(self, flat: Tensor) -> None:
-        """The opposite of flat_gradient."""
-        for master, part in zip(self.tensors, flat.split([m.numel() for m in self.tensors]), strict=True):
-            master.grad = part.view_as(master)
-
-    def gradient(self, param: Tensor) -> Tensor | None:
-        """What was taken of a parameter's gradient."""
-        return self.by_param[id(param)].grad
+    def gradients(self) -> dict[int, Tensor]:
+        """{id of a parameter: what was taken of its gradient}, of those that got one."""
+        parts = zip(self.params, self.parts(self.gradient()), strict=True)
+        return {id(param): part for param, part in parts if id(param) in self.reached}
 
     @torch.no_grad()
     def write(self) -> None:
-        """The masters' values become the parameters', rounded."""
-        for param, master in zip(self.params, self.tensors, strict=True):
-            if master is not param:
-                param.copy_(master)
+        """The vector's values become the parameters', rounded."""
+        if self.params[0].dtype != self.vector.dtype:
+            torch._foreach_copy_(self.params, self.values)
 
 
 class LossScale:
@@ -187,18 +209,17 @@ class LossScale:
         self.good = 0  # steps since the scale changed
         self.proven = self.value  # the scale of the last gradients that were finite
 
-    def overflowed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these gradients are not finite and a lower scale can be tried: then they are taken away.
+    def overflowed(self, masters: Masters) -> bool:
+        """Whether their gradient is not finite and a lower scale can be tried: then it is taken away.
 
         At a scale of 1 there is none, and what is not finite is the caller's business.
         """
         if not self.needed:
             return False
-        is_finite = bool(torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None]).isfinite())
+        is_finite = math.isfinite(norm(masters.gradient()))
         if not is_finite and self.value > 1:
             self.value, self.good = self.value / 2, 0
-            for tensor in tensors:
-                tensor.grad = None
+            masters.clear()
             return True
         if is_finite:
             self.good += 1

@@ -1,7 +1,7 @@
 """Everything that a step changes: the adapters' masters, the optimizer, the scale of the losses, and counters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class State:
         ]
         self.masters = Masters(adapters.parameters())
         self.config = config.optimizer
-        self.optimizer = self.config.build(self.masters.tensors, config.learning_rate)
+        self.optimizer = self.config.build([self.masters.vector], config.learning_rate)
         self.scale = LossScale(is_fp16)
         self.counters = Counters(config.batch_size, config.gradient_checkpointing, group=group)
         self.record: list[tuple[float, float, float]] = []  # loss, rate and gradient norm of each step
@@ -56,21 +56,21 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "record" [N,3], float64, of N steps."""
-        found = {f"{MASTER}/{name}": t.detach() for name, t in zip(self.names, self.masters.tensors, strict=True)}
-        for name, values in self._optimizer_state().items():
-            found |= {f"{OPTIMIZER}/{name}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        found = {f"{MASTER}/{name}": part for name, part in self._by_name(self.masters.vector.detach())}
+        for key, value in self.optimizer.state.get(self.masters.vector, {}).items():
+            found |= {f"{OPTIMIZER}/{name}/{key}": part for name, part in self._by_name(value)}
         return {**found, RECORD: torch.tensor(self.record, dtype=torch.float64).view(-1, 3)}
+
+    def _by_name(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What is kept of all parameters -> (name, part) of each; a single number, such as a count, is each one's."""
+        parts = self.masters.parts(value) if value.ndim else [value] * len(self.names)
+        return zip(self.names, parts, strict=True)
 
     def numbers(self) -> dict[str, Any]:
         """What is no tensor, as JSON holds it exactly."""
-        plain = {
-            name: {k: v for k, v in values.items() if not isinstance(v, Tensor)}
-            for name, values in self._optimizer_state().items()
-        }
         return {
             "counters": dataclasses.asdict(self.counters),
             "scale": {"value": self.scale.value, "good": self.scale.good, "proven": self.scale.proven},
-            OPTIMIZER: {name: values for name, values in plain.items() if values},
         }
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -79,27 +79,26 @@ class State:
         ValueError, and nothing changed, where that one had other adapters or its optimizer kept other numbers.
         """
         held = {key.removeprefix(f"{MASTER}/"): t for key, t in tensors.items() if key.startswith(f"{MASTER}/")}
-        own = dict(zip(self.names, self.masters.tensors, strict=True))
+        own = dict(self._by_name(self.masters.vector.detach()))
         odd = sorted(held.keys() ^ own.keys()) or [n for n in self.names if held[n].shape != own[n].shape]
         if odd:
             raise ValueError(f"it must hold the same adapters, but {len(odd)} differ, such as {odd[0]}")
-        states: dict[str, dict[str, Any]] = {name: dict(numbers[OPTIMIZER].get(name, {})) for name in self.names}
+        kept: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == OPTIMIZER:
                 name, _, part = rest.rpartition("/")
-                states[name][part] = tensor.clone()  # tensors of files are not aligned as others are
-        kept, keeps = {key for values in states.values() for key in values}, self._optimizer_keys()
-        if kept and kept != keeps:
-            raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(kept)}")
+                kept.setdefault(part, {})[name] = tensor
+        keeps = self._optimizer_keys()
+        if kept and kept.keys() != keeps:
+            raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
         self.is_sound = False
         with torch.no_grad():
-            for name, master in own.items():
-                master.copy_(held[name])
-                master.grad = None
+            self.masters.vector.copy_(self._in_one(held))
+        self.masters.clear()
         self.masters.write()
         groups = self.optimizer.state_dict()["param_groups"]
-        filled = {index: states[name] for index, name in enumerate(self.names) if states[name]}
+        filled = {0: {part: self._in_one(values) for part, values in kept.items()}} if kept else {}
         self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
         scale = numbers["scale"]
         self.scale.value, self.scale.good, self.scale.proven = scale["value"], scale["good"], scale["proven"]
@@ -107,9 +106,10 @@ class State:
         self.record = [(loss, lr, norm) for loss, lr, norm in tensors[RECORD].tolist()]
         self.is_sound = True
 
-    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        by_index = self.optimizer.state_dict()["state"]
-        return {name: by_index[index] for index, name in enumerate(self.names) if index in by_index}
+    def _in_one(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The opposite of _by_name."""
+        found = [values[name] for name in self.names]
+        return torch.cat([value.flatten() for value in found]) if found[0].ndim else found[0].clone()
 
     def _optimizer_keys(self) -> set[str]:
         """What such an optimizer keeps of a weight."""

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
@@ -22,7 +21,7 @@ from lorasmith.diagnosis import origin_of_non_finite
 from lorasmith.kernels.attention import fast_attention
 from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
-from lorasmith.optimizers import Masters
+from lorasmith.optimizers import Masters, norm
 from lorasmith.state import State
 from lorasmith.types import Batch, Denoiser, Step
 from lorasmith.world import ALONE, World
@@ -74,17 +73,17 @@ def train(
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
             if is_new and not is_short:
-                adapters.refuse_unused(masters.gradient)
+                adapters.refuse_unused(masters.gradients())
                 is_new = False
             losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
             if is_short:
                 _go_down_the_ladder(state)
                 continue
-            masters.unscale(state.scale.value)
+            masters.scale(1 / state.scale.value)
             is_finite = math.isfinite(sum(losses))
-            if is_finite and state.scale.overflowed(masters.tensors):
+            if is_finite and state.scale.overflowed(masters):
                 continue  # with the same group at half the scale: no group is skipped
-            grad_norm = _norm([t.grad for t in masters.tensors if t.grad is not None])
+            grad_norm = norm(masters.gradient())
             if not (is_finite and math.isfinite(grad_norm)):
                 _leave_out(denoiser, adapters, group, config, state=state, losses=losses)
                 continue
@@ -140,10 +139,10 @@ def _exchanged(
     if world.size == 1:
         return losses, is_short, is_stopping
     told = torch.tensor([*losses, float(is_short), float(is_stopping)])
-    flat = torch.cat([masters.flat_gradient(), told.to(masters.tensors[0])])
+    flat = torch.cat([masters.gradient(), told.to(masters.vector)])
     world.add_up(flat)
     size = len(flat) - len(told)
-    masters.set_gradient(flat[:size])
+    masters.vector.grad = flat[:size]
     *losses, num_short, num_stopping = flat[size:].tolist()
     return losses, num_short > 0, num_stopping > 0
 
@@ -182,15 +181,11 @@ def _leave_out(
         raise NonFiniteError(f"not finite {config.non_finite.limit} times in a row: {origin}")
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm(tensors))
-
-
 def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr: float) -> None:
     """One step of the optimizer, on gradients scaled together down to max_norm (0: as they are)."""
     masters = state.masters
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(masters.tensors, max_norm, torch.tensor(grad_norm).to(masters.tensors[0]))
+        masters.scale(min(1.0, max_norm / (grad_norm + 1e-6)))  # as torch's own clipping has it
     for param_group in state.optimizer.param_groups:
         param_group["lr"] = lr
     state.is_sound = False
@@ -200,7 +195,7 @@ def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr:
     state.counters.skipped = 0
     state.record.append((loss, lr, grad_norm))
     masters.clear()
-    if not math.isfinite(_norm(masters.tensors)):
+    if not math.isfinite(norm(masters.vector)):
         raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
     masters.write()
     state.is_sound = True

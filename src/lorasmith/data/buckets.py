@@ -5,6 +5,7 @@ S samples, a repeated one counted as often as it repeats; G samples in a group, 
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -62,31 +63,32 @@ class Order:
     def group_at(self, step: int) -> list[int]:
         """The G indices, all of one class, of this step, counted from 0."""
         cycle, place = divmod(step, sum(map(len, self.classes)))
-        turns = self._turns(cycle)
+        turns = _turns(self.seed, cycle, tuple(map(len, self.classes)))
         number = turns[place]
-        group = cycle * len(self.classes[number]) + turns[:place].count(number)
-        return self._group(number, group)
-
-    def _turns(self, cycle: int) -> list[int]:
-        """The number of the class of each of a cycle's S steps.
-
-        The k-th of n groups falls due at (k + u) / n of the cycle, u in [0, 1) drawn for each class and cycle: that
-        spreads a class evenly, and puts the only group of a class of one at any step with the same chance.
-        """
-        sizes = [len(indices) for indices in self.classes]
-        shifts = uniform(self.seed, Purpose.BUCKET, cycle, (len(sizes),)).double().numpy()
-        due = [(np.arange(size) + shift) / size for size, shift in zip(sizes, shifts, strict=True)]
-        turns = np.repeat(np.arange(len(sizes)), sizes)
-        return turns[np.argsort(np.concatenate(due), kind="stable")].tolist()
-
-    def _group(self, number: int, group: int) -> list[int]:
-        """The G indices of a class's group-th group, counted from 0."""
         indices = self.classes[number]
-        first, last = group * self.group_size, (group + 1) * self.group_size - 1
-        first_pass, last_pass = first // len(indices), last // len(indices)
-        stream: list[int] = []
-        for pass_number in range(first_pass, last_pass + 1):
-            order = permutation(self.seed, Purpose.ORDER, number << 40 | pass_number, len(indices))
-            stream.extend(indices[place] for place in order)
-        start = first - first_pass * len(indices)
-        return stream[start : start + self.group_size]
+        group = cycle * len(indices) + turns[:place].count(number)
+        return [indices[self._place(number, group * self.group_size + at)] for at in range(self.group_size)]
+
+    def _place(self, number: int, at: int) -> int:
+        """The place in its class of the at-th sample of the stream of class `number`, counted from 0."""
+        size = len(self.classes[number])
+        return _pass(self.seed, number, at // size, size)[at % size]
+
+
+@lru_cache(maxsize=2)  # the steps of a cycle ask one after another
+def _turns(seed: int, cycle: int, sizes: tuple[int, ...]) -> list[int]:
+    """The number of the class of each of a cycle's S steps, for classes of these sizes.
+
+    The k-th of n groups falls due at (k + u) / n of the cycle, u in [0, 1) drawn for each class and cycle: that
+    spreads a class evenly, and puts the only group of a class of one at any step with the same chance.
+    """
+    shifts = uniform(seed, Purpose.BUCKET, cycle, (len(sizes),)).double().numpy()
+    due = [(np.arange(size) + shift) / size for size, shift in zip(sizes, shifts, strict=True)]
+    turns = np.repeat(np.arange(len(sizes)), sizes)
+    return turns[np.argsort(np.concatenate(due), kind="stable")].tolist()
+
+
+@lru_cache(maxsize=64)  # of as many shapes at once
+def _pass(seed: int, number: int, pass_number: int, size: int) -> list[int]:
+    """The places in its class of the samples of a pass, in their order."""
+    return permutation(seed, Purpose.ORDER, number << 40 | pass_number, size)
