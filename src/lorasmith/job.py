@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,10 @@ class Job:
     dataset: Dataset
     state: State
     done: int  # steps of the LoRA that is continued
-    base_hash: Future[str]  # of the base model, from a thread: it takes seconds, and a file is what needs it
-    other_facts: dict[str, str]
+    other_facts: dict[str, str]  # what decides the result besides the config and the base model's values
     metadata: dict[str, str]  # what other tools read of the base model
     world: World
+    _hashing: Future[str] | None = None
 
     @classmethod
     def of(
@@ -84,7 +85,6 @@ class Job:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
         if config.sharded:
             refuse_useless_sharding(config, adapters, world)
-        base_hash = ThreadPoolExecutor(1).submit(lorafile.base_hash, denoiser)
         home = device_of(denoiser) if config.offloading or config.sharded else device
         dtype = model_dtype(config.training_dtype, device)
         if config.base_dtype == "none":
@@ -104,10 +104,7 @@ class Job:
         network = _network(adapters, config.adapter if path is None else None)
         facts = facts_of(denoiser, adapters, dataset, device, world) | {"dtypes": dtypes_of(copy)}
         state = State(adapters, config, is_fp16=is_fp16, group=first)
-        job = cls(
-            config, denoiser, copy, adapters, dataset, state, done, base_hash, facts, {**network, **(metadata or {})},
-            world,
-        )  # fmt: skip
+        job = cls(config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world)
         if world.size > 1:
             refuse_differences(world, config, job.facts)
         return job
@@ -115,15 +112,24 @@ class Job:
     @property
     def facts(self) -> dict[str, str]:
         """What decides the result besides the config; waits for the base model's hash."""
-        return {"base model": self.base_hash.result(), **self.other_facts}
+        return {"base model": self._base_hash().result(), **self.other_facts}
+
+    def _base_hash(self) -> Future[str]:
+        """Of the base model, from a thread that the first call begins: it takes seconds, and files alone need it."""
+        if self._hashing is None:
+            self._hashing = ThreadPoolExecutor(1).submit(lorafile.base_hash, self.base)
+        return self._hashing
 
     def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:
         """Trains on from where the state is, until `stop` is set; each step is yielded when it is complete."""
-        with attached(self.denoiser, self.adapters):
-            yield from train(
-                self.denoiser, self.adapters, self.dataset, self.config, state=self.state, done=self.done,
-                world=self.world, stop=stop,
-            )  # fmt: skip
+        steps = train(
+            self.denoiser, self.adapters, self.dataset, self.config, state=self.state, done=self.done,
+            world=self.world, stop=stop,
+        )  # fmt: skip
+        with attached(self.denoiser, self.adapters), closing(steps):
+            for step in steps:
+                self._base_hash()  # the first step would have to wait for it where there are few cores
+                yield step
 
     @property
     def steps_in_all(self) -> int:

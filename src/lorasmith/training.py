@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
@@ -51,7 +51,7 @@ def train(
     done: int = 0,
     world: World = ALONE,
     stop: threading.Event | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Trains adapters that are attached to the denoiser from the state's step on; yields after each optimizer step.
 
     The `done` steps of a LoRA that is continued count in what is yielded. Ends early, after the same step in all
