@@ -96,9 +96,20 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
 
 def _pairs(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
     """The factors -> down [r^2, n_in / g, k…], up [n_out, r^2, 1…]."""
-    down = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
-    up = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
-    return down.view(-1, *layer.weight_shape[1:]), up.view(*up.shape, *[1] * len(layer.kernel))
+    down = _face_splitting(_by_taps(layer, w1_b), _by_taps(layer, w2_b))
+    up = _face_splitting(w1_a.t(), w2_a.t()).t()
+    taps_last = down.view(-1, *layer.kernel, layer.weight_shape[1]).movedim(-1, 1)
+    return taps_last, up.view(*up.shape, *[1] * len(layer.kernel))
+
+
+def _face_splitting(one: Tensor, other: Tensor) -> Tensor:
+    """[r, n], [r, n] -> the products of all pairs of rows [r^2, n]."""
+    return (one[:, None] * other).flatten(0, 1)
+
+
+def _by_taps(layer: Layer, rows: Tensor) -> Tensor:
+    """rows [r, n_in / g * K] -> [r, K * n_in / g]: as they lie in memory with the channels last."""
+    return rows.unflatten(1, (layer.weight_shape[1], -1)).mT.flatten(1) if layer.kernel else rows
 
 
 def _product(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:

@@ -41,6 +41,10 @@ class ConvShape:
             grad, x, weight, None, self.stride, self.padding, self.dilation, False, (0,) * self.num_axes, groups, wanted
         )
 
+    def is_pointwise(self, kernel: tuple[int, ...]) -> bool:
+        """Whether it multiplies each position alone."""
+        return {*kernel, *self.stride} == {1} and not any(self.padding)
+
     def mirrored(self, kernel: tuple[int, ...]) -> "ConvShape | None":
         """The convolution that gives the gradient of x, with the weight flipped: of stride 1; None where none does."""
         padding = tuple(d * (k - 1) - p for d, k, p in zip(self.dilation, kernel, self.padding, strict=True))

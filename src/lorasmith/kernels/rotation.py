@@ -1,7 +1,6 @@
 """Block-diagonal products on a layer's output: z + z E, with z = y - bias cut into blocks.
 
-n blocks of s numbers. Matrix libraries are slow at blocks of a few numbers, so neighbours are taken together, as blocks
-of a block-diagonal matrix of their own: J of them, w = n s / J numbers each; N rows.
+n blocks of s numbers; J, what is made of neighbours, of w = n s / J numbers each; N rows.
 """
 
 from typing import Any
@@ -10,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.kernels.blocks import joined, parted, together
 from lorasmith.kernels.taps import image_of, rows_of
-
-WIDTH = 64
-"""The most numbers that neighbouring blocks are taken together to."""
 
 
 class _Rotated(torch.autograd.Function):
@@ -21,18 +18,18 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:
         ctx.save_for_backward(y, turn, bias)
         ctx.is_conv = is_conv
-        rows, wide = _rows(y, is_conv), joined(turn)
+        rows, wide = _rows(y, is_conv), _wide(turn)
         return _like(_plus(rows, _unbiased(rows, wide, bias), wide), y, is_conv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, turn, bias = ctx.saved_tensors
-        rows, wide = _rows(grad, ctx.is_conv), joined(turn)
+        rows, wide = _rows(grad, ctx.is_conv), _wide(turn)
         blocks = _cut(rows.to(turn.dtype), wide).contiguous()
         grad_wide = torch.bmm(_unbiased(_rows(y, ctx.is_conv), wide, bias).mT, blocks)
         grad_y = _like(_plus(rows, blocks, wide.mT), y, ctx.is_conv) if ctx.needs_input_grad[0] else None
-        return grad_y, parted(grad_wide, turn.shape[1]), None, None
+        return grad_y, parted(grad_wide, len(turn) // len(wide)), None, None
 
 
 def _rows(y: Tensor, is_conv: bool) -> Tensor:
@@ -45,20 +42,9 @@ def _like(rows: Tensor, y: Tensor, is_conv: bool) -> Tensor:
     return image_of(rows.view(y.movedim(1, -1).shape)) if is_conv else rows.view(y.shape)
 
 
-def joined(turn: Tensor) -> Tensor:
-    """turn [n, s, s] -> [J, w, w], block-diagonal."""
-    num_blocks, size, _ = turn.shape
-    together = max(m for m in range(1, max(1, WIDTH // size) + 1) if num_blocks % m == 0)
-    wide = turn.new_zeros(num_blocks // together, together, size, together, size)
-    wide.diagonal(dim1=1, dim2=3).copy_(turn.view(-1, together, size, size).permute(0, 2, 3, 1))
-    return wide.view(-1, together * size, together * size)
-
-
-def parted(wide: Tensor, size: int) -> Tensor:
-    """[J, w, w] -> the blocks of this size along its diagonal [n, s, s]."""
-    together = wide.shape[1] // size
-    blocks = wide.view(-1, together, size, together, size).diagonal(dim1=1, dim2=3)
-    return blocks.permute(0, 3, 1, 2).reshape(-1, size, size)
+def _wide(turn: Tensor) -> Tensor:
+    """turn [n, s, s] -> [J, w, w]."""
+    return joined(turn, together(len(turn), turn.shape[1]))
 
 
 def _cut(y: Tensor, wide: Tensor) -> Tensor:
