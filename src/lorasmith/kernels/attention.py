@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorasmith.kernels.native import View, library
+from lorasmith.kernels.native import View, in_use, library
 
 MAX_WIDTH = 256
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -112,6 +112,7 @@ def fast_attention() -> Iterator[None]:
         return
     _SWITCH.turn(1)
     try:
-        yield
+        with in_use():
+            yield
     finally:
         _SWITCH.turn(-1)

@@ -11,6 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -50,6 +53,36 @@ def library() -> ctypes.CDLL | None:
         log.info("no kernels of our own (the system grants no matrix unit): PyTorch's are used, which are slower here")
         return None
     return found
+
+
+class _Use:
+    """How many are training with kernels of our own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            self.users += by
+
+
+_USE = _Use()
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """`kernels` gives the library as long as this is open."""
+    _USE.change(1)
+    try:
+        yield
+    finally:
+        _USE.change(-1)
+
+
+def kernels() -> ctypes.CDLL | None:
+    """The library, while somebody trains with it and where there is one."""
+    return library() if _USE.users else None
 
 
 def _reason(error: Exception) -> str:
