@@ -17,6 +17,11 @@ SMALLEST = 1e-30
 """The least square of a length, so that a row of zeros can be divided by its own."""
 
 
+def lengths_of(squares: Tensor) -> Tensor:
+    """Roots, by a power: on processors PyTorch's sqrt wakes the threads of another library, at 0.1 ms a call."""
+    return squares.pow(0.5)
+
+
 def row_norms(squares: Tensor, products: Tensor, weights: Weights, scale: float) -> Tensor:
     """The lengths [n_out] of the rows of W + scale up down, in float32 or wider.
 
@@ -25,7 +30,7 @@ def row_norms(squares: Tensor, products: Tensor, weights: Weights, scale: float)
     """
     down, up = (weight.detach().flatten(1).to(squares.dtype) for weight in weights)
     crossed = torch.addmm(products.to(squares.dtype), down @ down.t(), up.t(), beta=2 * scale, alpha=scale**2)
-    return (squares + (crossed * up.t()).sum(0)).clamp_(min=SMALLEST).sqrt_()
+    return lengths_of((squares + (crossed * up.t()).sum(0)).clamp_(min=SMALLEST))
 
 
 class _Decomposed(torch.autograd.Function):

@@ -127,9 +127,9 @@ class PackedConv2d(Packed, nn.Conv2d):
         return _run(x, self.blocks, self.bias, self.shape)
 
     def row_products(self, rows: Tensor) -> Tensor:
-        pictures = self.arranged(rows.to(self.dtype).repeat(1, self.groups, 1, 1))
-        plain = ConvShape((1, 1), (0, 0), (1, 1), self.groups)
-        return _run(pictures, self.blocks, None, plain).flatten(1)
+        side_by_side = rows.to(self.dtype).permute(1, 2, 0, 3).flatten(2).repeat(self.groups, 1, 1)
+        by_rows = ConvShape((1, rows.shape[3]), (0, 0), (1, 1), self.groups)
+        return _run(self.arranged(side_by_side[None]), self.blocks, None, by_rows)[0, :, 0].t()
 
     def arranged(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
