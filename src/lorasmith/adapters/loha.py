@@ -88,7 +88,7 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
     that are products of a pair of theirs (face-splitting products: Slyusar 1999). A weight's gradient is then never
     made.
     """
-    if rank**2 * (layer.n_out + layer.fan_in) < layer.n_out * layer.fan_in:
+    if layer.is_cheaper_in_two(rank**2):
         operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
         return operation, partial(_pairs, layer)
     return DenseLinear() if layer.conv is None else DenseConv(layer.conv), partial(_product, layer)
