@@ -324,16 +324,8 @@ def test_checkpointing_lowers_the_bytes_that_autograd_saves(
     for depth in (None, 1, 2, 5):
         saved.clear()
         values: dict[str, Any] = {"gradient_checkpointing": depth is not None, "checkpoint_depth": depth or 2}
+        values |= {"steps": 1, "batch_size": 4, "targets": Targets(preset="all"), "pack": pack}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            train_lora(
-                denoiser,
-                latents,
-                list(texts),
-                steps=1,
-                batch_size=4,
-                targets=Targets(preset="all"),
-                pack=pack,
-                **values,
-            )
+            train_lora(denoiser, latents, list(texts), **values)
         counts[depth] = sum(saved.values())
     assert all(0 < counts[depth] < counts[None] / 2 for depth in (1, 2, 5)), counts
