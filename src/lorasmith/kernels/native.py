@@ -23,6 +23,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
     "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
@@ -96,7 +97,7 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("there is no C compiler: cc, gcc or clang")
     made_of = hashlib.sha256(repr((compiler, FLAGS)).encode())
-    for source in SOURCES:
+    for source in (*SOURCES, *HEADERS):
         made_of.update(source.read_bytes())
     path = _cache() / f"kernels-{made_of.hexdigest()[:16]}.so"
     if not path.exists():
