@@ -140,7 +140,6 @@ class PackedConv2d(Packed, nn.Conv2d):
         return self.blocks.to_dense()
 
     def both_blocks(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.contiguous(memory_format=torch.channels_last)
         size = [1, self.out_channels, SIDE, SIDE]
         return (
             torch.ops.mkldnn._reorder_convolution_weight(
@@ -186,7 +185,7 @@ def packed(layer: nn.Module, kind: type[Packed]) -> Packed:
 
 
 def _blocks_of(matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), None)
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, None)
 
 
 def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
