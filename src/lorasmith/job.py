@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,8 @@ class Job:
     dataset: Dataset
     state: State
     done: int  # steps of the LoRA that is continued
-    facts: dict[str, str]  # what decides the result besides the config
+    base_hash: Future[str]  # of the base model, from a thread: it takes seconds, and a file is what needs it
+    other_facts: dict[str, str]
     metadata: dict[str, str]  # what other tools read of the base model
     world: World
 
@@ -82,6 +84,7 @@ class Job:
             refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
         if config.sharded:
             refuse_useless_sharding(config, adapters, world)
+        base_hash = ThreadPoolExecutor(1).submit(lorafile.base_hash, denoiser)
         home = device_of(denoiser) if config.offloading or config.sharded else device
         dtype = model_dtype(config.training_dtype, device)
         if config.base_dtype == "none":
@@ -103,11 +106,19 @@ class Job:
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
         facts = facts_of(denoiser, adapters, dataset, device, world) | effective
-        refuse_differences(world, config, facts)
         state = State(adapters, config, is_fp16=is_fp16, group=first)
-        return cls(
-            config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world
-        )
+        job = cls(
+            config, denoiser, copy, adapters, dataset, state, done, base_hash, facts, {**network, **(metadata or {})},
+            world,
+        )  # fmt: skip
+        if world.size > 1:
+            refuse_differences(world, config, job.facts)
+        return job
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What decides the result besides the config; waits for the base model's hash."""
+        return {"base model": self.base_hash.result(), **self.other_facts}
 
     def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:
         """Trains on from where the state is, until `stop` is set; each step is yielded when it is complete."""

@@ -15,7 +15,6 @@ from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.digests import digest
-from lorasmith.lorafile import base_hash
 from lorasmith.types import Denoiser
 from lorasmith.world import World
 
@@ -38,10 +37,12 @@ ASKED_FOR = {"pack": "packed layers", "native_kernels": "kernels in C"}
 def facts_of(
     denoiser: Denoiser, adapters: AdapterSet, dataset: Dataset, device: torch.device, world: World
 ) -> dict[str, str]:
-    """What decides a run's result besides its config; the adapters are new, or those of an existing LoRA."""
+    """What decides a run's result besides its config and the base model's values.
+
+    The adapters are new, or those of an existing LoRA.
+    """
     is_cpu = device.type == "cpu"
     return {
-        "base model": base_hash(denoiser),
         "structure": _structure(denoiser),
         "process": _process(denoiser),
         "data": dataset.digest(),
