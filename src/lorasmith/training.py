@@ -19,6 +19,7 @@ from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.devices import device_of, is_out_of_memory
 from lorasmith.diagnosis import origin_of_non_finite
+from lorasmith.fusing import fused
 from lorasmith.kernels.attention import fast_attention
 from lorasmith.kernels.native import library
 from lorasmith.memory import checkpointed, freed_memory_kept
@@ -67,6 +68,8 @@ def train(
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept(device))
+        if config.native_kernels:
+            stack.enter_context(fused(denoiser))
         while counters.step < config.steps and not is_stopping:
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))

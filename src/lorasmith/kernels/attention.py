@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorasmith.kernels.native import View, in_use, library
+from lorasmith.kernels.native import View, address, in_use, library
 
 MAX_WIDTH = 256
 
@@ -65,7 +65,7 @@ def _run(
     (batch, heads, num_queries, width), num_keys = inputs[0].shape, inputs[1].shape[2]
     close = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]  # kept until the kernel has run
     done = kernel(
-        *map(View.of, close), ctypes.c_void_p(lse.data_ptr()), *map(View.of, results),
+        *map(View.of, close), address(lse), *map(View.of, results),
         *map(ctypes.c_int64, (batch, heads, num_queries, num_keys, width)), ctypes.c_float(scale),
         ctypes.c_int(torch.get_num_threads()),
     )  # fmt: skip

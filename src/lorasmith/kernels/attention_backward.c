@@ -106,6 +106,7 @@ static void add_block(Work *w, int64_t i, int64_t j) {
 
 /* the gradient of the queries, of which 32 are columns in w->dq [np/32][dc][32] */
 static void put_queries(const Work *w, Rows dq) {
+    const __m512 scale = _mm512_set1_ps(w->scale);
     for (int64_t i = 0; i < w->np; i += TILE)
         for (int64_t c = 0; c < dq.d; c += TILE) {
             __m512 r[TILE];
@@ -114,7 +115,7 @@ static void put_queries(const Work *w, Rows dq) {
             transpose((__m512i *)r);
             for (int64_t j = 0; j < TILE; j++) {
                 int64_t row = i / STEP * STEP + query(i % STEP + j);
-                if (row < dq.n) put(r[j], w->scale, dq.d - c, dq.data + row * dq.row + c);
+                if (row < dq.n) put(_mm512_mul_ps(r[j], scale), dq.d - c, dq.data + row * dq.row + c);
             }
         }
 }

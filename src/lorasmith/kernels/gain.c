@@ -1,28 +1,17 @@
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <omp.h>
+#include "vectors.h"
 
-typedef uint16_t bf16;
 enum { WIDTH = 16 };
 
-static inline __m512 widened(__mmask16 mask, const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
-static inline void narrowed(bf16 *out, __mmask16 mask, __m512 x) {
-    _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-static inline __mmask16 rest(int64_t n) { return n >= WIDTH ? 0xffff : (1 << n) - 1; }
+static inline __m512 floats(const float *x, int64_t n) { return _mm512_maskz_loadu_ps(first_16(n), x); }
 
 /* out = y + gain (y - bias), by rows [rows, n] */
 void gain_forward(const bf16 *y, const float *gain, const float *bias, bf16 *out, int64_t rows, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < n; j += WIDTH) {
-            __mmask16 mask = rest(n - j);
-            __m512 x = widened(mask, y + i * n + j), g = _mm512_maskz_loadu_ps(mask, gain + j);
-            __m512 z = bias ? _mm512_sub_ps(x, _mm512_maskz_loadu_ps(mask, bias + j)) : x;
-            narrowed(out + i * n + j, mask, _mm512_fmadd_ps(g, z, x));
+            __m512 x = get(y + i * n + j, n - j), z = bias ? _mm512_sub_ps(x, floats(bias + j, n - j)) : x;
+            put(_mm512_fmadd_ps(floats(gain + j, n - j), z, x), n - j, out + i * n + j);
         }
 }
 
@@ -37,12 +26,10 @@ int gain_backward(const bf16 *grad, const bf16 *y, const float *gain, const floa
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < n; j += WIDTH) {
-                __mmask16 mask = rest(n - j);
-                __m512 d = widened(mask, grad + i * n + j), x = widened(mask, y + i * n + j);
-                __m512 g = _mm512_maskz_loadu_ps(mask, gain + j);
-                __m512 z = bias ? _mm512_sub_ps(x, _mm512_maskz_loadu_ps(mask, bias + j)) : x;
-                _mm512_mask_storeu_ps(own + j, mask, _mm512_fmadd_ps(d, z, _mm512_maskz_loadu_ps(mask, own + j)));
-                narrowed(grad_y + i * n + j, mask, _mm512_fmadd_ps(g, d, d));
+                __m512 d = get(grad + i * n + j, n - j), x = get(y + i * n + j, n - j);
+                __m512 z = bias ? _mm512_sub_ps(x, floats(bias + j, n - j)) : x;
+                _mm512_mask_storeu_ps(own + j, first_16(n - j), _mm512_fmadd_ps(d, z, floats(own + j, n - j)));
+                put(_mm512_fmadd_ps(floats(gain + j, n - j), d, d), n - j, grad_y + i * n + j);
             }
     }
     for (int64_t j = 0; j < n; j++) {

@@ -40,6 +40,11 @@ class View(ctypes.Structure):
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
+def address(x: Tensor) -> ctypes.c_void_p:
+    """Where the numbers of a tensor begin."""
+    return ctypes.c_void_p(x.data_ptr())
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels; None where the processor has no matrix unit for bf16 (AMX), or where they cannot be built."""

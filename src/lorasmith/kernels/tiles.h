@@ -1,14 +1,10 @@
 /* Products of bf16 matrices by tiles (Intel AMX), and the layouts that their operands have. */
 #ifndef TILES_H
 #define TILES_H
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
+#include "vectors.h"
 
-typedef uint16_t bf16;
 enum { TILE = 16, STEP = 32 };
-static const float LOG2_E = 1.44269504f;
 
 typedef struct { uint8_t palette, start; uint8_t zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } TileConfig;
 
@@ -20,13 +16,7 @@ static inline void configure_tiles(void) {
     _tile_loadconfig(&c);
 }
 
-static inline int64_t up_to(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline void *cut(char **at, int64_t bytes) { void *p = *at; *at += up_to(bytes, 64); return p; }
-
-/* the first n of 32 or of 16 lanes */
-static inline __mmask32 first_32(int64_t n) { return n >= 32 ? ~(__mmask32)0 : n <= 0 ? 0 : ((__mmask32)1 << n) - 1; }
-static inline __mmask16 first_16(int64_t n) { return (__mmask16)first_32(n < 16 ? n : 16); }
 
 /* [B, H, rows, d] and [n, d], of which the last axis lies close */
 typedef struct { bf16 *data; int64_t batch, head, row; } View;
@@ -40,10 +30,6 @@ static inline __m512i part(Rows x, int64_t i, int64_t c) {
     if (i >= x.n) return _mm512_setzero_si512();
     return _mm512_maskz_loadu_epi16(first_32(x.d - c), x.data + i * x.row + c);
 }
-/* those at even places, and those at odd ones */
-static inline __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-static inline __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
-static inline __m512i narrowed(__m512 hi, __m512 lo) { return (__m512i)_mm512_cvtne2ps_pbh(hi, lo); }
 /* r [16][16] of 32 bits, transposed */
 static inline void transpose(__m512i r[TILE]) {
     __m512i t[TILE];
@@ -108,24 +94,10 @@ static inline void as_left_transposed(Rows x, int64_t np, int64_t dc, bf16 *out)
             for (int p = 0; p < TILE; p++) _mm512_store_si512(out + p * STEP, r[p]);
         }
 }
-/* the first d of 16 numbers, times the factor */
-static inline void put(__m512 x, float factor, int64_t d, bf16 *out) {
-    __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(x, _mm512_set1_ps(factor)));
-    _mm256_mask_storeu_epi16(out, first_16(d), y);
-}
+/* row [d] times the factor; the row's memory reaches to a whole TILE */
 static inline void put_row(const float *row, float factor, int64_t d, bf16 *out) {
-    for (int64_t c = 0; c < d; c += TILE) put(_mm512_load_ps(row + c), factor, d - c, out + c);
-}
-
-/* 2^x, to 2.6e-6 of it: a polynomial of degree 4 for the part of x behind the point */
-static inline __m512 exp2_of(__m512 x) {
-    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 p = _mm512_set1_ps(0.013534168f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114623f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442754f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003835f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
-    return _mm512_scalef_ps(p, x);
+    const __m512 by = _mm512_set1_ps(factor);
+    for (int64_t c = 0; c < d; c += TILE) put(_mm512_mul_ps(_mm512_load_ps(row + c), by), d - c, out + c);
 }
 
 /* out [32, 32] = a [32, dp] times b, columns as in as_columns */
