@@ -109,6 +109,17 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="the processor has no matrix unit, or there is no compiler")
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+def test_a_library_that_was_cut_off_is_made_again(share: float, tmp_path: Path) -> None:
+    """Loading it would end the process."""
+    path = native._built()
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert native._built().read_bytes() == whole and native.library() is not None
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="the processor has no matrix unit, or there is no compiler")
 def test_results_agree_to_rounding(flow_denoiser: FlowDenoiser) -> None:
     own, plain = trained(flow_denoiser), trained(flow_denoiser, native_kernels=False)
     assert own.loss["loss"] == pytest.approx(plain.loss["loss"], rel=1e-2)

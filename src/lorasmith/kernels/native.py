@@ -97,21 +97,29 @@ def _reason(error: Exception) -> str:
 
 
 def _built() -> Path:
-    """The library's file in the user's cache; it is named after what it is made of, and written whole or not at all."""
+    """The library's file in the user's cache; it is named after what it is made of and after its own hash.
+
+    Loading one that is cut off would end the process, so a file that has not the hash that it states is made again.
+    """
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("there is no C compiler: cc, gcc or clang")
     made_of = hashlib.sha256(repr((compiler, FLAGS)).encode())
     for source in (*SOURCES, *HEADERS):
         made_of.update(source.read_bytes())
-    path = _cache() / f"kernels-{made_of.hexdigest()[:16]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            new = Path(folder, path.name)
-            command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(new, path)
-    return path
+    cache, name = _cache(), f"kernels-{made_of.hexdigest()[:16]}"
+    for path in cache.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_hash(path)}":
+            return path
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        new = Path(folder, "kernels.so")
+        command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        return new.replace(cache / f"{name}-{_hash(new)}.so")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _cache() -> Path:
