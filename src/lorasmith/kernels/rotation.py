@@ -33,8 +33,8 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rows(y: Tensor, is_conv: bool) -> Tensor:
-    """y [..., n s] or [B, n s, …] -> [N, n s]; a view where the channels lie last."""
-    return rows_of(y) if is_conv else y.reshape(-1, y.shape[-1])
+    """y [..., n s] or [B, n s, …] -> [N, n s], in one piece; a view where the channels lie last."""
+    return (rows_of(y) if is_conv else y.reshape(-1, y.shape[-1])).contiguous()
 
 
 def _like(rows: Tensor, y: Tensor, is_conv: bool) -> Tensor:
