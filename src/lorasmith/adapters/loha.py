@@ -16,6 +16,7 @@ from lorasmith.component import Component
 from lorasmith.draws import Purpose, normal, path_number
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.pairs import pairs
 from lorasmith.kernels.update import Base, Build, Operation, Weights, updated
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -96,15 +97,10 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
 
 def _pairs(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
     """The factors -> down [r^2, n_in / g, k…], up [n_out, r^2, 1…]."""
-    down = _face_splitting(_by_taps(layer, w1_b), _by_taps(layer, w2_b))
-    up = _face_splitting(w1_a.t(), w2_a.t()).t()
+    down = pairs(_by_taps(layer, w1_b), _by_taps(layer, w2_b))
+    up = pairs(w1_a.t(), w2_a.t()).t()
     taps_last = down.view(-1, *layer.kernel, layer.weight_shape[1]).movedim(-1, 1)
     return taps_last, up.view(*up.shape, *[1] * len(layer.kernel))
-
-
-def _face_splitting(one: Tensor, other: Tensor) -> Tensor:
-    """[r, n], [r, n] -> the products of all pairs of rows [r^2, n]."""
-    return (one[:, None] * other).flatten(0, 1)
 
 
 def _by_taps(layer: Layer, rows: Tensor) -> Tensor:

@@ -51,14 +51,22 @@ def _inner_gradient(grad: Tensor, x: Tensor, weights: Weights, scale: float) -> 
     """grad [N, n_out], x [N, n_in] -> the gradients of h [N, r] and of down and up."""
     down, up = weights
     grad_h, grad_up = _through_up(grad, F.linear(x, down), up, scale)
-    return grad_h, (grad_h.t().contiguous() @ x, grad_up)
+    return grad_h, (_gathered(grad_h, x), grad_up)
 
 
 def _through_up(grad: Tensor, h: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """grad [N, n_out], h [N, r], up [n_out, r] -> the gradients of h and up."""
-    grad_up = (h.t().contiguous() @ grad).t()
+    grad_up = _gathered(h, grad).t()
     return F.linear(grad, (up.t() * scale).contiguous()), grad_up if scale == 1 else grad_up * scale
 
+
+def _gathered(h: Tensor, rows: Tensor) -> Tensor:
+    """h [N, r], rows [N, n] -> h^T rows [r, n]."""
+    return (h.t().contiguous() if rows.shape[1] >= WIDE else h.t()) @ rows
+
+
+WIDE = 1024
+"""From how many columns on a product is faster by more than it takes to transpose its thin factor first."""
 
 MOST_SPREAD = 2**19
 """The most numbers that a gradient is copied to for one product: as many as stay in a processor's cache."""
@@ -113,7 +121,7 @@ class LowRankConv(Operation):
         grad_h, grad_up = self._row_gradients(grad, x, weights, scale)
         spread = taps.spread(grad_h)
         rows_of(grad_x).addmm_(spread, taps.matrix_of(down))
-        return taps.kernel_of(spread.t().contiguous() @ rows_of(x), down.shape), grad_up
+        return taps.kernel_of(_gathered(spread, rows_of(x)), down.shape), grad_up
 
     def _has_rows(self, x: Tensor) -> bool:
         return self.shape.groups == 1 and has_channels_last(x)
