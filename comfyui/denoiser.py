@@ -249,14 +249,17 @@ def _open_sequences(net: nn.Module) -> None:
 
 
 def _make_plain(net: nn.Module) -> None:
-    """Makes torch's own layers of ComfyUI's linear ones that neither cast nor patch their weights.
+    """Makes torch's own layers of ComfyUI's that neither cast nor patch their weights.
 
-    They compute the same; what keeps weights in few bits, or takes gradients as int8 products, looks for torch's own.
+    They compute the same; what packs them, keeps weights in few bits, or takes gradients as int8 products, looks for
+    torch's own. A layer that a LoRA was set beside (bypass) keeps the forward pass of ComfyUI's class as its own.
     """
+    ops = comfy.ops.disable_weight_init
+    plain: dict[type[nn.Module], type[nn.Module]] = {ops.Linear: nn.Linear, ops.Conv2d: nn.Conv2d}
     for module in net.modules():
-        if type(module) is comfy.ops.disable_weight_init.Linear:
+        if type(module) in plain and "forward" not in vars(module):
             if not (module.comfy_cast_weights or module.weight_function or module.bias_function):
-                module.__class__ = nn.Linear
+                module.__class__ = plain[type(module)]
 
 
 def _keep_activations(net: nn.Module) -> None:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = Path("lorasmith", "checkpoints")  # in the output folder
 OF_THE_TRAINING = ("base model", "structure", "process", "data", "first weights", "dtypes")
 """The facts by which a training is known again; others are of the machine."""
+MAY_CHANGE = ("gradient_checkpointing", "checkpoint_depth", "pack", "native_kernels")
+"""Inputs that trade memory for time: the LoRA is the same but for rounding."""
 SECONDS_A_PREVIEW = 2.0
 ADVICE = "turn memory_ladder or gradient_checkpointing on and queue again, to go on from the last step, or use less"
 BASES = {
@@ -158,7 +160,7 @@ def _follow(job: Job, keeper: Keeper) -> None:
 
 def _identity(job: Job) -> str:
     """Equal for trainings that end in the same LoRA."""
-    config = job.config.model_dump(mode="json", exclude={*WITHOUT_EFFECT, "gradient_checkpointing", "checkpoint_depth"})
+    config = job.config.model_dump(mode="json", exclude={*WITHOUT_EFFECT, *MAY_CHANGE})
     facts = [job.facts[name] for name in OF_THE_TRAINING]
     return hashlib.sha256(json.dumps([config, facts], sort_keys=True).encode()).hexdigest()[:16]
 

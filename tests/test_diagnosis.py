@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.diagnosis import origin_of_non_finite
@@ -19,7 +20,7 @@ from lorasmith.objective import noised
 from lorasmith.targets import Targets
 from lorasmith.types import Batch, Denoiser
 
-ALL = Config(targets=Targets(preset="all"))
+ALL = Config(adapter=LoRA(rank=1), targets=Targets(preset="all"))  # of rank 1, which is never multiplied out first
 ONE = Config(targets=Targets(preset="none", include=(r"conv_in$|pos_embed",)))  # most layers are bare
 NO_SAMPLE = "no sample alone: the sum over the group's samples overflows, or its norm"
 

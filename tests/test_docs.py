@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import itertools
+import logging
 import os
 import re
 import shlex
@@ -130,6 +131,7 @@ def test_commands_are_understood(
             monkeypatch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit, match="2"):
                 main()
+            logging.getLogger("lorasmith").setLevel(logging.NOTSET)
             assert capsys.readouterr().err == shown
         elif words[1] == "train":
             others, values = parsed(words[2:])

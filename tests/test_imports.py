@@ -34,6 +34,7 @@ FLOORS = (
         "low_bit",
         "sharding",
         "packing",
+        "fusing",
     ),
     ("diagnosis", "checkpoints"),
     ("training", "resuming"),

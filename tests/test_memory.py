@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FlowDenoiser
-from diffusers import WanTransformer3DModel
+from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from measure_checkpointing import Subject, measured
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from lorasmith.base_weights import offload, quantize_backward, refuse_useless_of
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.devices import has_int8
-from lorasmith.families.sd import StableDiffusion
+from lorasmith.families.sd import StableDiffusion, StableDiffusionDenoiser
 from lorasmith.memory import blocks, checkpointed, shared_copy
 from lorasmith.noise import Flow
 from lorasmith.targets import Targets, adaptable_layers
@@ -275,3 +275,57 @@ def test_a_model_without_linear_layers_has_no_int8_gradients() -> None:
     convolutions = Subject(nn.Conv2d(4, 4, 1), lambda net, x, t, cond: net(x))
     with pytest.raises(ValueError, match="quantized_backward must be False: the model has no torch.nn.Linear"):
         quantize_backward(convolutions, torch.device("cpu"))
+
+
+class Own(nn.Module):
+    """A net of no library: blocks that mix the channels of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.exit = nn.Conv2d(4, 64, 3, padding=1), nn.Conv2d(64, 4, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.entry(x).movedim(1, -1)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.exit(h.movedim(-1, 1))
+
+
+def own() -> Denoiser:
+    return Subject(Own(), lambda net, x, t, cond: net(x.to(net.entry.weight.dtype)).float())
+
+
+def version_2(family: StableDiffusion) -> Denoiser:
+    """A UNet of Stable Diffusion 2's shape: linear projections, heads of one width."""
+    net = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), cross_attention_dim=192, attention_head_dim=(2, 4),
+        use_linear_projection=True, layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    return StableDiffusionDenoiser(net, family.denoiser.process)
+
+
+@pytest.mark.parametrize("kind", ["version 1", "version 2", "own"])
+@pytest.mark.parametrize("pack", ["none", "all"])
+def test_checkpointing_lowers_the_bytes_that_autograd_saves(
+    family: StableDiffusion, latents: Tensor, texts: Tensor, kind: str, pack: Any
+) -> None:
+    """Of a step as every face of the program trains it; what two operations save is counted once."""
+    denoiser = {"version 1": lambda: family.denoiser, "version 2": lambda: version_2(family), "own": own}[kind]()
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counts = {}
+    for depth in (None, 1, 2, 5):
+        saved.clear()
+        values: dict[str, Any] = {"gradient_checkpointing": depth is not None, "checkpoint_depth": depth or 2}
+        values |= {"steps": 1, "batch_size": 4, "targets": Targets(preset="all"), "pack": pack}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train_lora(denoiser, latents, list(texts), **values)
+        counts[depth] = sum(saved.values())
+    assert all(0 < counts[depth] < counts[None] / 2 for depth in (1, 2, 5)), counts

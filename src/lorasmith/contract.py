@@ -67,6 +67,8 @@ def train_lora(
     checkpoints: Checkpoints | None = None,
     non_finite: NonFinite | None = None,
     memory_ladder: bool = False,
+    pack: Literal["none", "conv", "all"] = "all",
+    native_kernels: bool = True,
     world: World = ALONE,
 ) -> Result:
     """Trains a LoRA; the model that comes in stays as it is.
@@ -105,6 +107,8 @@ def train_lora(
     non_finite: what follows a loss or gradient that is not finite; None: its group of samples is left out, and the
         third such group in a row is an error.
     memory_ladder: where memory runs out, use gradient_checkpointing, then halve batch_size, instead of stopping.
+    pack: which frozen layers are laid out anew for the processor while it trains: faster, for more memory.
+    native_kernels: use kernels in C where the processor has what they need, and a compiler is there.
     world: the processes that train this LoRA together (`lorasmith.world.joined`); each has the whole of the inputs and
         gets the whole of the outputs.
 
@@ -127,6 +131,7 @@ def train_lora(
             "checkpoint_depth": checkpoint_depth, "offloading": offloading, "quantized_backward": quantized_backward,
             "base_dtype": base_dtype, "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
             "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
+            "pack": pack, "native_kernels": native_kernels,
         }
     )  # fmt: skip
     if not isinstance(world, World):

@@ -41,7 +41,8 @@ def has_bf16(device: torch.device) -> bool:
 
 def has_packed_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies there by weights that lie in its own blocks, natively in this dtype."""
-    needed = ("_reorder_linear_weight", "_reorder_convolution_weight", "_linear_pointwise", "_convolution_pointwise")
+    products = ("linear", "convolution", "convolution_transpose")
+    needed = [name for kind in products for name in (f"_reorder_{kind}_weight", f"_{kind}_pointwise")]
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()

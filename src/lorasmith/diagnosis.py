@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.devices import device_of
+from lorasmith.kernels.packed import Packed
 from lorasmith.objective import noised, sample_losses
 from lorasmith.types import Batch, Denoiser
 
@@ -77,7 +78,8 @@ def _watched(denoiser: Denoiser, adapters: AdapterSet) -> Iterator[_Run]:
         for name, net in denoiser.nets.items():
             for path, module in net.named_modules(prefix=name):
                 adapted = path in adapters.adapters
-                hooks.enter_context(module.register_forward_hook(partial(run.see, path), prepend=adapted))
+                if not (isinstance(module, Packed) and module.adapter):  # whose output is the adapted one
+                    hooks.enter_context(module.register_forward_hook(partial(run.see, path), prepend=adapted))
                 if adapted:
                     hooks.enter_context(module.register_forward_hook(partial(run.see_adapted, path)))
         yield run

@@ -38,7 +38,7 @@ from lorasmith.resuming import (
 from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.state import State
 from lorasmith.targets import Targets, adaptable_layers
-from lorasmith.training import train
+from lorasmith.training import has_native_kernels, train
 from lorasmith.types import Denoiser, Step
 from lorasmith.world import ALONE, World
 
@@ -98,11 +98,14 @@ class Job:
         is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
         if config.sharded:
             shard(copy, device)
-        if not (config.offloading or config.sharded or config.quantized_backward):
-            pack(copy, config.pack, adapters.offsets)
+        effective = {
+            "dtypes": dtypes_of(copy),
+            "packed layers": str(pack(copy, config.pack, adapters.offsets)),
+            "kernels in C": "yes" if has_native_kernels(config, device) else "no",
+        }
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if path is None else None)
-        facts = facts_of(denoiser, adapters, dataset, device, world) | {"dtypes": dtypes_of(copy)}
+        facts = facts_of(denoiser, adapters, dataset, device, world) | effective
         state = State(adapters, config, is_fp16=is_fp16, group=first)
         job = cls(config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world)
         if world.size > 1:

@@ -5,51 +5,55 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer
 from lorasmith.devices import has_packed_products
-from lorasmith.kernels.packed import Packed, PackedConv2d, PackedLinear
+from lorasmith.kernels.packed import Packed, PackedConv2d, PackedLinear, PackedPointwise, packed
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
 
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "none": (), "conv": (nn.Conv2d,), "all": (nn.Linear, nn.Conv2d),
 }  # fmt: skip
 
 
-def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> None:
-    """Puts packed layers in the place of frozen ones of this kind ("none", "conv" or "all"), and says what they take.
+def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
+    """Packs the frozen layers of this kind ("none", "conv" or "all"), says what they take, and returns how many.
 
     Layers stay as they are on other devices, in dtypes that oneDNN has no fast products for, where they are more than
-    plain layers, and where an offset, given by the path of its parameter, changes them.
+    plain layers, where an offset, given by the path of its parameter, changes their weight, and where their weight is a
+    net's first parameter, by which models tell their device and dtype.
     """
-    changed = {path.rpartition(".")[0] for path in offsets}
-    num_packed, num_bytes = 0, 0
-    for name, net in denoiser.nets.items():
-        for path, layer in list(net.named_modules()):
-            is_free = path and f"{name}.{path}" not in changed  # a net that is one layer stands in nothing
-            packed = _packed(path, layer, KINDS[what]) if is_free else None
-            if packed is not None:
-                parent, _, child = path.rpartition(".")
-                setattr(net.get_submodule(parent), child, packed)
-                num_packed, num_bytes = num_packed + 1, num_bytes + packed.num_bytes
-    if num_packed:
-        log.info("%d layers packed for this processor: %.2f GB in blocks (pack)", num_packed, num_bytes / 1e9)
+    needed = {
+        id(parameter)
+        for name, net in denoiser.nets.items()
+        for number, (path, parameter) in enumerate(net.named_parameters(name, remove_duplicate=False))
+        if number == 0 or path in offsets
+    }
+    layers = {id(m): m for net in denoiser.nets.values() for m in net.modules() if type(m) in LAYERS[what]}
+    free = [layer for layer in layers.values() if _is_plain(layer) and id(layer.weight) not in needed]
+    num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in free)
+    if free:
+        log.info("%d layers packed for this processor: %.1f MB in blocks (pack)", len(free), num_bytes / 1e6)
+    return len(free)
 
 
-def _packed(path: str, layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Packed | None:
-    if type(layer) not in kinds:
-        return None
-    weight = layer.weight
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.requires_grad or not weight.numel():
-        return None
-    if not has_packed_products(weight.device, weight.dtype):
-        return None
-    if isinstance(layer, nn.Linear):
-        return PackedLinear(layer)
-    assert isinstance(layer, nn.Conv2d)
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return None
-    conv = Layer.of(path, layer).conv
-    assert conv is not None
-    return PackedConv2d(layer, conv)
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it does what its class does, and its weight is frozen, its own, and one that oneDNN multiplies by."""
+    weight = layer._parameters.get("weight")
+    return (
+        weight is not None
+        and type(weight.data) is Tensor
+        and not weight.requires_grad
+        and weight.numel() > 0
+        and has_packed_products(weight.device, weight.dtype)
+        and not layer._forward_hooks
+        and "forward" not in vars(layer)
+        and (not isinstance(layer, nn.Conv2d) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str)))
+    )
+
+
+def _kind(layer: nn.Module) -> type[Packed]:
+    if not isinstance(layer, nn.Conv2d):
+        return PackedLinear
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+    return PackedPointwise if shape == ((1, 1), (1, 1), (0, 0), 1) else PackedConv2d

@@ -30,6 +30,8 @@ HARMLESS = (
     "checkpoints", "tensorboard", "offloading", *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth",
 )  # fmt: skip
 """Settings that leave the weights as they are, or leave it to the facts."""
+ASKED_FOR = {"pack": "packed layers", "native_kernels": "kernels in C"}
+"""{setting: fact that says what came of it}."""
 
 
 def facts_of(
@@ -99,7 +101,7 @@ def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str
     """Logs what is not as it was when the checkpoint was written."""
     old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
     keys = [key for key in {**old, **new} if _shown(old.get(key)) != _shown(new.get(key))]
-    harmless = [key for key in keys if _is_harmless(key, checkpoint, config)]
+    harmless = [key for key in keys if _is_harmless(key, checkpoint, config, facts)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]
     changes += [
         f"{name} {checkpoint.facts.get(name, 'unknown'):.12} -> {fact:.12}"
@@ -122,7 +124,7 @@ def group_to_go_on_with(checkpoint: Checkpoint, group_size: int) -> int:
     return math.ceil(drawn / group_size)
 
 
-def _is_harmless(key: str, checkpoint: Checkpoint, config: Config) -> bool:
+def _is_harmless(key: str, checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> bool:
     """Whether the weights are the same in spite of it.
 
     More steps change nothing before them where the rate does not depend on their number; when checkpoints are written
@@ -130,6 +132,8 @@ def _is_harmless(key: str, checkpoint: Checkpoint, config: Config) -> bool:
     """
     if key == "steps":
         return config.schedule.name == "constant" == checkpoint.config["schedule"]["name"]
+    if key in ASKED_FOR:
+        return checkpoint.facts.get(ASKED_FOR[key]) == facts[ASKED_FOR[key]]
     goes_back = config.non_finite.returns or checkpoint.config["non_finite"]["returns"]
     return key.partition(".")[0] in HARMLESS and not (goes_back and key in ("checkpoints.steps", "checkpoints.keep"))
 

@@ -18,7 +18,9 @@ from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.devices import device_of, is_out_of_memory
 from lorasmith.diagnosis import origin_of_non_finite
+from lorasmith.fusing import fused
 from lorasmith.kernels.attention import fast_attention
+from lorasmith.kernels.native import library
 from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
 from lorasmith.optimizers import Masters, norm
@@ -65,6 +67,8 @@ def train(
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept(device))
+        if config.native_kernels:
+            stack.enter_context(fused(denoiser))
         while counters.step < config.steps and not is_stopping:
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
@@ -94,10 +98,15 @@ def train(
             began = time.perf_counter()
 
 
+def has_native_kernels(config: Config, device: torch.device) -> bool:
+    """Whether kernels in C do a part of the work there."""
+    return config.native_kernels and device.type == "cpu" and library() is not None
+
+
 @contextmanager
 def _computing(device: torch.device, config: Config) -> Iterator[None]:
     """What forward and backward passes run in, whatever the caller is in."""
-    kernels = fast_attention() if config.native_kernels else nullcontext()
+    kernels = fast_attention() if has_native_kernels(config, device) else nullcontext()
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), kernels:
         yield
 

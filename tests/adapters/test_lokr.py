@@ -11,7 +11,7 @@ from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.lokr import LoKr, LoKrAdapter, factorized
 from lorasmith.kernels.dense import DenseConv
-from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
+from lorasmith.kernels.kronecker import Kronecker
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 
 
@@ -63,10 +63,11 @@ def test_w2_is_decomposed_only_where_that_makes_it_smaller() -> None:
 
 
 WAYS = [
-    (nn.Linear(24, 30), LoKr(rank=2), KroneckerLinear),
+    (nn.Linear(24, 30), LoKr(rank=2), Kronecker),
     (nn.Linear(24, 30), LoKr(rank=2, factor=1), LowRankLinear),
-    (nn.Linear(24, 30), LoKr(rank=64, factor=1), KroneckerLinear),
-    (nn.Conv2d(24, 30, 3), LoKr(rank=2), KroneckerConv),
+    (nn.Linear(24, 30), LoKr(rank=64, factor=1), Kronecker),
+    (nn.Conv2d(24, 30, 3), LoKr(rank=2), Kronecker),
+    (nn.Conv2d(24, 30, 3), LoKr(rank=64), Kronecker),
     (nn.Conv2d(24, 30, 3), LoKr(rank=2, factor=1), LowRankConv),
     (nn.Conv2d(24, 30, 3, groups=2), LoKr(rank=2, factor=1), LowRankConv),
     (nn.Conv2d(24, 30, 3, groups=2), LoKr(rank=2), DenseConv),

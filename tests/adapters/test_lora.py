@@ -10,6 +10,8 @@ from torch import nn
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.lora import LoRA
+from lorasmith.kernels.dense import DenseConv, DenseLinear
+from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 
 ALPHA, RANK = 2.0, 4
 
@@ -76,3 +78,23 @@ def test_the_scale_is_alpha_by_rank(filled: Any, alpha: float | None, scale: flo
     adapter = filled(LoRA(rank=RANK, alpha=alpha).build(Layer(6, 10), "layer", 0))
     x, y = torch.randn(3, 6), torch.randn(3, 10)
     torch.testing.assert_close(adapter(x, y), y + scale * (x @ adapter.down.T @ adapter.up.T))
+
+
+WAYS = [
+    (nn.Linear(24, 30), 8, LowRankLinear),
+    (nn.Linear(24, 30), 14, DenseLinear),
+    (nn.Linear(24, 4), 4, DenseLinear),
+    (nn.Conv2d(24, 4, 3), 8, DenseConv),
+    (nn.Conv2d(4, 24, 3), 8, LowRankConv),
+    (nn.Conv2d(24, 24, 3, groups=4), 4, LowRankConv),
+    (nn.Conv2d(24, 24, 3, groups=4), 8, DenseConv),
+]
+
+
+@pytest.mark.parametrize(("module", "rank", "kind"), WAYS, ids=str)
+def test_the_way_takes_the_fewest_multiplications(module: Any, rank: int, kind: type, filled: Any) -> None:
+    layer = Layer.of("layer", module)
+    adapter = filled(LoRA(rank=rank).build(layer, "layer", 0))
+    assert type(adapter.operation) is kind
+    macs = rank * (layer.groups * layer.fan_in + layer.n_out), layer.n_out * layer.fan_in
+    assert (macs[0] < macs[1]) == (kind in (LowRankLinear, LowRankConv))

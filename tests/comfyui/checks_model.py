@@ -33,12 +33,13 @@ LOSSES = ("MSE", "L1", "Huber", "SmoothL1")
 FLOWS = ("sd3", "flux")
 
 
-def check_linear_layers_are_torch_s_own(kind: str) -> None:
+def check_layers_are_torch_s_own(kind: str) -> None:
+    own = (nn.Linear, nn.Conv2d)
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny(kind, dtype)
-        layers = [m for m in denoiser_of(model, 1)[0].model.diffusion_model.modules() if isinstance(m, nn.Linear)]
-        assert layers and {type(layer) for layer in layers} == {nn.Linear}
-        assert not any(type(layer) is nn.Linear for layer in model.patcher.model.diffusion_model.modules())
+        layers = [m for m in denoiser_of(model, 1)[0].model.diffusion_model.modules() if isinstance(m, own)]
+        assert layers and {type(layer) for layer in layers} <= set(own)
+        assert not any(type(layer) in own for layer in model.patcher.model.diffusion_model.modules())
 
 
 def check_a_batch_of_captions_is_its_samples(kind: str) -> None:

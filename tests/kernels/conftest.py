@@ -99,6 +99,19 @@ def any_layout(operation: Operation, plain: Plain, x: Tensor, *weights: Tensor) 
     torch.testing.assert_close(results(lambda t: t.repeat_interleave(2, -1)[..., ::2]), expected)
 
 
+def added_in_place(operation: Operation, plain: Plain, x: Tensor, *weights: Tensor) -> None:
+    """What is added to an output, or to x's gradient, that is there already, with the channels first and last."""
+    delta = SCALE * plain(x, *weights)
+    grad = random(*delta.shape).detach()
+    expected = torch.autograd.grad(delta, (x, *weights), grad)
+    x, *weights = (t.detach() for t in (x, *weights))  # pyright: ignore[reportAssignmentType]
+    for layout in (torch.Tensor.contiguous, lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)):
+        y, grad_x = layout(torch.ones_like(grad)), layout(torch.ones_like(x))
+        operation.add_run(y, layout(x), weights, SCALE)
+        grads = operation.add_gradients(grad_x, layout(grad), layout(x), weights, SCALE)
+        torch.testing.assert_close((y, grad_x, *grads), (1 + delta, 1 + expected[0], *expected[1:]))
+
+
 def mixed_dtypes(operation: Operation, plain: Plain, x: Tensor, *weights: Tensor) -> None:
     """Computed in the weights' dtype, everything back in its own; errors against sums of absolute values."""
     y = random(*plain(x, *weights).shape)
@@ -123,7 +136,15 @@ def sums(plain: Plain, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture(
-    params=[fused_is_plain, gradients, x_without_gradient, only_x_and_weights_kept, any_layout, mixed_dtypes],
+    params=[
+        fused_is_plain,
+        gradients,
+        x_without_gradient,
+        only_x_and_weights_kept,
+        any_layout,
+        added_in_place,
+        mixed_dtypes,
+    ],
     ids=lambda check: check.__name__,
 )
 def check(request: pytest.FixtureRequest) -> Check:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.kernels.rotation import rotated
+from lorasmith.kernels.rotation import cayley, rotated
 
 SIZE, NUM_BLOCKS = 2, 3
 SHAPES = [
@@ -93,3 +93,22 @@ def test_dtypes(random: Any, shape: tuple[int, ...], is_conv: bool, layers: torc
     expected = plain(y.double(), turn.double(), bias.double(), is_conv)
     torch.testing.assert_close(adapted.double(), expected, rtol=0.01, atol=0.06)
     assert torch.equal(rotated(y, torch.zeros_like(turn), bias, is_conv), y)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_cayleys_transform(random: Any, std: float, size: int) -> None:
+    q = (std * random(4, size, size)).detach()
+    q = (q - q.mT).requires_grad_()
+    eye = torch.eye(size, dtype=torch.float64)
+    expected = (eye + q) @ torch.linalg.inv(eye - q) - eye
+    torch.testing.assert_close(cayley(q), expected)
+    grad = random(4, size, size).detach()
+    torch.testing.assert_close(*(torch.autograd.grad(turn, q, grad)[0] for turn in (cayley(q), expected)))
+
+
+def test_many_blocks_are_taken_together(random: Any) -> None:
+    y, turn, bias = random(3, 320), random(40, 8, 8), random(320)
+    torch.testing.assert_close(rotated(y, turn, bias, False), plain(y, turn, bias, False))
+    constant = bias.detach()
+    assert torch.autograd.gradcheck(lambda y, turn: rotated(y, turn, constant, False), (y, turn), fast_mode=True)

@@ -77,12 +77,20 @@ class Net(nn.Module):
         return h.movedim(-1, 1)
 
 
-class Linear(nn.Linear):
-    """As ComfyUI's own, which can cast its weight, or patch it by functions."""
+class Casting:
+    """As ComfyUI's own layers, which can cast their weight, or patch it by functions."""
 
     comfy_cast_weights = False
     weight_function: Sequence[Any] = ()
     bias_function: Sequence[Any] = ()
+
+
+class Linear(nn.Linear, Casting):
+    """ComfyUI's linear layer."""
+
+
+class Conv2d(nn.Conv2d, Casting):
+    """ComfyUI's convolution of pictures."""
 
 
 class Model(nn.Module):
@@ -240,7 +248,7 @@ def modules() -> dict[str, ModuleType]:
             "get_models_from_cond": lambda conds, kind: [cond[kind] for cond in conds if kind in cond],
             "cleanup_additional_models": lambda models: None,
         },
-        "comfy.ops": {"disable_weight_init": SimpleNamespace(Linear=Linear)},
+        "comfy.ops": {"disable_weight_init": SimpleNamespace(Linear=Linear, Conv2d=Conv2d)},
         "comfy.conds": {"CONDRegular": Regular},
         "comfy.utils": {"unet_to_diffusers": lambda config: {}},
         "comfy_api.latest": {

@@ -91,15 +91,17 @@ def test_the_callers_model_is_not_touched(patcher: Any) -> None:
     assert all(torch.equal(before[key], value) for key, value in patcher.model.state_dict().items())
 
 
-def test_linear_layers_that_only_multiply_are_torch_s_own_in_the_copy(patcher: Any) -> None:
-    net = patcher.model.diffusion_model
-    layers = [stand_ins.Linear(4, 4) for _ in range(4)]
+@pytest.mark.parametrize(("kind", "own"), [("Linear", torch.nn.Linear), ("Conv2d", torch.nn.Conv2d)])
+def test_layers_that_only_multiply_are_torch_s_own_in_the_copy(patcher: Any, kind: str, own: type) -> None:
+    net, theirs = patcher.model.diffusion_model, vars(stand_ins)[kind]
+    layers = [theirs(4, 4, 1) for _ in range(5)]
+    layers[4].forward = layers[4].forward
     layers[1].comfy_cast_weights, layers[2].weight_function, layers[3].bias_function = True, (abs,), (abs,)
     net.extra = torch.nn.ModuleList(layers)
     twin = shared_copy(denoiser(patcher, stand_ins.entry(0)))
     kinds = [type(layer) for layer in twin.model.diffusion_model.extra]
-    assert kinds == [torch.nn.Linear, stand_ins.Linear, stand_ins.Linear, stand_ins.Linear]
-    assert {type(layer) for layer in net.extra} == {stand_ins.Linear}
+    assert kinds == [own, theirs, theirs, theirs, theirs]
+    assert {type(layer) for layer in net.extra} == {theirs}
 
 
 @pytest.mark.parametrize("depth", [None, 1])

@@ -15,7 +15,7 @@ from lorasmith.adapters.base import row_products, row_squares
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
 from lorasmith.adapters.lora import Alpha, LoRAAdapter, Rank, new_factors, read_factors
 from lorasmith.component import Component
-from lorasmith.kernels.decomposed import decomposed, row_norms
+from lorasmith.kernels.decomposed import decomposed, lengths_of, row_norms
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Base, Operation
 
@@ -64,7 +64,7 @@ class DoRAAdapter(nn.Module):
         assert base is not None
         squares = row_squares(base)
         down, up = read_factors(layer, tensors)
-        change = _magnitudes(layer, tensors).to(squares.dtype) - squares.sqrt()
+        change = _magnitudes(layer, tensors).to(squares.dtype) - lengths_of(squares)
         return cls(layer, (down, up, change), squares, alpha_of(tensors, len(down)))
 
     @property
@@ -74,7 +74,7 @@ class DoRAAdapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
         assert base is not None
-        norms, lengths = self.norms(base), self._own_squares().sqrt()
+        norms, lengths = self.norms(base), lengths_of(self._own_squares())
         factors = self.down, self.up, self.change
         return decomposed(x, y, bias, self.operation, factors, scale=self._scale, norms=norms, lengths=lengths)
 
@@ -84,7 +84,7 @@ class DoRAAdapter(nn.Module):
 
     def magnitudes(self) -> Tensor:
         """m [n_out], in float32 or wider."""
-        return self._own_squares().sqrt() + self.change.detach()
+        return lengths_of(self._own_squares()) + self.change.detach()
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names, m under LyCORIS's.

@@ -36,6 +36,10 @@ class Layer:
         """How many numbers each output is a sum over."""
         return math.prod(self.weight_shape[1:])
 
+    def is_cheaper_in_two(self, rank: int) -> bool:
+        """Whether two products, with factors of this rank, take fewer multiplications than one with their product."""
+        return rank * (self.groups * self.fan_in + self.n_out) < self.fan_in * self.n_out
+
     @classmethod
     def of(cls, path: str, module: nn.Module) -> "Layer":
         """The sizes of a module of one of the ADAPTABLE kinds; ValueError where its padding is not plain zeros."""

@@ -16,6 +16,7 @@ from lorasmith.component import Component
 from lorasmith.draws import Purpose, normal, path_number
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.kernels.pairs import pairs
 from lorasmith.kernels.update import Base, Build, Operation, Weights, updated
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -88,7 +89,7 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
     that are products of a pair of theirs (face-splitting products: Slyusar 1999). A weight's gradient is then never
     made.
     """
-    if rank**2 * (layer.n_out + layer.fan_in) < layer.n_out * layer.fan_in:
+    if layer.is_cheaper_in_two(rank**2):
         operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
         return operation, partial(_pairs, layer)
     return DenseLinear() if layer.conv is None else DenseConv(layer.conv), partial(_product, layer)
@@ -96,9 +97,15 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
 
 def _pairs(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
     """The factors -> down [r^2, n_in / g, k…], up [n_out, r^2, 1…]."""
-    down = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
-    up = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
-    return down.view(-1, *layer.weight_shape[1:]), up.view(*up.shape, *[1] * len(layer.kernel))
+    down = pairs(_by_taps(layer, w1_b), _by_taps(layer, w2_b))
+    up = pairs(w1_a.t(), w2_a.t()).t()
+    taps_last = down.view(-1, *layer.kernel, layer.weight_shape[1]).movedim(-1, 1)
+    return taps_last, up.view(*up.shape, *[1] * len(layer.kernel))
+
+
+def _by_taps(layer: Layer, rows: Tensor) -> Tensor:
+    """rows [r, n_in / g * K] -> [r, K * n_in / g]: as they lie in memory with the channels last."""
+    return rows.unflatten(1, (layer.weight_shape[1], -1)).mT.flatten(1) if layer.kernel else rows
 
 
 def _product(layer: Layer, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:

@@ -17,7 +17,7 @@ from lorasmith.adapters.lora import Alpha, Rank
 from lorasmith.component import Component
 from lorasmith.draws import kaiming
 from lorasmith.kernels.dense import DenseConv
-from lorasmith.kernels.kronecker import KroneckerConv, KroneckerLinear
+from lorasmith.kernels.kronecker import Kronecker
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
 
@@ -128,22 +128,21 @@ def _way(layer: Layer, factors: Mapping[str, Tensor]) -> tuple[Operation, Build]
     names = tuple(factors)
     if names == ("lokr_w1", "lokr_w2_a", "lokr_w2_b") and factors["lokr_w1"].numel() == 1:
         return LowRankLinear() if layer.conv is None else LowRankConv(layer.conv), partial(_low_rank, layer)
-    if layer.conv is None:
-        whole = names == ("lokr_w1", "lokr_w2")
-        return KroneckerLinear(), as_they_are if whole else partial(_halves, layer, names)
-    if layer.groups > 1:
+    if layer.conv is not None and layer.groups > 1:
         return DenseConv(layer.conv), partial(_delta, layer, names)
-    return KroneckerConv(layer.conv), partial(_halves, layer, names)
+    plain = not layer.kernel and not any(name.startswith("lokr_w1_") for name in names)
+    return Kronecker(layer.conv), as_they_are if plain else partial(_weights, layer, names)
 
 
-def _halves(layer: Layer, names: tuple[str, ...], *factors: Tensor) -> Weights:
-    """The factors -> w1 [a, b], w2 [c, d, k…]."""
+def _half(by_name: Mapping[str, Tensor], name: str) -> Tensor:
+    return by_name[name] if name in by_name else by_name[f"{name}_a"] @ by_name[f"{name}_b"]
+
+
+def _weights(layer: Layer, names: tuple[str, ...], *factors: Tensor) -> Weights:
+    """The factors -> w1 [a, b], w2 [c, d, k…]; or w1, w2_a [c, r], w2_b [r, d, k…]."""
     by_name = dict(zip(names, factors, strict=True))
-    w1, w2 = (
-        by_name[half] if half in by_name else by_name[f"{half}_a"] @ by_name[f"{half}_b"]
-        for half in ("lokr_w1", "lokr_w2")
-    )
-    return w1, w2.view(len(w2), -1, *layer.kernel)
+    *above, below = (factor for name, factor in by_name.items() if name.startswith("lokr_w2"))
+    return _half(by_name, "lokr_w1"), *above, below.view(len(below), -1, *layer.kernel)
 
 
 def _low_rank(layer: Layer, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
@@ -153,5 +152,7 @@ def _low_rank(layer: Layer, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Weights:
 
 def _delta(layer: Layer, names: tuple[str, ...], *factors: Tensor) -> Weights:
     """The factors -> the delta, in the weight's shape, unscaled: the groups of a convolution may cut across w1."""
-    w1, w2 = _halves(layer, names, *factors)
-    return (torch.kron(w1.view(*w1.shape, *[1] * len(layer.kernel)), w2),)
+    by_name = dict(zip(names, factors, strict=True))
+    w1, w2 = _half(by_name, "lokr_w1"), _half(by_name, "lokr_w2")
+    ones = [1] * len(layer.kernel)
+    return (torch.kron(w1.view(*w1.shape, *ones), w2.view(len(w2), -1, *layer.kernel)),)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.component import Component
 from lorasmith.draws import kaiming
+from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Base, Operation, updated
+from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
 
 Rank = Annotated[int, Field(ge=1, le=128, description="inner dimension of the adapters")]
 Alpha = Annotated[
@@ -48,7 +50,7 @@ class LoRAAdapter(nn.Module):
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
         self.alpha = alpha
-        self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
+        self.operation, self.build = _way(layer, len(down))
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoRAAdapter":
@@ -65,7 +67,7 @@ class LoRAAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
-        return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank)
+        return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank, self.build)
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names."""
@@ -91,6 +93,18 @@ def read_factors(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, T
         stored |= {"lora_down.weight": down.view(*down.shape, *ones), "lora_up.weight": up.view(*up.shape, *ones)}
     down = fitting(stored, "lora_down.weight", _down_shape(layer, rank))
     return down, fitting(stored, "lora_up.weight", _up_shape(layer, rank))
+
+
+def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
+    """How the layer's delta is multiplied by: in the fewest multiplications for its shape."""
+    if layer.is_cheaper_in_two(rank):
+        return LowRankLinear() if layer.conv is None else LowRankConv(layer.conv), as_they_are
+    return DenseLinear() if layer.conv is None else DenseConv(layer.conv), partial(_product, layer)
+
+
+def _product(layer: Layer, down: Tensor, up: Tensor) -> Weights:
+    """The factors -> the delta, in the weight's shape, unscaled."""
+    return ((up.flatten(1) @ down.flatten(1)).view(layer.weight_shape),)
 
 
 def _down_shape(layer: Layer, rank: int) -> tuple[int, ...]:

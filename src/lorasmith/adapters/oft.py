@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.adapters.lokr import factorized
 from lorasmith.component import Component
-from lorasmith.kernels.rotation import rotated
+from lorasmith.kernels.rotation import cayley, rotated
 
 Constraint = Annotated[
     float | None,
@@ -102,12 +102,8 @@ class OFTAdapter(nn.Module):
 
 
 def turn_of(blocks: Tensor, limit: float) -> Tensor:
-    """blocks [n, s, s] -> R - I = 2 (I - Q)^-1 Q: without a difference of near equals, and 0 where Q is.
-
-    limit: the greatest norm of Q; 0 for none.
-    """
-    q = _limited(blocks - blocks.mT, limit)
-    return torch.linalg.solve(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q, 2 * q)
+    """blocks [n, s, s] -> R - I, which is 0 where Q is. limit: the greatest norm of Q; 0 for none."""
+    return cayley(_limited(blocks - blocks.mT, limit))
 
 
 def _limited(q: Tensor, limit: float) -> Tensor:

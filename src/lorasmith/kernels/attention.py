@@ -1,4 +1,4 @@
-"""Attention whose backward pass is our own where PyTorch's is slow: bf16 on processors with a matrix unit.
+"""Attention in bf16 by our own kernels, on processors with a matrix unit, where PyTorch's is slow.
 
 B batch, H heads, N queries, M keys, D width of a head.
 """
@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorasmith.kernels.native import View, library
+from lorasmith.kernels.native import View, address, in_use, library
 
 MAX_WIDTH = 256
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, lse = flash(q, k, v, scale=scale)
+        out, lse = attended(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         return out
@@ -35,31 +34,49 @@ class _Attention(torch.autograd.Function):
         return *gradients(grad, q, k, v, out, lse, ctx.scale), None
 
 
-def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q [B,H,N,D] and of k and v [B,H,M,D], by tiles (Dao et al. 2022, "FlashAttention", algorithm 4).
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B,H,N,D], k and v [B,H,M,D] -> the attention's result [B,H,N,D] and lse [B,H,N].
 
-    out [B,H,N,D] is the attention's result, lse [B,H,N] the logarithm of each query's sum of exponentials, float32.
+    The result lies as [B,N,H,D]; lse, in float32, is the logarithm of each query's sum of exponentials. By tiles (Dao
+    et al. 2022, "FlashAttention", algorithm 1).
     """
     kernels = library()
     assert kernels is not None
-    batch, heads, num_queries, width = q.shape
-    grads = [x.new_empty(batch, x.shape[2], heads, width).transpose(1, 2) for x in (q, k, v)]
-    tensors = [_close(x) for x in (q, k, v, out, grad)]
-    sizes = [ctypes.c_int64(n) for n in (batch, heads, num_queries, k.shape[2], width)]
-    lse = lse.contiguous()
-    done = kernels.attention_backward(
-        *map(View.of, tensors), ctypes.c_void_p(lse.data_ptr()), *map(View.of, grads), *sizes, ctypes.c_float(scale),
+    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _run(kernels.attention_forward, (q, k, v), (out,), lse, scale)
+    return out, lse
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q [B,H,N,D], k and v [B,H,M,D], for attended's out and lse, by tiles (algorithm 4)."""
+    kernels = library()
+    assert kernels is not None
+    grads = _like(q), _like(k), _like(v)
+    _run(kernels.attention_backward, (q, k, v, out, grad), grads, lse, scale)
+    return grads
+
+
+def _run(
+    kernel: Callable[..., int], inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], lse: Tensor, scale: float
+) -> None:
+    """Runs a kernel on (q, k, …); lse [B,H,N] lies close."""
+    (batch, heads, num_queries, width), num_keys = inputs[0].shape, inputs[1].shape[2]
+    close = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]  # kept until the kernel has run
+    done = kernel(
+        *map(View.of, close), address(lse), *map(View.of, results),
+        *map(ctypes.c_int64, (batch, heads, num_queries, num_keys, width)), ctypes.c_float(scale),
         ctypes.c_int(torch.get_num_threads()),
     )  # fmt: skip
     if not done:
-        raise MemoryError("out of memory in the backward pass of attention")
-    return grads[0], grads[1], grads[2]
+        raise MemoryError("out of memory in attention")
 
 
-def _close(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor [B,H,…,D] that lies as [B,…,H,D]."""
+    batch, heads, rows, width = x.shape
+    return x.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
 class _Switch:
@@ -82,22 +99,21 @@ class _Switch:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """What F.scaled_dot_product_attention computes."""
-        plain = attn_mask is None and not dropout_p and not is_causal
-        if plain and torch.is_grad_enabled() and is_ours(query, key, value):
+        plain = attn_mask is None and not dropout_p and not is_causal and (scale is None or scale > 0)
+        if plain and is_ours(query, key, value):
             return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore[reportReturnType]
         return self.plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def is_ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the backward pass of these can be our own."""
+    """Whether the attention of these can be our own."""
     return (
         {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
         and {q.device.type, k.device.type, v.device.type} == {"cpu"}
         and q.ndim == 4
         and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
-        and 0 < q.shape[3] <= MAX_WIDTH
-        and min(q.shape[0], q.shape[2], k.shape[2]) > 0
-        and any(x.requires_grad for x in (q, k, v))
+        and q.shape[3] <= MAX_WIDTH
+        and min(*q.shape, k.shape[2]) > 0
     )
 
 
@@ -106,12 +122,13 @@ _SWITCH = _Switch()
 
 @contextmanager
 def fast_attention() -> Iterator[None]:
-    """F.scaled_dot_product_attention has the faster backward pass as long as this is open, where there is one."""
+    """F.scaled_dot_product_attention is our own as long as this is open, where that can be."""
     if library() is None:
         yield
         return
     _SWITCH.turn(1)
     try:
-        yield
+        with in_use():
+            yield
     finally:
         _SWITCH.turn(-1)

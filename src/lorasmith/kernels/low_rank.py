@@ -6,6 +6,7 @@ product. Products are arranged so that the rank comes first, which matrix librar
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,12 +51,25 @@ def _inner_gradient(grad: Tensor, x: Tensor, weights: Weights, scale: float) -> 
     """grad [N, n_out], x [N, n_in] -> the gradients of h [N, r] and of down and up."""
     down, up = weights
     grad_h, grad_up = _through_up(grad, F.linear(x, down), up, scale)
-    return grad_h, (grad_h.t().contiguous() @ x, grad_up)
+    return grad_h, (_gathered(grad_h, x), grad_up)
 
 
 def _through_up(grad: Tensor, h: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """grad [N, n_out], h [N, r], up [n_out, r] -> the gradients of h and up."""
-    return F.linear(grad, up.t().contiguous()) * scale, (h.t().contiguous() @ grad).t().contiguous() * scale
+    grad_up = _gathered(h, grad).t()
+    return F.linear(grad, (up.t() * scale).contiguous()), grad_up if scale == 1 else grad_up * scale
+
+
+def _gathered(h: Tensor, rows: Tensor) -> Tensor:
+    """h [N, r], rows [N, n] -> h^T rows [r, n]."""
+    return (h.t().contiguous() if rows.shape[1] >= WIDE else h.t()) @ rows
+
+
+WIDE = 1024
+"""From how many columns on a product is faster by more than it takes to transpose its thin factor first."""
+
+MOST_SPREAD = 2**19
+"""The most numbers that a gradient is copied to for one product: as many as stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +78,15 @@ class LowRankConv(Operation):
 
     With g groups, the weight of group j is up_j down: the groups share `down` and each has its rows of `up`. So down
     runs over x [B g, n_in / g, …], and up multiplies h [B, g, r, positions]. Without groups, where the channels lie
-    last in memory, all products are of matrices whose rows are positions.
+    last in memory, up multiplies rows, and so does down's gradient while what it takes for that is small.
     """
 
     shape: ConvShape
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
-        if self._has_rows(x):
-            h = self._taps(x, weights).run(x, weights[0])
-            return image_of(F.linear(h, weights[1].flatten(1)))
         down, up = weights
+        if self._has_rows(x):
+            return image_of(F.linear(self._inner(x, down), up.flatten(1)))
         h = self.shape.run(self._split(x), down)
         delta = self._up_rows(up) @ h.reshape(len(x), self.shape.groups, h.shape[1], -1)
         return delta.view(len(x), -1, *h.shape[2:])
@@ -81,16 +94,17 @@ class LowRankConv(Operation):
     def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
         if not (self._has_rows(x) and has_channels_last(y)):
             return super().add_run(y, x, weights, scale)
-        h = self._taps(x, weights).run(x, weights[0])
-        rows_of(y).addmm_(h.flatten(0, -2), weights[1].flatten(1).t(), alpha=scale)
+        down, up = weights
+        rows_of(y).addmm_(self._inner(x, down).flatten(0, -2), up.flatten(1).t(), alpha=scale)
 
     def gradients(
         self, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
     ) -> tuple[Tensor | None, Weights]:
-        if self._has_rows(x):
-            spread, matrix, grads = self._row_gradients(grad, x, weights, scale)
-            return image_of((spread @ matrix).view(x.movedim(1, -1).shape)) if wants_x else None, grads
         down, up = weights
+        if self._has_rows(x):
+            grad_h, grad_up = self._row_gradients(grad, x, weights, scale)
+            grad_x, grad_down = self.shape.gradients(image_of(grad_h), x, down, wants_x)
+            return grad_x, (grad_down, grad_up)
         groups, split = self.shape.groups, self._split(x)
         h = self.shape.run(split, down)
         rows = grad.reshape(len(x), groups, grad.shape[1] // groups, -1)
@@ -100,27 +114,31 @@ class LowRankConv(Operation):
         return grad_x, (grad_down, grad_up)
 
     def add_gradients(self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> Weights:
-        if not (self._has_rows(x) and has_channels_last(grad_x)):
+        down = weights[0]
+        taps = Taps(self.shape, tuple(down.shape[2:]), tuple(x.shape[2:]))
+        if not (self._has_rows(x) and has_channels_last(grad_x)) or len(down) * taps.reach(x) > MOST_SPREAD:
             return super().add_gradients(grad_x, grad, x, weights, scale)
-        spread, matrix, grads = self._row_gradients(grad, x, weights, scale)
-        rows_of(grad_x).addmm_(spread, matrix)
-        return grads
+        grad_h, grad_up = self._row_gradients(grad, x, weights, scale)
+        spread = taps.spread(grad_h)
+        rows_of(grad_x).addmm_(spread, taps.matrix_of(down))
+        return taps.kernel_of(_gathered(spread, rows_of(x)), down.shape), grad_up
 
     def _has_rows(self, x: Tensor) -> bool:
         return self.shape.groups == 1 and has_channels_last(x)
 
-    def _taps(self, x: Tensor, weights: Weights) -> Taps:
-        return Taps(self.shape, tuple(weights[0].shape[2:]), tuple(x.shape[2:]))
+    def _inner(self, x: Tensor, down: Tensor) -> Tensor:
+        """x -> h [B, …, r]."""
+        if self.shape.is_pointwise(tuple(down.shape[2:])):
+            return F.linear(x.movedim(1, -1), down.flatten(1))
+        h = self.shape.run(x, down.contiguous(memory_format=torch.channels_last) if down.ndim == 4 else down)
+        return h.movedim(1, -1).contiguous()
 
-    def _row_gradients(self, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor, Weights]:
-        """spread [N, K r] and matrix [K r, n_in], whose product is the gradient of x's rows, and the weights' own."""
+    def _row_gradients(self, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor]:
+        """The gradients of h [B, …, r] and up."""
         down, up = weights
-        taps, grad_rows = self._taps(x, weights), rows_of(grad)
-        h = taps.run(x, down).flatten(0, -2)
-        grad_h, grad_up = _through_up(grad_rows, h, up.flatten(1), scale)
-        spread = taps.spread(grad_h.view(len(x), *grad.shape[2:], -1))
-        grad_down = taps.kernel_of(spread.t().contiguous() @ rows_of(x), down.shape)
-        return spread, taps.matrix_of(down), (grad_down, grad_up.view(up.shape))
+        h = self._inner(x, down)
+        grad_h, grad_up = _through_up(rows_of(grad), h.flatten(0, -2), up.flatten(1), scale)
+        return grad_h.view(h.shape), grad_up.view(up.shape)
 
     def _split(self, x: Tensor) -> Tensor:
         """x [B, n_in, …] -> [B g, n_in / g, …]."""

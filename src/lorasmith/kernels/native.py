@@ -11,6 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
     "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
@@ -34,6 +38,11 @@ class View(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> "View":
         return cls(x.data_ptr(), *x.stride()[:3])
+
+
+def address(x: Tensor) -> ctypes.c_void_p:
+    """Where the numbers of a tensor begin."""
+    return ctypes.c_void_p(x.data_ptr())
 
 
 @cache
@@ -52,27 +61,65 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+class _Use:
+    """How many are training with kernels of our own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            self.users += by
+
+
+_USE = _Use()
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """`kernels` gives the library as long as this is open."""
+    _USE.change(1)
+    try:
+        yield
+    finally:
+        _USE.change(-1)
+
+
+def kernels() -> ctypes.CDLL | None:
+    """The library, while somebody trains with it and where there is one."""
+    return library() if _USE.users else None
+
+
 def _reason(error: Exception) -> str:
     told = getattr(error, "stderr", None) or str(error)
     return next((line for line in told.splitlines() if "error" in line.lower()), told.strip())[:200]
 
 
 def _built() -> Path:
-    """The library's file in the user's cache; it is named after what it is made of, and written whole or not at all."""
+    """The library's file in the user's cache; it is named after what it is made of and after its own hash.
+
+    Loading one that is cut off would end the process, so a file that has not the hash that it states is made again.
+    """
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("there is no C compiler: cc, gcc or clang")
     made_of = hashlib.sha256(repr((compiler, FLAGS)).encode())
-    for source in SOURCES:
+    for source in (*SOURCES, *HEADERS):
         made_of.update(source.read_bytes())
-    path = _cache() / f"kernels-{made_of.hexdigest()[:16]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            new = Path(folder, path.name)
-            command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(new, path)
-    return path
+    cache, name = _cache(), f"kernels-{made_of.hexdigest()[:16]}"
+    for path in cache.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_hash(path)}":
+            return path
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        new = Path(folder, "kernels.so")
+        command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        return new.replace(cache / f"{name}-{_hash(new)}.so")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _cache() -> Path:

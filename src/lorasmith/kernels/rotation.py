@@ -1,6 +1,6 @@
 """Block-diagonal products on a layer's output: z + z E, with z = y - bias cut into blocks.
 
-n blocks of s numbers, N rows, B batch, P positions.
+n blocks of s numbers; J, what is made of neighbours, of w = n s / J numbers each; N rows.
 """
 
 from typing import Any
@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LINEAR = ("Nns,nst->Nnt", "Nnt,nst->Nns", "Nns,Nnt->nst")
-CONV = ("BnsP,nst->BntP", "BntP,nst->BnsP", "BnsP,BntP->nst")
-
-
-def _blocks(y: Tensor, num_blocks: int, is_conv: bool) -> Tensor:
-    """y [..., n s] -> [N, n, s]; of a convolution, y [B, n s, …] -> [B, n, s, P]."""
-    if is_conv:
-        return y.reshape(len(y), num_blocks, y.shape[1] // num_blocks, -1)
-    return y.reshape(-1, num_blocks, y.shape[-1] // num_blocks)
+from lorasmith.kernels.blocks import joined, parted, together
+from lorasmith.kernels.taps import image_of, rows_of
 
 
 class _Rotated(torch.autograd.Function):
@@ -25,27 +18,77 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:
         ctx.save_for_backward(y, turn, bias)
         ctx.is_conv = is_conv
-        delta = torch.einsum((CONV if is_conv else LINEAR)[0], _unbiased(y, turn, bias, is_conv), turn)
-        return delta.reshape(y.shape).to(y.dtype) + y
+        rows, wide = _rows(y, is_conv), _wide(turn)
+        return _like(_plus(rows, _unbiased(rows, wide, bias), wide), y, is_conv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, turn, bias = ctx.saved_tensors
-        _, back, pairs = CONV if ctx.is_conv else LINEAR
-        grad_blocks = _blocks(grad.to(turn.dtype), len(turn), ctx.is_conv)
-        grad_turn = torch.einsum(pairs, _unbiased(y, turn, bias, ctx.is_conv), grad_blocks)
-        grad_y = None
-        if ctx.needs_input_grad[0]:
-            grad_y = torch.einsum(back, grad_blocks, turn).reshape(y.shape).to(y.dtype) + grad
-        return grad_y, grad_turn, None, None
+        rows, wide = _rows(grad, ctx.is_conv), _wide(turn)
+        blocks = _cut(rows.to(turn.dtype), wide).contiguous()
+        grad_wide = torch.bmm(_unbiased(_rows(y, ctx.is_conv), wide, bias).mT, blocks)
+        grad_y = _like(_plus(rows, blocks, wide.mT), y, ctx.is_conv) if ctx.needs_input_grad[0] else None
+        return grad_y, parted(grad_wide, len(turn) // len(wide)), None, None
 
 
-def _unbiased(y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:
-    """y - bias in blocks, in the dtype of turn."""
-    if bias is not None:
-        y = y - bias.to(y.dtype).view(-1, *[1] * (y.ndim - 2 if is_conv else 0))
-    return _blocks(y.to(turn.dtype), len(turn), is_conv)
+def _rows(y: Tensor, is_conv: bool) -> Tensor:
+    """y [..., n s] or [B, n s, …] -> [N, n s], in one piece; a view where the channels lie last."""
+    return (rows_of(y) if is_conv else y.reshape(-1, y.shape[-1])).contiguous()
+
+
+def _like(rows: Tensor, y: Tensor, is_conv: bool) -> Tensor:
+    """The rows of y -> y's shape, a view."""
+    return image_of(rows.view(y.movedim(1, -1).shape)) if is_conv else rows.view(y.shape)
+
+
+def _wide(turn: Tensor) -> Tensor:
+    """turn [n, s, s] -> [J, w, w]."""
+    return joined(turn, together(len(turn), turn.shape[1]))
+
+
+def _cut(y: Tensor, wide: Tensor) -> Tensor:
+    """y [N, n s] -> [J, N, w], a view."""
+    return y.view(len(y), len(wide), -1).transpose(0, 1)
+
+
+def _unbiased(y: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+    """y - bias [N, n s] -> [J, N, w], each block in one piece, in the dtype of wide."""
+    y = y.to(wide.dtype)
+    return _cut(y if bias is None else y - bias.to(wide.dtype), wide).contiguous()
+
+
+def _plus(y: Tensor, blocks: Tensor, wide: Tensor) -> Tensor:
+    """y [N, n s] + blocks [J, N, w] wide [J, w, w], in y's dtype."""
+    if y.dtype != wide.dtype:
+        return y + torch.bmm(blocks, wide).transpose(0, 1).reshape(y.shape).to(y.dtype)
+    out = y.clone()
+    _cut(out, wide).baddbmm_(blocks, wide)
+    return out
+
+
+class _Cayley(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        turn = torch.linalg.solve(eye - q, 2 * q)
+        ctx.save_for_backward(turn)
+        return turn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (turn,) = ctx.saved_tensors
+        inverse = (turn / 2 + torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)).mT
+        return 2 * (inverse @ grad @ inverse)
+
+
+def cayley(q: Tensor) -> Tensor:
+    """q [n, s, s], q^T = -q -> R - I = 2 (I - q)^-1 q, without a difference of near equals, for R = (I + q)(I - q)^-1.
+
+    With M = (I - q)^-1 = I + (R - I) / 2, its change is 2 M dq M: the backward pass solves nothing.
+    """
+    return _Cayley.apply(q)  # pyright: ignore[reportReturnType]
 
 
 def rotated(y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:

@@ -1,16 +1,16 @@
-"""A convolution to few channels as one matrix product over the positions of its input.
+"""The gradients of a convolution to few channels as matrix products over the positions of its input.
 
-Every position is multiplied by the weights of all K taps of the kernel at once; the few numbers that this gives a
-position are then moved to where each tap belongs and added up. So x, which is large, is read once and never unfolded.
+The few numbers that the output's gradient has for a position are copied to where each of the K taps of the kernel met
+the input: the rest is one product with all taps' weights, and one with the input, which is large and never unfolded.
 r output channels; channels last: [B, …, channels].
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.kernels.convolution import ConvShape
@@ -39,10 +39,9 @@ class Taps:
     kernel: tuple[int, ...]
     size: tuple[int, ...]
 
-    def run(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [B, n_in, …], weight [r, n_in, k…] -> [B, …, r]."""
-        found = F.linear(rows_of(x), self.matrix_of(weight)).view(len(x), *self.size, -1)
-        return found if self._is_one_tap else self._gathered(found, len(weight))
+    def reach(self, x: Tensor) -> int:
+        """How many numbers of a channel of the output meet x's positions [B, n_in, …]: K each."""
+        return math.prod(self.kernel) * len(x) * math.prod(self.size)
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """weight [r, n_in, k…] -> [K r, n_in]."""
@@ -55,7 +54,7 @@ class Taps:
     def spread(self, grad: Tensor) -> Tensor:
         """grad [B, …, r] of the output -> that of what each tap found at the input [positions, K r]."""
         num_channels = grad.shape[-1]
-        if self._is_one_tap:
+        if self.shape.is_pointwise(self.kernel):
             return grad.reshape(-1, num_channels)
         places = list(self._places(grad.shape[1:-1]))
         padded = [n + 2 * p for n, p in zip(self.size, self.shape.padding, strict=True)]
@@ -64,26 +63,6 @@ class Taps:
             spread[(slice(None), *place, tap)] = grad
         inner = tuple(slice(p, p + n) for n, p in zip(self.size, self.shape.padding, strict=True))
         return spread[(slice(None), *inner)].reshape(-1, len(places) * num_channels)
-
-    def _gathered(self, found: Tensor, num_channels: int) -> Tensor:
-        """What each tap found at the input [B, …, K r] -> their sums at the output [B, …, r], made in float32."""
-        around = [p for padding in reversed(self.shape.padding) for p in (padding, padding)]
-        padded = F.pad(found, (0, 0, *around)).unflatten(-1, (-1, num_channels))
-        size = self._output_size
-        total = found.new_zeros(len(found), *size, num_channels, dtype=torch.promote_types(found.dtype, torch.float32))
-        for tap, place in enumerate(self._places(size)):
-            total += padded[(slice(None), *place, tap)]
-        return total.to(found.dtype)
-
-    @property
-    def _output_size(self) -> tuple[int, ...]:
-        shape = self.shape
-        ranges = zip(self.size, self.kernel, shape.stride, shape.padding, shape.dilation, strict=True)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in ranges)
-
-    @property
-    def _is_one_tap(self) -> bool:
-        return {*self.kernel, *self.shape.stride} == {1} and not any(self.shape.padding)
 
     def _places(self, output: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         """Where in the padded input each tap lies, for all positions of the output at once."""

@@ -108,9 +108,12 @@ class _Updated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
         base, wants_x = ctx.base, ctx.needs_input_grad[0]
-        with torch.enable_grad():
-            leaves = [factor.detach().requires_grad_() for factor in factors]
-            weights = ctx.build(*leaves)
+        if ctx.build is as_they_are:
+            weights = leaves = factors
+        else:
+            with torch.enable_grad():
+                leaves = [factor.detach().requires_grad_() for factor in factors]
+                weights = ctx.build(*leaves)
         plain = [weight.detach() for weight in weights]
         grad_x = None
         if base is not None:

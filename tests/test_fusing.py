@@ -1,0 +1,53 @@
+"""Modules that run our kernels for a while."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.families.sd import StableDiffusion
+from lorasmith.fusing import FUSED, fused
+from lorasmith.kernels.native import library
+from lorasmith.memory import shared_copy
+from lorasmith.types import Denoiser
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the processor has no matrix unit, or there is no compiler")
+
+
+def test_a_net_predicts_as_exactly_and_is_as_it_was_afterwards(
+    family: StableDiffusion, latents: Tensor, texts: Tensor
+) -> None:
+    denoiser, exact = (shared_copy(family.denoiser, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    net = denoiser.nets["unet"].to(memory_format=torch.channels_last)
+    modules = [module for module in net.modules() if type(module) in FUSED]
+    assert {type(module) for module in modules} == set(FUSED)
+
+    def results(denoiser: Denoiser, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        x = latents.to(dtype).requires_grad_()
+        out = denoiser.predict(x, torch.arange(4) * 200, {"text": texts.to(dtype)})
+        return [out, *torch.autograd.grad(out.float().square().mean(), x)]
+
+    plain, names = results(denoiser), [set(vars(module)) for module in modules]
+    with fused(denoiser):
+        assert all("forward" in vars(module) for module in modules)
+        ours = results(denoiser)
+    assert [set(vars(module)) for module in modules] == names
+    assert all(map(torch.equal, results(denoiser), plain))
+    for own, before, right in zip(ours, plain, results(exact, torch.float32), strict=True):
+        assert not torch.equal(own, before)
+        assert (own - right).norm() <= 1.2 * (before - right).norm()
+
+
+def test_subclasses_and_replaced_forward_passes_stay(family: StableDiffusion) -> None:
+    class Special(nn.GroupNorm):
+        pass
+
+    denoiser = shared_copy(family.denoiser)
+    replaced = nn.GroupNorm(2, 4)
+    replaced.forward = before = lambda input: input
+    net = nn.ModuleList([Special(2, 4), replaced, nn.GroupNorm(2, 4)])
+    with fused(replace(denoiser, unet=net)):
+        assert ["forward" in vars(module) for module in net] == [False, True, True]
+        assert replaced.forward is before
+    assert ["forward" in vars(module) for module in net] == [False, True, False]
