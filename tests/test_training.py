@@ -1,6 +1,7 @@
 """The loop: equal to a plain torch and PEFT loop, however a group is cut, on two kinds of model; what it refuses."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -254,3 +255,22 @@ def test_bf16_adapters_learn_as_well_as_fp32_ones(flow_denoiser: Any, net_dtype:
             losses[lora_dtype] = float((held_out_losses(copy, samples) / before).mean())
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], abs=0.01)
     assert losses[torch.bfloat16] < 0.98
+
+
+def test_an_optimizer_that_lacks_a_weight_is_refused_whole(flow_denoiser: Any) -> None:
+    config = Config(adapter=LoRA(rank=2), targets=FLOW_TARGETS)
+    adapters = AdapterSet.new(flow_denoiser, config.adapter, config.targets, config.seed)
+    state = State(adapters, config, is_fp16=False)
+    state.masters.vector.grad = torch.ones_like(state.masters.vector)
+    state.optimizer.step()
+    tensors = {key: tensor.clone() for key, tensor in state.tensors().items()}
+    lacking = next(key for key in tensors if key.endswith("/exp_avg"))
+    name = lacking.removeprefix("optimizer/").removesuffix("/exp_avg")
+    state.optimizer.step()
+    before = state.masters.vector.detach().clone()
+    with pytest.raises(ValueError, match=f"^its optimizer must keep exp_avg .* not of 1, such as {re.escape(name)}$"):
+        state.load({key: tensor for key, tensor in tensors.items() if key != lacking}, state.numbers())
+    assert state.is_sound and torch.equal(state.masters.vector, before)
+    state.load(tensors, state.numbers())
+    assert not torch.equal(state.masters.vector, before)
+    torch.testing.assert_close(dict(state.tensors()), tensors, rtol=0, atol=0)

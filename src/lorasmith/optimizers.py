@@ -1,7 +1,8 @@
 """Optimizers, the laws of the learning rate, fp32 masters of 16-bit adapters, and the scale of fp16 losses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -75,7 +76,7 @@ class RMSprop(Component):
 
 Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]
 
-PIECE = 2**17  # numbers of a vector whose squares are summed up in one go
+PIECE = 2**20  # numbers of a vector whose squares are summed up in one go
 
 Warmup = Annotated[int, Field(ge=0, le=100_000, description="steps over which the rate rises from 0")]
 
@@ -124,48 +125,51 @@ Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), na
 
 
 def norm(vector: Tensor) -> float:
-    """The length of a vector [N], from those of its pieces: fp32 would lose much in one long sum."""
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector.detach().split(PIECE)))))
+    """The length of a vector [N], from the squares of its pieces: in fp32 one long sum would lose much."""
+    pieces = vector.detach().split(PIECE)
+    return math.sqrt(torch.stack([torch.dot(piece, piece) for piece in pieces]).sum())
 
 
 class Masters:
     """All parameters as one fp32 vector [N], which the optimizer works on: small steps of 16-bit ones are not lost.
 
-    (Micikevicius et al. 2018, section 3.1.) Parameters in fp32 are parts of it themselves.
+    (Micikevicius et al. 2018, section 3.1.) The parameters become parts of one vector too: in fp32, of this one itself.
     """
 
     @torch.inference_mode(False)  # whatever the caller is in: parameters are trained as parts of the vector
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
         self.sizes = [p.numel() for p in self.params]
-        dtype = torch.promote_types(self.params[0].dtype, torch.float32)
-        self.vector = torch.empty(sum(self.sizes), dtype=dtype, device=self.params[0].device)
-        self.values = self.parts(self.vector)
-        self.reached: set[int] = set()  # ids of the parameters that got a gradient
-        torch._foreach_copy_(self.values, [p.detach() for p in self.params])
-        self.vector.requires_grad_()
-        for param, value in zip(self.params, self.values, strict=True):
-            if param.dtype == dtype:
-                param.data = value
+        self.own = torch.empty(sum(self.sizes), dtype=self.params[0].dtype, device=self.params[0].device)
+        for param, part in zip(self.params, self.parts(self.own), strict=True):
+            part.copy_(param.detach())
+            param.data = part
+        self.vector = self.own.to(torch.promote_types(self.own.dtype, torch.float32)).requires_grad_()
+        self.own_grad = torch.zeros_like(self.own, requires_grad=False)
+        self._grads = self.parts(self.own_grad)
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """A vector [N] -> each parameter's part of it, in its shape."""
         return [part.view_as(p) for part, p in zip(vector.split(self.sizes), self.params, strict=True)]
 
+    def clear(self) -> None:
+        """Forgets all gradients, and has the parameters' next ones add up in one vector."""
+        self.vector.grad = None
+        self.own_grad.zero_()
+        for param, grad in zip(self.params, self._grads, strict=True):
+            param.grad = grad
+
+    def release(self) -> None:
+        """Leaves the parameters without gradients."""
+        for param in self.params:
+            param.grad = None
+
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Adds the parameters' gradients to the vector's, in fp32, and takes them from the parameters."""
-        parts = []
-        for param in self.params:
-            grad = param.grad
-            if grad is None:
-                grad = torch.zeros_like(param)
-            else:
-                self.reached.add(id(param))
-                param.grad = None
-            parts.append(grad.flatten())
-        taken, before = torch.cat(parts), self.vector.grad
-        self.vector.grad = taken.to(self.vector.dtype) if before is None else before.add_(taken)
+        """Adds the parameters' gradients to the vector's, in fp32, and sets them to zero."""
+        taken, before = self.own_grad.to(self.vector.dtype, copy=True), self.vector.grad
+        self.vector.grad = taken if before is None else before.add_(taken)
+        self.own_grad.zero_()
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -173,26 +177,30 @@ class Masters:
         if self.vector.grad is not None and factor != 1:
             self.vector.grad *= factor
 
-    def clear(self) -> None:
-        """Forgets all gradients."""
-        self.reached.clear()
-        for tensor in (*self.params, self.vector):
-            tensor.grad = None
-
     def gradient(self) -> Tensor:
         """The gradient [N]; zeros where there is none."""
         return torch.zeros_like(self.vector) if self.vector.grad is None else self.vector.grad
 
-    def gradients(self) -> dict[int, Tensor]:
-        """{id of a parameter: what was taken of its gradient}, of those that got one."""
+    @contextmanager
+    def reached(self) -> Iterator[set[int]]:
+        """Ids of the parameters that get a gradient within, be it zero."""
+        ids: set[int] = set()
+        hooks = [p.register_post_accumulate_grad_hook(lambda param: ids.add(id(param))) for p in self.params]
+        try:
+            yield ids
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def gradients(self, ids: set[int]) -> dict[int, Tensor]:
+        """{id of a parameter: what was taken of its gradient}, of some."""
         parts = zip(self.params, self.parts(self.gradient()), strict=True)
-        return {id(param): part for param, part in parts if id(param) in self.reached}
+        return {id(param): part for param, part in parts if id(param) in ids}
 
     @torch.no_grad()
     def write(self) -> None:
         """The vector's values become the parameters', rounded."""
-        if self.params[0].dtype != self.vector.dtype:
-            torch._foreach_copy_(self.params, self.values)
+        self.own.copy_(self.vector)
 
 
 class LossScale:

@@ -92,10 +92,14 @@ class State:
         keeps = self._optimizer_keys()
         if kept and kept.keys() != keeps:
             raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
+        for part, values in kept.items():
+            odd = [n for n in self.names if n not in values or values[n].shape not in ((), own[n].shape)]
+            if odd:
+                raise ValueError(f"its optimizer must keep {part} of each weight, but not of {len(odd)}, such as {odd[0]}")
         self.is_sound = False
         with torch.no_grad():
             self.masters.vector.copy_(self._in_one(held))
-        self.masters.clear()
+        self.masters.vector.grad = None
         self.masters.write()
         groups = self.optimizer.state_dict()["param_groups"]
         filled = {0: {part: self._in_one(values) for part, values in kept.items()}} if kept else {}

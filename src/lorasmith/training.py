@@ -67,17 +67,19 @@ def train(
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept(device))
+        stack.callback(masters.release)
         if config.native_kernels:
             stack.enter_context(fused(denoiser))
         while counters.step < config.steps and not is_stopping:
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
                 is_checkpointed = True
-            with _computing(device, config):
+            watched = masters.reached() if is_new else nullcontext(set())
+            with _computing(device, config), watched as reached:
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
             if is_new and not is_short:
-                adapters.refuse_unused(masters.gradients())
+                adapters.refuse_unused(masters.gradients(reached))
                 is_new = False
             losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
             if is_short:
@@ -203,7 +205,7 @@ def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr:
     state.counters.group += 1
     state.counters.skipped = 0
     state.record.append((loss, lr, grad_norm))
-    masters.clear()
+    masters.vector.grad = None
     if not math.isfinite(norm(masters.vector)):
         raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
     masters.write()

@@ -50,7 +50,7 @@ class StableDiffusionDenoiser:
         ValueError where the latents or the conditioning are another model's.
         """
         self._check(x_t, cond)
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype  # its own property walks all modules
         return self.unet(x_t.to(dtype), t, cond["text"].to(dtype)).sample.float()
 
     def _check(self, x_t: Tensor, cond: Cond) -> None:
