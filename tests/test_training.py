@@ -268,7 +268,9 @@ def test_an_optimizer_that_lacks_a_weight_is_refused_whole(flow_denoiser: Any) -
     name = lacking.removeprefix("optimizer/").removesuffix("/exp_avg")
     state.optimizer.step()
     before = state.masters.vector.detach().clone()
-    with pytest.raises(ValueError, match=f"^its optimizer must keep exp_avg .* not of 1, such as {re.escape(name)}$"):
+    with pytest.raises(
+        ValueError, match=f"^its optimizer must keep exp_avg .* not so of 1, such as {re.escape(name)}$"
+    ):
         state.load({key: tensor for key, tensor in tensors.items() if key != lacking}, state.numbers())
     assert state.is_sound and torch.equal(state.masters.vector, before)
     state.load(tensors, state.numbers())

@@ -95,7 +95,9 @@ class State:
         for part, values in kept.items():
             odd = [n for n in self.names if n not in values or values[n].shape not in ((), own[n].shape)]
             if odd:
-                raise ValueError(f"its optimizer must keep {part} of each weight, but not of {len(odd)}, such as {odd[0]}")
+                raise ValueError(
+                    f"its optimizer must keep {part} of each weight, not so of {len(odd)}, such as {odd[0]}"
+                )
         self.is_sound = False
         with torch.no_grad():
             self.masters.vector.copy_(self._in_one(held))
