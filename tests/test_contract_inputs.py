@@ -135,7 +135,7 @@ def test_a_legal_value_trains(model: Pointwise, name: str, value: Any) -> None:
 def test_the_most_steps_reach_the_loop(model: Pointwise, monkeypatch: pytest.MonkeyPatch) -> None:
     """100000 of them would take minutes, so the loop is left out."""
     asked: list[Any] = []
-    monkeypatch.setattr("lorasmith.job.train", lambda *args, **kwargs: asked.extend(args) or iter(()))
+    monkeypatch.setattr("lorasmith.job.train", lambda *args, **kwargs: asked.extend(args) or (step for step in ()))
     trained(model, steps=100_000)
     assert [config.steps for config in asked if isinstance(config, Config)] == [100_000]
 

@@ -129,7 +129,7 @@ def test_memory_that_does_not_hold_a_checkpoint(home: Path) -> None:
 
 def leave_no_memory(home: Path) -> None:
     training.freed_memory_kept = lambda device: nullcontext()  # a step's memory would serve the next, limit or not
-    great = ("--targets.preset", "attention", "--adapter.rank", "64", "--batch_size", "8")
+    great = (*GREAT[2:], "--steps", "4", "--targets.preset", "attention", "--adapter.rank", "64", "--batch_size", "32")
     ended = struck(home, 3, lambda: limit_memory(1), *great)
     unlimit_memory()
     assert told(ended).startswith("out of memory: try --memory_ladder")
