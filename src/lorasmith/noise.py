@@ -1,6 +1,7 @@
 """Noise processes (what x_t is, and what the net predicts), and the laws that times are drawn from."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -69,13 +70,33 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
+class TokenShift:
+    """A shift that grows with the number of tokens N of a picture: e^(a + b N) (Flux.1's and Flux.2's own code)."""
+
+    offset: float  # a
+    slope: float  # b
+    patch: int = 2  # latent pixels along a token's side
+
+    def __call__(self, shape: Sequence[int]) -> float:
+        """For latents [C,h,w]."""
+        height, width = shape[-2:]
+        return math.exp(self.offset + self.slope * (height // self.patch) * (width // self.patch))
+
+
+@dataclass(frozen=True)
 class Flow:
     """x_t = (1 - t) x0 + t eps, t in [0, 1); the net predicts eps - x0 (Lipman et al. 2023; Esser et al. 2024, eq. 13).
 
-    `shift` moves times towards noise: t = s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+    `shift` moves times towards noise: t = s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23). With `by_size` it is the
+    one of the latents' size.
     """
 
     shift: float = 1.0
+    by_size: TokenShift | None = None
+
+    def sized(self, shape: Sequence[int]) -> "Flow":
+        """The flow for latents of this shape."""
+        return self if self.by_size is None else Flow(self.by_size(shape))
 
     def time(self, fraction: Tensor) -> Tensor:
         return self.shift * fraction / (1 + (self.shift - 1) * fraction)

@@ -10,15 +10,15 @@ from lorasmith.config import Config
 from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, uniform
 from lorasmith.losses import by_sample
-from lorasmith.types import Batch, Denoiser
+from lorasmith.types import Batch, Denoiser, process_of
 
 
 def noised(denoiser: Denoiser, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """batch -> x_t [B,C,h,w], t [B], target [B,C,h,w]; each sample's draws depend on (seed, its number) alone."""
-    process = denoiser.process
+    shape = tuple(batch.x0.shape[1:])
+    process = process_of(denoiser, shape)
     u = torch.cat([uniform(config.seed, Purpose.TIME, number, (1,)) for number in batch.numbers])
     t = process.time(config.times.fraction(u).clamp(0, 1 - 2**-24))
-    shape = tuple(batch.x0.shape[1:])
     eps = torch.stack([normal(config.seed, Purpose.NOISE, number, shape) for number in batch.numbers])
     return process.noise(batch.x0, eps, t), t, process.target(batch.x0, eps, t)
 

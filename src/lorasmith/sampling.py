@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal
-from lorasmith.types import Codec, Cond, Denoiser
+from lorasmith.types import Codec, Cond, Denoiser, Guided, SizeCodec, process_of
 
 
 def drawn(denoiser: Denoiser, cond: Cond, uncond: Cond, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
@@ -16,9 +16,11 @@ def drawn(denoiser: Denoiser, cond: Cond, uncond: Cond, noise: Tensor, *, steps:
 
     Each step goes from the x0 and eps that the net implies to the next time (DDIM with eta 0, Song et al. 2021, eq. 12;
     for a flow: Euler's method). Times are evenly spaced and start at the noisiest (Lin et al. 2024, section 3.3);
-    guidance as in Ho and Salimans 2021, eq. 6, with weight guidance - 1.
+    guidance as in Ho and Salimans 2021, eq. 6, with weight guidance - 1, unless the net itself is told it.
     """
-    process = denoiser.process
+    process = process_of(denoiser, noise.shape[1:])
+    if isinstance(denoiser, Guided):
+        cond, guidance = denoiser.guided(cond, guidance), 1.0
     fractions = 1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6
     times = process.time(fractions)
     times = times.float() if times.is_floating_point() else times
@@ -46,5 +48,8 @@ def picture_of(
         cond, uncond = (
             {name: value.to(device) for name, value in codec.encode_texts([text]).items()} for text in (prompt, "")
         )
+        if isinstance(codec, SizeCodec):
+            size_cond = {name: value.to(device)[None] for name, value in codec.encode_size(size, (0, 0), size).items()}
+            cond, uncond = cond | size_cond, uncond | size_cond
         x0 = drawn(denoiser, cond, uncond, noise.to(device), steps=steps, guidance=guidance)
         return codec.decode(x0)[0].clamp(-1, 1).cpu()

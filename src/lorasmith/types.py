@@ -12,7 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 Cond = dict[str, Tensor]
-"""Conditioning by name: "text" is the token sequence [L,D] ([B,L,D] in a batch), "pooled" a vector [D] ([B,D])."""
+"""Conditioning by name: "text" is the token sequence [L,D] ([B,L,D] in a batch), "pooled" a vector [D] ([B,D]).
+
+Where there is a "mask" [L], 1 for a token that is read and 0 for padding, texts of several lengths go into one batch.
+"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,15 @@ class Process(Protocol):
 
 
 @runtime_checkable
+class SizedProcess(Process, Protocol):
+    """A process whose times depend on the latents' size."""
+
+    def sized(self, shape: Sequence[int]) -> Process:
+        """The process for latents [C,h,w] or [C,f,h,w] of this shape."""
+        ...
+
+
+@runtime_checkable
 class Denoiser(Protocol):
     """A model as the loop sees it. It must survive copy.deepcopy: training works on a copy that shares the weights."""
 
@@ -117,6 +129,21 @@ class Denoiser(Protocol):
 
     def file_key(self, path: str) -> str:
         """A layer's path -> its name in a LoRA file, without the suffix."""
+        ...
+
+
+def process_of(denoiser: Denoiser, shape: Sequence[int]) -> Process:
+    """How noise is added to latents of this shape, [C,h,w] or [C,f,h,w]."""
+    process = denoiser.process
+    return process.sized(shape) if isinstance(process, SizedProcess) else process
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A denoiser whose net is told the guidance, as it was distilled from guided predictions."""
+
+    def guided(self, cond: Cond, guidance: float) -> Cond:
+        """Conditioning {name: [B,…]} that states the guidance too."""
         ...
 
 
@@ -156,4 +183,13 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B,C,h,w] in the model's own scale -> images [B,3,H,W] in -1 to 1, float32."""
+        ...
+
+
+@runtime_checkable
+class SizeCodec(Protocol):
+    """A codec of a model that is told a picture's size, and how it was cropped (Podell et al. 2023, section 2.2)."""
+
+    def encode_size(self, original: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Cond:
+        """(W, H) of the picture as it was, (x, y) of the crop in the scaled picture, and (W, H) of the crop."""
         ...

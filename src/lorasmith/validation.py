@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, permutation, uniform
 from lorasmith.losses import MSE, by_sample
-from lorasmith.types import Cached, Denoiser
+from lorasmith.types import Cached, Denoiser, process_of
 
 NUM_NOISES = 4
 _SEED = 0
@@ -55,8 +55,9 @@ def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int)
         [normal(_SEED, Purpose.HELD_OUT_NOISE, index * NUM_NOISES + number, shape) for number in range(NUM_NOISES)]
     )
     fractions = [_fraction(n, index, num_samples) for n in range(NUM_NOISES)]
-    t = denoiser.process.time(torch.tensor(fractions, dtype=torch.float32))
-    x_t, target = denoiser.process.noise(x0, eps, t), denoiser.process.target(x0, eps, t)
+    process = process_of(denoiser, shape)
+    t = process.time(torch.tensor(fractions, dtype=torch.float32))
+    x_t, target = process.noise(x0, eps, t), process.target(x0, eps, t)
     cond = {name: value.expand(NUM_NOISES, *value.shape).to(device) for name, value in sample.cond.items()}
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)
     return by_sample(MSE(), pred, target.to(device)).cpu()

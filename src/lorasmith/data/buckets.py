@@ -40,6 +40,13 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
+def corner_of(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Where `fitted` crops: (x, y) of the crop's corner in the scaled picture, in pixels."""
+    scale = max(size[0] / image_size[0], size[1] / image_size[1])
+    x, y = ((round(side * scale) - crop) // 2 for side, crop in zip(image_size, size, strict=True))
+    return x, y
+
+
 def classes_by_shape(shapes: Sequence[Hashable], repeats: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The indices of the samples of each shape, an index as often as it repeats; shapes in order of appearance."""
     classes: dict[Hashable, list[int]] = {}

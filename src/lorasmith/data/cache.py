@@ -6,27 +6,38 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, fitted
+from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, corner_of, fitted
 from lorasmith.data.folder import picture
 from lorasmith.digests import digest
-from lorasmith.types import Batch, Cached, Codec, Example
+from lorasmith.types import Batch, Cached, Codec, Example, SizeCodec
+
+PADDED = ("text", "mask")  # what has a row for each token
 
 
 def pixels(example: Example, resolution: int, multiple: int) -> Tensor:
     """The picture, scaled and cropped to its bucket: [3,H,W] in -1 to 1."""
     image = picture(example.image_path)
-    image = fitted(image, bucket_size(image.width, image.height, resolution, multiple))
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    return _pixels(image, bucket_size(image.width, image.height, resolution, multiple))
+
+
+def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(np.array(fitted(image, size), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def encoded(examples: Sequence[Example], codec: Codec, resolution: int) -> Iterator[Cached]:
     """Every example through the model's own encoders, one by one."""
     for example in examples:
+        image = picture(example.image_path)
+        size = bucket_size(image.width, image.height, resolution, codec.multiple)
         with torch.inference_mode():
-            latent = codec.encode_images(pixels(example, resolution, codec.multiple)[None])[0]
+            latent = codec.encode_images(_pixels(image, size)[None])[0]
             cond = {name: value[0] for name, value in codec.encode_texts([example.caption]).items()}
+        if isinstance(codec, SizeCodec):
+            cond |= codec.encode_size(image.size, corner_of(image.size, size), size)
         yield checked(Cached(example.image_path.name, latent.clone(), {k: v.clone() for k, v in cond.items()}))
 
 
@@ -39,7 +50,11 @@ def checked(sample: Cached) -> Cached:
 
 
 def _shape(sample: Cached) -> tuple[object, ...]:
-    return (tuple(sample.latent.shape), *sorted((name, tuple(value.shape)) for name, value in sample.cond.items()))
+    """What samples of one batch share: texts with a mask may differ in length."""
+    shapes = {name: tuple(value.shape) for name, value in sample.cond.items()}
+    if "mask" in shapes:
+        shapes |= {name: shapes[name][1:] for name in PADDED}
+    return (tuple(sample.latent.shape), *sorted(shapes.items()))
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,12 @@ class Dataset:
 
 
 def batch_of(samples: Sequence[Cached], numbers: tuple[int, ...]) -> Batch:
-    """Samples of one shape, stacked."""
-    cond = {name: torch.stack([s.cond[name] for s in samples]) for name in samples[0].cond}
+    """Samples of one shape, stacked; texts with a mask are padded with zeros to the longest."""
+    conds = [sample.cond for sample in samples]
+    cond = {
+        name: pad_sequence([c[name] for c in conds], batch_first=True)
+        if name in PADDED and "mask" in conds[0]
+        else torch.stack([c[name] for c in conds])
+        for name in conds[0]
+    }
     return Batch(torch.stack([s.latent for s in samples]), cond, numbers, tuple(s.name for s in samples))

@@ -4,14 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorasmith.families.components import FolderComponents, OpenComponents
+from lorasmith.families.flux import Flux
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.header import PICKLES
 
-Family = StableDiffusion
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion}
+Family = StableDiffusion | PipelineFamily
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": SDXL,
+    "FluxPipeline": Flux,
+}
+"""{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)
 
 
@@ -25,8 +34,10 @@ def opened(model: Any) -> Family:
         if path.is_file() or (path.suffix in FILES and not path.exists()):
             return StableDiffusion(SingleFile.opened(path))
         folder = fetched(model) if isinstance(model, str) and is_id(model) and not path.exists() else path
-        return _family(_pipeline_name(folder), folder)(Folder.opened(folder))
-    return _family(type(model).__name__, model)(OpenPipeline(model))
+        kind = _family(_pipeline_name(folder), folder)
+        return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
+    kind = _family(type(model).__name__, model)
+    return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
 
 
 def _family(name: str, source: Any) -> type[Family]:

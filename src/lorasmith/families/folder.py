@@ -80,7 +80,7 @@ def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) 
     variant = variant_of([file.name for file in files])
     try:
         part = kind.from_pretrained(
-            weights, dtype=dtype or _stored_dtype(files, variant), variant=variant, use_safetensors=True,
+            weights, dtype=dtype or stored_dtype(files, variant), variant=variant, use_safetensors=True,
             local_files_only=True,
         )  # fmt: skip
     except UNREADABLE as error:
@@ -91,7 +91,7 @@ def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) 
     return part
 
 
-def _stored_dtype(files: list[Path], variant: str | None) -> torch.dtype:
+def stored_dtype(files: list[Path], variant: str | None) -> torch.dtype:
     """The dtype of a tensor in the first of the files that are loaded."""
     chosen = (file for file in files if (match := WEIGHTS.fullmatch(file.name)) and match["variant"] == variant)
     with safe_open(next(chosen, files[0]), framework="pt") as file:

@@ -17,6 +17,7 @@ from lorasmith.types import Cond, Denoiser
 log = logging.getLogger(__name__)
 
 PREDICTIONS: dict[str, Literal["eps", "v", "x0"]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTION_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}  # modelspec's
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -188,10 +189,9 @@ class StableDiffusion:
     def metadata(self) -> dict[str, str]:
         """What other tools read of a base model: modelspec and kohya's keys."""
         version = "2" if self.denoiser.unet.config["cross_attention_dim"] == 1024 else "1"
-        prediction = {"eps": "epsilon", "v": "v", "x0": "sample"}[self.denoiser.process.prediction]
         return {
             "modelspec.architecture": f"stable-diffusion-v{version}/lora",
-            "modelspec.prediction_type": prediction,
+            "modelspec.prediction_type": PREDICTION_NAMES[self.denoiser.process.prediction],
             "ss_base_model_version": f"sd_v{version}",
             "ss_v2": str(version == "2"),
         }

@@ -1,0 +1,134 @@
+"""Where the parts of a diffusers pipeline come from: a folder, an open pipeline, or a single file beside a folder."""
+
+import copy
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lorasmith.families.folder import UNREADABLE, stored_dtype, variant_of
+
+MODULES = ("transformer", "transformer_2", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""The parts of pipelines that hold weights."""
+
+
+class Components(Protocol):
+    """The parts of one pipeline."""
+
+    def net(self, name: str) -> Any:
+        """A net that adapters train on; ValueError where there is none."""
+        ...
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler's config."""
+        ...
+
+    def config(self, name: str) -> Any:
+        """A value of the pipeline's own config; None where it has none."""
+        ...
+
+    def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
+        """A pipeline around these nets; its other parts in this dtype (None: as they are stored)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderComponents:
+    """A diffusers folder: one subfolder a part."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return _json(self.path / "model_index.json")
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        return _json(self.path / "scheduler" / "scheduler_config.json")
+
+    def config(self, name: str) -> Any:
+        return self.index.get(name)
+
+    def net(self, name: str) -> Any:
+        return self._part(name, None)
+
+    def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
+        parts = {name: self._part(name, dtype) for name in MODULES if name not in nets and self._has(name)}
+        try:
+            kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
+            return kind.from_pretrained(self.path, **nets, **parts, local_files_only=True)
+        except UNREADABLE as error:
+            raise ValueError(f"cannot load {self.path}: {_line(error)}") from error
+
+    def _has(self, name: str) -> bool:
+        entry = self.index.get(name)
+        return isinstance(entry, list) and None not in entry
+
+    def _part(self, name: str, dtype: torch.dtype | None) -> Any:
+        """A part with weights; ValueError where it is missing or broken."""
+        folder = self.path / name
+        if not self._has(name) or not folder.is_dir():
+            raise ValueError(f"{self.path} must hold {name}/, but it does not")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} must hold safetensors weights: pickles can run code when they are loaded")
+        variant = variant_of([file.name for file in files])
+        library, kind = self.index[name]
+        try:
+            part, info = getattr(importlib.import_module(library), kind).from_pretrained(
+                folder, dtype=dtype or stored_dtype(files, variant), variant=variant, use_safetensors=True,
+                local_files_only=True, output_loading_info=True,
+            )  # fmt: skip
+        except UNREADABLE as error:
+            raise ValueError(f"cannot load {folder}: {_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"cannot load {folder}: {len(missing)} tensors are missing, such as {missing[0]}")
+        return part.eval()
+
+
+@dataclass(frozen=True)
+class OpenComponents:
+    """A diffusers pipeline that a caller hands over: its parts are used as they are."""
+
+    pipe: Any
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        return self.pipe.scheduler.config
+
+    def config(self, name: str) -> Any:
+        return self.pipe.config.get(name)
+
+    def net(self, name: str) -> Any:
+        net = getattr(self.pipe, name, None)
+        if net is None:
+            raise ValueError(f"model must hold a {name}, but the pipeline's is None")
+        return net
+
+    def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
+        twin = copy.copy(self.pipe)
+        for name, net in nets.items():
+            setattr(twin, name, net)
+        return twin
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a table, got {content!r:.50}")
+    return content
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,162 @@
+"""What holds for every family alike, on tiny pipelines: predictions, encodings, gradients, files, all beside diffusers.
+
+B batch, C channels, h w latent sides.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PROMPTS, TINY, made
+from torch import Tensor
+
+from lorasmith.adapters.lora import LoRA
+from lorasmith.attach import AdapterSet, attached
+from lorasmith.config import Config
+from lorasmith.data.cache import batch_of
+from lorasmith.draws import Purpose, normal
+from lorasmith.families import FAMILIES, Family, opened
+from lorasmith.memory import checkpointed
+from lorasmith.objective import sample_losses
+from lorasmith.sampling import picture_of
+from lorasmith.targets import Targets
+from lorasmith.types import Cached, Codec
+
+CPU = torch.device("cpu")
+families = pytest.mark.parametrize("name", sorted(TINY))
+
+
+@cache
+def opened_family(name: str) -> tuple[Family, Codec]:
+    family = opened(made(name))
+    return family, family.codec(CPU)
+
+
+def samples(name: str) -> list[Cached]:
+    """One for each prompt, with latents of noise."""
+    _, codec = opened_family(name)
+    with torch.no_grad():
+        conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
+    latents = [normal(1, Purpose.NOISE, number, TINY[name].latent) for number in range(len(PROMPTS))]
+    return [Cached(*sample) for sample in zip(PROMPTS, latents, conds, strict=True)]
+
+
+def adapters_of(family: Family) -> AdapterSet:
+    """New ones on every layer, which change what the net returns."""
+    adapters = AdapterSet.new(family.denoiser, LoRA(rank=2), Targets(preset="all"), 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapters.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return adapters
+
+
+def gradients(name: str, *, depth: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    """The losses of a batch of all samples, and the gradients of every adapter's parameters."""
+    family, _ = opened_family(name)
+    adapters = adapters_of(family)
+    batch = batch_of(samples(name), tuple(range(len(PROMPTS))))
+    with attached(family.denoiser, adapters):
+        if depth is None:
+            losses = sample_losses(family.denoiser, batch, Config())
+            losses.sum().backward()
+        else:
+            with checkpointed(family.denoiser, depth):
+                losses = sample_losses(family.denoiser, batch, Config())
+                losses.sum().backward()
+    grads = [parameter.grad for parameter in adapters.parameters()]
+    assert all(grad is not None for grad in grads)
+    return losses.detach(), [grad for grad in grads if grad is not None]
+
+
+def test_every_family_is_tested() -> None:
+    assert FAMILIES.keys() - {"StableDiffusionPipeline"} == TINY.keys()
+
+
+@families
+def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
+    family, codec = opened_family(name)
+    tiny, (width, height) = TINY[name], TINY[name].size
+    ours = picture_of(
+        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=4, guidance=tiny.guidance
+    )
+    noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape(tiny.size))[None]
+    pipe = made(name)
+    theirs = pipe(
+        PROMPTS[1], latents=tiny.noise(noise), num_inference_steps=4, height=height, width=width,
+        output_type="pt", **tiny.arguments,
+    ).images[0]  # fmt: skip
+    assert ours.std() > 0.01
+    torch.testing.assert_close(((ours + 1) / 2), theirs, atol=2e-3, rtol=0)
+
+
+@families
+def test_a_batch_of_captions_equals_the_single_ones(name: str) -> None:
+    family, _ = opened_family(name)
+    cached = samples(name)
+    batch = batch_of(cached, tuple(range(len(cached))))
+    with torch.no_grad():
+        together = sample_losses(family.denoiser, batch, Config())
+        single = [sample_losses(family.denoiser, batch_of([s], (n,)), Config()) for n, s in enumerate(cached)]
+    assert len(set(together.tolist())) == len(cached)
+    torch.testing.assert_close(together, torch.cat(single), atol=1e-5, rtol=1e-5)
+
+
+@families
+def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(name: str) -> None:
+    losses, grads = gradients(name)
+    assert all(grad.any() and grad.isfinite().all() for grad in grads)
+    again, checkpointed_grads = gradients(name, depth=2)
+    assert torch.equal(losses, again)
+    torch.testing.assert_close(checkpointed_grads, grads, rtol=1e-4, atol=1e-6)
+
+
+@families
+def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
+    made(name).save_pretrained(tmp_path)
+    family, (reference, reference_codec) = opened(tmp_path), opened_family(name)
+    codec = family.codec(CPU)
+    images = torch.rand(1, 3, *TINY[name].size[::-1], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = codec.encode_images(images)
+        assert torch.equal(latents, reference_codec.encode_images(images))
+        assert tuple(latents.shape[1:]) == codec.latent_shape(TINY[name].size) == TINY[name].latent
+        cond = codec.encode_texts(PROMPTS[:1])
+        torch.testing.assert_close(cond, reference_codec.encode_texts(PROMPTS[:1]), rtol=0, atol=0)
+        t = family.denoiser.process.time(torch.tensor([0.5]))
+        ours, theirs = (f.denoiser.predict(latents, t, cond) for f in (family, reference))
+        assert torch.equal(ours, theirs)
+    assert type(family.pipeline(family.denoiser)).__name__ == name
+    assert family.metadata()["modelspec.architecture"].endswith("/lora")
+
+
+@families
+def test_training_lowers_the_loss_of_a_fixed_noise(name: str) -> None:
+    family, _ = opened_family(name)
+    adapters = AdapterSet.new(family.denoiser, LoRA(rank=4), Targets(), 0)
+    optimizer = torch.optim.Adam(adapters.parameters(), lr=1e-2)
+    batch = batch_of(samples(name), tuple(range(len(PROMPTS))))
+    losses: list[float] = []
+    with attached(family.denoiser, adapters):
+        for _ in range(8):
+            loss = sample_losses(family.denoiser, batch, Config()).mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses[-1] < 0.98 * losses[0]
+
+
+@families
+def test_latents_and_texts_of_another_model_are_refused(name: str) -> None:
+    family, _ = opened_family(name)
+    (sample, *_) = samples(name)
+    cond: Any = {key: value[None] for key, value in sample.cond.items()}
+    x_t, t = sample.latent[None], family.denoiser.process.time(torch.tensor([0.5]))
+    with pytest.raises(ValueError, match=r"latents must be \[N,\d+,.*\] for this model, got"):
+        family.denoiser.predict(x_t[:, :-1], t, cond)
+    with pytest.raises(ValueError, match=r"positive must hold text \[L,\d+\] for this model, got width"):
+        family.denoiser.predict(x_t, t, cond | {"text": cond["text"][..., 1:]})
+    with pytest.raises(ValueError, match=r"positive must hold text \[L,\d+\] for this model, got only"):
+        family.denoiser.predict(x_t, t, {k: v for k, v in cond.items() if k != "text"} | {"other": cond["text"]})
