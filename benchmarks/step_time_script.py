@@ -82,7 +82,7 @@ class Peft(Script):
         work.refuse_other_options(*self.OPTIONS)
         if work.algorithm == "OFT" and work.layers == "all":  # as of 0.21, where outputs of 3 x 3 kernels change
             raise LeftOut("PEFT's OFT on convolutions does not begin as the identity")
-        unet = family.denoiser.unet.requires_grad_(False)
+        unet: Any = family.denoiser.nets["unet"].requires_grad_(False)
         unet.add_adapter(_peft_config(unet, work))
         cast_training_params(unet, dtype=DTYPES[work.dtype] if work.flag("bf16") else torch.float32)
         super().__init__(unet, (p for p in unet.parameters() if p.requires_grad), work)
@@ -115,7 +115,7 @@ class Lycoris(Script):
 
     def __init__(self, family: Family, work: Work) -> None:
         work.refuse_other_options(*self.OPTIONS, "bypass")
-        unet = family.denoiser.unet.requires_grad_(False)
+        unet: Any = family.denoiser.nets["unet"].requires_grad_(False)
         names = [".*"] if work.layers == "all" else [f".*{ATTENTION}"]
         LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": names})
         self.network: Any = create_lycoris(
