@@ -246,7 +246,7 @@ def test_a_file_of_lycoris_on_a_transformer(tmp_path: Path) -> None:
     LycorisNetwork.apply_preset(
         {"name_algo_map": {}, "target_module": [], "target_name": [r".*attn\.(to_q|add_k_proj)"]}
     )
-    network: Any = create_lycoris(holder.net, 1.0, linear_dim=4, linear_alpha=2.0, algo="lokr", factor=4)
+    network: Any = create_lycoris(holder.net, 1.0, linear_dim=4, linear_alpha=4.0, algo="lokr", factor=4)
     network.apply_to()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -299,7 +299,9 @@ def test_a_layer_named_twice_is_refused() -> None:
     for own in ("transformer.transformer_blocks.0.attn.to_q", "lora_transformer_transformer_blocks_0_attn_to_q"):
         with pytest.raises(ValueError, match="another key means the same layer"):
             adapters_from(whole | lora_of(16, 16, 1, KOHYA, own), holder)
-    with pytest.raises(ValueError, match=r"must be the only lora_\w+.weight of transformer.transformer_blocks.0.attn.to_q"):
+    with pytest.raises(
+        ValueError, match=r"must be the only lora_\w+.weight of transformer.transformer_blocks.0.attn.to_q"
+    ):
         adapters_from(whole | lora_of(16, 16, 1, PEFT, "transformer.transformer_blocks.0.attn.to_q"), holder)
 
 

@@ -20,12 +20,22 @@ FAMILIES = {  # a layer as its programs name it: the family
     "transformer.transformer_blocks.0.attn.add_q_proj": "Stable Diffusion 3",
     "transformer.transformer_blocks.0.ff_context.net.0.proj": "Stable Diffusion 3",
     "transformer.transformer_blocks.0.img_mlp.net.2": "Qwen-Image",
-    "diffusion_model.noise_refiner.0.attention.qkv": "Lumina or Z-Image",
+    "lora_unet_double_blocks_0_img_mlp_0": "Flux",
+    "diffusion_model.distilled_guidance_layer.in_proj": "Chroma",
+    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj": "Flux.2",
+    "transformer.transformer_blocks.0.ff_context.linear_in": "Flux.2",
+    "diffusion_model.double_stream_modulation_img.lin": "Flux.2",
+    "diffusion_model.noise_refiner.0.attention.qkv": "Lumina 2 or Z-Image",
+    "lora_unet_layers_0_feed_forward_w1": "Lumina 2 or Z-Image",
+    "transformer.layers.0.attention.to_q": "Z-Image",
+    "transformer.context_refiner.0.attn.to_q": "Lumina 2",
+    "transformer.layers.0.feed_forward.linear_1": "Lumina 2",
     "diffusion_model.blocks.0.self_attn.q": "Wan",
     "diffusion_model.blocks.0.ffn.0": "Wan",
     "transformer.blocks.0.attn1.to_q": "Wan",
     "lora_unet_blocks_0_cross_attn_k": "Wan",
     "transformer.transformer_blocks.0.attn1.to_q": "a transformer of diffusers",
+    "transformer.transformer_blocks.0.attn.to_q": "a transformer of diffusers",
     "base_model.model.transformer_blocks.0.ff.net.0.proj": "a transformer of diffusers",
     "unet.down_blocks.0.resnets.0.conv1": "a UNet of the Stable Diffusion kind",
     "diffusion_model.input_blocks.1.0.in_layers.2": "a UNet of the Stable Diffusion kind",
@@ -64,6 +74,27 @@ def test_no_sign_stands_in_vain() -> None:
 def test_the_width_of_texts_tells_unets_apart(layer: str, width: int, family: str) -> None:
     assert lora_family({layer: lora(4, width), "unet.down_blocks.0.conv": lora(4, 320)}) == family
     assert TEXT_WIDTHS == {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "columns", "rows", "family"),
+    [
+        ("transformer.transformer_blocks.0.attn.add_q_proj", 1536, 1536, "Stable Diffusion 3"),
+        ("transformer.transformer_blocks.0.attn.to_q", 2432, 2432, "Stable Diffusion 3"),
+        ("transformer.transformer_blocks.0.attn.add_q_proj", 3072, 3072, "Flux, Chroma or Qwen-Image"),
+        ("transformer.transformer_blocks.59.attn.to_q", 3072, 3072, "Flux, Chroma or Qwen-Image"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 6144, 18432, "Flux.2"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216, "Flux"),
+        ("diffusion_model.single_blocks.0.linear1", 3072, 27648, "Flux.2"),
+        ("diffusion_model.single_blocks.0.linear1", 3072, 21504, "Flux"),
+        ("lora_unet_layers_0_attention_qkv", 2304, 3840, "Lumina 2"),
+        ("lora_unet_layers_0_attention_qkv", 3840, 11520, "Z-Image"),
+        ("lora_unet_layers_0_attention_qkv", 16, 48, "Lumina 2 or Z-Image"),
+    ],
+)
+def test_sizes_tell_apart_what_has_the_same_names(layer: str, columns: int, rows: int, family: str) -> None:
+    parts = {"lora_down.weight": torch.zeros(4, columns), "lora_up.weight": torch.zeros(rows, 4)}
+    assert lora_family({layer: parts}) == family
 
 
 def test_widths_that_disagree_tell_nothing() -> None:

@@ -5,19 +5,36 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+UP = "lora_up.weight"
 Layers = Mapping[str, Mapping[str, Tensor]]
 """{layer as a file calls it: {part: tensor}}."""
 TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+SD3, TRANSFORMER, DOUBLE = "Stable Diffusion 3", "a transformer of diffusers", "Flux, Chroma or Qwen-Image"
 SIGNS = (
-    (r"lora_te2_|text_encoder_2|add_embedding|label_emb", "SDXL"),
-    (r"single_transformer_blocks|single_blocks", "Flux"),
-    (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", "Stable Diffusion 3"),
+    (r"add_embedding|label_emb", "SDXL"),
+    (r"distilled_guidance_layer", "Chroma"),
+    (r"to_qkv_mlp_proj|ff_(context_)?linear_(in|out)|stream_modulation|time_guidance_embed", "Flux.2"),
+    (r"single_transformer_blocks|single_blocks|double_blocks", "Flux"),
+    (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", SD3),
     (r"img_mlp|txt_mlp|img_mod", "Qwen-Image"),
-    (r"noise_refiner|context_refiner", "Lumina or Z-Image"),
+    (r"(layers|refiner)_\d+_attention_to_", "Z-Image"),
+    (r"(layers|refiner)_\d+_attn_|time_caption_embed|feed_forward_linear_\d", "Lumina 2"),
+    (r"(layers|refiner)_\d+_(attention|feed_forward)", "Lumina 2 or Z-Image"),
     (r"(^transformer_|(?<!transformer_))blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
-    (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", "Stable Diffusion 3"),
-    (r"(?<!\d_)transformer_blocks_\d+_(attn1|attn2|ff)_", "a transformer of diffusers"),
+    (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", SD3),
+    (r"(?<!\d_)transformer_blocks_\d+_(attn\d?|ff)_", TRANSFORMER),
+    (r"lora_te2_|text_encoder_2", "SDXL"),
 )
+WIDTHS = {
+    SD3: {3072: DOUBLE},
+    TRANSFORMER: {1536: SD3, 2432: SD3, 3072: DOUBLE},
+    "Flux": {4096: "Flux.2", 6144: "Flux.2"},
+    "Lumina 2 or Z-Image": {2304: "Lumina 2", 3840: "Z-Image"},
+}
+"""{a family by its names, which others share: {the inputs of its attention: the family}}."""
+ATTENTION = re.compile(r"(attn|attention)_(?!to_out)|linear1$")
+LINEAR1 = re.compile(r"single_blocks_\d+_linear1$")
+ROWS_OF_FLUX2 = 9  # of this layer, times its inputs; Flux.1 and Chroma have 7
 FOLDER_PART = "a part of a diffusers folder"
 MODEL_SIGNS = (
     (r"conditioner\.", "SDXL"),
@@ -53,14 +70,23 @@ def lora_family(layers: Layers) -> str:
         if len(widths) == 1:
             (width,) = widths
             return TEXT_WIDTHS.get(width or 0, f"Stable Diffusion with a text width of {width}")
-    for sign, family in SIGNS:
-        if any(re.search(sign, name) for name in names):
-            return family
+    shown = next((family for sign, family in SIGNS if any(re.search(sign, name) for name in names)), None)
+    if shown is not None:
+        return _by_size(names, shown) or shown
     if any(UNET.search(name) for name in names):
         return "a UNet of the Stable Diffusion kind"
     if names and all(re.search(r"(^|_)te(xt)?_|text_encoder|text_model", name) for name in names):
         return "a text encoder"
     return "an unknown model"
+
+
+def _by_size(names: Layers, shown: str) -> str | None:
+    """The family that sizes show where its names are others' too; None where they show none."""
+    widths = {n_in(parts) for name, parts in names.items() if ATTENTION.search(name)} - {None}
+    for name, parts in names.items():
+        if LINEAR1.search(name) and len(parts.get(UP, ())) == ROWS_OF_FLUX2 * (n_in(parts) or 0):
+            return "Flux.2"
+    return WIDTHS.get(shown, {}).get(next(iter(widths)) or 0) if len(widths) == 1 else None
 
 
 def n_in(parts: Mapping[str, Tensor]) -> int | None:
