@@ -1,6 +1,7 @@
 """What these pages take from the code: `python docs/tables.py` writes it anew.
 
     <!-- table: settings optimizer -->  … <!-- end -->   a table from the schema
+    <!-- table: files -->               … <!-- end -->   which program reads which LoRA file, as tests prove it
     <!-- table: refused -->             … <!-- end -->   a list of calls that are refused, each with the message
     <!-- run --> and a block of Python                   an example that runs
     <!-- output --> and a block of text                  what the example before it prints
@@ -13,6 +14,7 @@ import inspect
 import io
 import os
 import re
+import runpy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -141,7 +143,14 @@ def _input(name: str) -> str:
     return _head("", "") + "".join(_row(*row) for row in rows if row[1])
 
 
-TABLES: dict[str, Callable[..., str]] = {"settings": _settings, "kind": _kind, "part": _part, "input": _input}
+def _files() -> str:
+    """Of tests/file_table.py."""
+    return runpy.run_path(str(DOCS.parent / "tests" / "file_table.py"))["table"]()
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "settings": _settings, "kind": _kind, "part": _part, "input": _input, "files": _files,
+}  # fmt: skip
 
 
 # Refusals
