@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -20,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -41,6 +51,7 @@ class Tiny:
     guidance: float = 1.0
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's own call
     noise: Callable[[Tensor], Tensor] = lambda latents: latents  # [1,C,h,w] -> as its call takes it
+    prompt: Callable[[Any, str], dict[str, Any]] = lambda pipe, prompt: {"prompt": prompt}  # as its call takes it
 
 
 def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -110,9 +121,95 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
+def sd3() -> StableDiffusion3Pipeline:
+    """As 3.5 medium: queries and keys are normalised, and a block has two attentions."""
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(shift=0.1),
+        text_encoder=clip(16, projected=True), tokenizer=clip_tokenizer(), text_encoder_2=clip(16, projected=True),
+        tokenizer_2=clip_tokenizer(), text_encoder_3=t5(32), tokenizer_3=t5_tokenizer(),
+    )  # fmt: skip
+
+
+def chroma() -> ChromaPipeline:
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=autoencoder(shift=0.1),
+        text_encoder=t5(16), tokenizer=t5_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
+def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
+    """The prompt with a mask that is true or false: the pipeline's own, of numbers, hides nothing (diffusers #12116)."""
+    text, _, mask, *negative = pipe.encode_prompt(prompt, "")
+    return {
+        "prompt_embeds": text, "prompt_attention_mask": mask.bool(),
+        "negative_prompt_embeds": negative[0], "negative_prompt_attention_mask": negative[2].bool(),
+    }  # fmt: skip
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Letters, and the words of the template whole, so that it is as long as for the real one."""
+    text = "Describe the image by detailing the color shape size texture quantity text spatial relationships of the objects"
+    first, *others = f"{text} and background".split()
+    words = ["system", "user", "assistant", first, *(f"Ġ{word}" for word in others)]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    pieces = dict.fromkeys([*LETTERS, *"D,:ĠĊ", *(start + letter for start, letter in merges)])
+    return Qwen2Tokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges, unk_token="<|endoftext|>",
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+
+
+def qwen(width: int, num_words: int) -> Any:
+    text = {
+        "vocab_size": num_words, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_image() -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
+    ).eval()  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=vae, text_encoder=qwen(16, len(tokenizer)), tokenizer=tokenizer, transformer=transformer,
+    )  # fmt: skip
+
+
 TINY = {
     "StableDiffusionXLPipeline": Tiny(sdxl, guidance=3.0, arguments={"negative_prompt": "", "guidance_scale": 3.0}),
     "FluxPipeline": Tiny(flux, guidance=2.5, arguments={"guidance_scale": 2.5}, noise=packed),
+    "StableDiffusion3Pipeline": Tiny(
+        sd3, guidance=3.0, arguments={"guidance_scale": 3.0, "sigmas": [1.0, 0.75, 0.5, 0.25]}
+    ),
+    "ChromaPipeline": Tiny(
+        chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt
+    ),
+    "QwenImagePipeline": Tiny(qwen_image, noise=packed),  # its guidance keeps the prediction's length, ours does not
 }
 """{the pipeline's class: a tiny one}."""
 

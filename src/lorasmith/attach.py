@@ -1,7 +1,7 @@
 """The set of adapters, and how they hang on a net: by forward hooks."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.kernels.packed import Packed
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, unread
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,9 @@ class AdapterSet:
 
     @classmethod
     def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
-        """A new adapter for each target; ValueError where no layer is one."""
-        layers = adaptable_layers(denoiser.nets)
+        """A new adapter for each target that predictions depend on; ValueError where no layer is one."""
+        idle = unread(denoiser)
+        layers = {path: module for path, module in adaptable_layers(denoiser.nets).items() if path not in idle}
         chosen = {path: Layer.of(path, module) for path, module in layers.items() if targets.matches(path)}
         if not chosen:
             raise ValueError(
@@ -107,14 +108,16 @@ class AdapterSet:
             parameter.requires_grad_(False)
         return self
 
-    def refuse_unused(self, gradients: Mapping[int, Tensor]) -> None:
+    def refuse_unused(self, gradients: Mapping[int, Tensor], but: Container[str] = ()) -> None:
         """ValueError that names adapters that never ran, or whose output never reached the loss, by their gradients.
 
         gradients: {id of a parameter: its gradient}, of those that got one. Adapters whose gradient is exactly zero are
         named in a warning: most likely their output is thrown away, but a net may also ignore it for this input alone.
+        but: paths that no prediction depends on: adapters from another program's file may be there, and learn nothing.
         """
-        idle = [path for path in self.adapters if path not in self.ran]
-        grads = {path: [gradients.get(id(w)) for w in adapter.parameters()] for path, adapter in self.adapters.items()}
+        adapters = {path: adapter for path, adapter in self.adapters.items() if path not in but}
+        idle = [path for path in adapters if path not in self.ran]
+        grads = {path: [gradients.get(id(w)) for w in adapter.parameters()] for path, adapter in adapters.items()}
         cut_off = [path for path, found in grads.items() if path in self.ran and any(g is None for g in found)]
         for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
             if paths:

@@ -25,7 +25,7 @@ from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
 from lorasmith.optimizers import Masters, norm
 from lorasmith.state import State
-from lorasmith.types import Batch, Denoiser, Step
+from lorasmith.types import Batch, Denoiser, Step, unread
 from lorasmith.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def train(
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
             if is_new and not is_short:
-                adapters.refuse_unused(masters.gradients(reached))
+                adapters.refuse_unused(masters.gradients(reached), unread(denoiser))
                 is_new = False
             losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
             if is_short:

@@ -21,8 +21,8 @@ from lorasmith.families import FAMILIES, Family, opened
 from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
 from lorasmith.sampling import picture_of
-from lorasmith.targets import Targets
-from lorasmith.types import Cached, Codec
+from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.types import Cached, Codec, unread
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("name", sorted(TINY))
@@ -84,8 +84,8 @@ def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
     noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape(tiny.size))[None]
     pipe = made(name)
     theirs = pipe(
-        PROMPTS[1], latents=tiny.noise(noise), num_inference_steps=4, height=height, width=width,
-        output_type="pt", **tiny.arguments,
+        latents=tiny.noise(noise), num_inference_steps=4, height=height, width=width, output_type="pt",
+        **tiny.prompt(pipe, PROMPTS[1]), **tiny.arguments,
     ).images[0]  # fmt: skip
     assert ours.std() > 0.01
     torch.testing.assert_close(((ours + 1) / 2), theirs, atol=2e-3, rtol=0)
@@ -110,6 +110,31 @@ def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(name: str) -
     again, checkpointed_grads = gradients(name, depth=2)
     assert torch.equal(losses, again)
     torch.testing.assert_close(checkpointed_grads, grads, rtol=1e-4, atol=1e-6)
+
+
+@families
+def test_layers_without_an_adapter_are_those_that_no_prediction_depends_on(name: str) -> None:
+    family = opened(made(name))
+    layers = adaptable_layers(family.denoiser.nets)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    batch = batch_of(samples(name), tuple(range(len(PROMPTS))))
+    sample_losses(family.denoiser, batch, Config()).sum().backward()
+    idle = {path for path, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
+    assert layers.keys() - adapters_of(family).adapters.keys() == idle == set(unread(family.denoiser))
+
+
+@families
+def test_predictions_follow_the_prompt(name: str) -> None:
+    family, _ = opened_family(name)
+    first, *others = samples(name)
+    t = family.denoiser.process.time(torch.tensor([0.5]))
+    with torch.no_grad():
+        pred, *preds = (
+            family.denoiser.predict(first.latent[None], t, {k: v[None] for k, v in sample.cond.items()})
+            for sample in (first, *others)
+        )
+    assert all((pred - other).abs().mean() > 1e-3 * pred.abs().mean() for other in preds)
 
 
 @families

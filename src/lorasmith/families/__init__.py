@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import FolderComponents, OpenComponents
 from lorasmith.families.flux import Flux
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
 from lorasmith.families.pipeline import PipelineFamily
+from lorasmith.families.qwen_image import QwenImage
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.header import PICKLES
@@ -18,7 +21,10 @@ Family = StableDiffusion | PipelineFamily
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
+    "QwenImagePipeline": QwenImage,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)

@@ -1,16 +1,17 @@
 """What families share that are pipelines of diffusers: their parts, flow, autoencoder and texts.
 
-B batch, C channels, h w latent sides, H W pixels.
+B batch, C channels, f h w latent frames and sides, F H W frames and pixels, L tokens.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.families.components import Components, OpenComponents
+from lorasmith.families.components import MODULES, Components, OpenComponents
 from lorasmith.noise import Flow, TokenShift
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -21,7 +22,7 @@ class PipelineFamily:
     """A family: components -> denoiser, codec, and a pipeline around a changed denoiser."""
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
-    """The parts that turn pictures and captions into latents and conditioning."""
+    """The parts that pictures and captions cannot be encoded without."""
 
     def __init__(self, components: Components) -> None:
         """ValueError where a part is missing or of another kind."""
@@ -42,8 +43,9 @@ class PipelineFamily:
             raise ValueError(f"model must hold {' and '.join(missing)} to encode captions, but it does not")
         if not isinstance(self.components, OpenComponents):
             pipe.vae.float()
-            for name in self.ENCODERS:
-                getattr(pipe, name).to(device)
+            for name in MODULES:
+                if name not in self.denoiser.nets and getattr(pipe, name, None) is not None:
+                    getattr(pipe, name).to(device)
         return self.codec_of(pipe)
 
     def pipeline(self, denoiser: Denoiser) -> Any:
@@ -89,6 +91,31 @@ class PictureCodec:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class VideoAutoencoder:
+    """Wan's autoencoder, or one made after it: every channel has its own mean and deviation, and a picture is a frame."""
+
+    vae: Any  # an AutoencoderKLWan or AutoencoderKLQwenImage
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of a latent pixel."""
+        return self.vae.spatial_compression_ratio
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """videos [B,3,F,H,W] in -1 to 1 -> the posterior's mean, normalised: [B,C,f,h,w], float32."""
+        mean = self.vae.encode(videos.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        return (mean - self._by_channel("latents_mean", mean)) / self._by_channel("latents_std", mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B,C,f,h,w] -> videos [B,3,F,H,W] in -1 to 1, float32."""
+        latents = latents * self._by_channel("latents_std", latents) + self._by_channel("latents_mean", latents)
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
+
+    def _by_channel(self, name: str, like: Tensor) -> Tensor:
+        return torch.tensor(self.vae.config[name], device=like.device).view(-1, 1, 1, 1)
+
+
 def dtype_of(net: nn.Module) -> torch.dtype:
     """What a net's inputs must be; its first parameter's, as diffusers' own property walks all modules."""
     return next(net.parameters()).dtype
@@ -114,11 +141,30 @@ def warn_of_cuts(texts: Sequence[str], tokenizer: Any, length: int) -> None:
             log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
 
 
-def packed(latents: Tensor) -> Tensor:
-    """latents [B,C,h,w] -> tokens [B,h/2 w/2,4C], each a square of 2 x 2; ValueError where a side is odd."""
-    batch, channels, height, width = latents.shape
+def mask_of(cond: Cond) -> Tensor | None:
+    """The tokens that are read [B,L], true or false; None where all are, as attention is faster without a mask.
+
+    ValueError where the mask is of another length than the text.
+    """
+    if "mask" not in cond:
+        return None
+    mask, text = cond["mask"] > 0, cond["text"]
+    if mask.shape != text.shape[:2]:
+        raise ValueError(f"positive must hold mask {list(text.shape[1:2])}, as long as text, got {list(mask.shape[1:])}")
+    return None if mask.all() else mask
+
+
+def refuse_odd(latents: Tensor) -> None:
+    """ValueError where latents [B,C,h,w] cannot be cut into squares of 2 x 2."""
+    height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(f"latents must have even sides for this model, got {[height, width]}")
+
+
+def packed(latents: Tensor) -> Tensor:
+    """latents [B,C,h,w] -> tokens [B,h/2 w/2,4C], each a square of 2 x 2; ValueError where a side is odd."""
+    refuse_odd(latents)
+    batch, channels, height, width = latents.shape
     squares = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
