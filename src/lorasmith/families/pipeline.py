@@ -40,7 +40,7 @@ class PipelineFamily:
         pipe = self.components.pipeline(self.denoiser.nets)
         missing = [name for name in self.ENCODERS if getattr(pipe, name, None) is None]
         if missing:
-            raise ValueError(f"model must hold {' and '.join(missing)} to encode captions, but it does not")
+            raise ValueError(self.components.lacking(missing))
         if not isinstance(self.components, OpenComponents):
             pipe.vae.float()
             for name in MODULES:
