@@ -12,6 +12,7 @@ from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.wan import Wan
 from lorasmith.header import PICKLES
 
 Family = StableDiffusion | PipelineFamily
@@ -19,6 +20,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": Flux,
+    "WanPipeline": Wan,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)
