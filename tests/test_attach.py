@@ -68,6 +68,10 @@ def test_nothing_in_the_net_is_replaced_or_renamed() -> None:
     assert set(denoiser.net.state_dict()) == {f"{n}.{p}" for n in before if n for p in ("weight", "bias")}
 
 
+def gradients(adapters: AdapterSet) -> dict[int, Tensor]:
+    return {id(p): p.grad for p in adapters.parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(("exclude", "message"), [((), "1 of 3 adapters \\(net.idle\\) never ran"), (("idle",), "\\(net.cut_off\\) got no gradient")])  # fmt: skip # noqa: E501
 def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message: str) -> None:
     denoiser = Plain(Net())
@@ -75,7 +79,7 @@ def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message
     with attached(denoiser, adapters):
         denoiser.net(torch.randn(2, 4)).sum().backward()
     with pytest.raises(ValueError, match=message):
-        adapters.refuse_unused({id(p): p.grad for p in adapters.parameters() if p.grad is not None})
+        adapters.refuse_unused(gradients(adapters), {"net"}, denoiser)
 
 
 def test_presets_on_stable_diffusion(family: StableDiffusion) -> None:

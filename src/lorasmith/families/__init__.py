@@ -18,6 +18,7 @@ from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.wan import Wan
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import FOLDER_PART, is_lora, model_family
 
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
     "ChromaPipeline": Chroma,
     "QwenImagePipeline": QwenImage,
+    "WanPipeline": Wan,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)
