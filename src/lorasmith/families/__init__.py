@@ -6,12 +6,15 @@ from typing import Any
 
 from lorasmith.families.components import FolderComponents, OpenComponents
 from lorasmith.families.flux import Flux
+from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.lumina2 import Lumina2
 from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.z_image import ZImage
 from lorasmith.header import PICKLES
 
 Family = StableDiffusion | PipelineFamily
@@ -19,6 +22,10 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
+    "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)

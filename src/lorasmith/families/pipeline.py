@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.families.components import Components, OpenComponents
 from lorasmith.noise import Flow, TokenShift
@@ -61,11 +62,12 @@ class PictureCodec:
     PATCH: ClassVar[int] = 2
     """Latent pixels along a token's side."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, resolution: int | None = None) -> None:
+        """resolution: the side of the pictures that the model was made for, where the pipeline does not state it."""
         self.pipe, self.vae = pipe, pipe.vae
         self.factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         self.multiple = self.factor * self.PATCH
-        self.resolution: int = pipe.default_sample_size * self.factor
+        self.resolution: int = resolution or pipe.default_sample_size * self.factor
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -108,17 +110,41 @@ def flow_of(scheduler: Mapping[str, Any], patch: int = 2) -> Flow:
 
 def warn_of_cuts(texts: Sequence[str], tokenizer: Any, length: int) -> None:
     """Logs which texts are longer than the tokens that are read of them."""
-    for text in texts:
-        num_tokens = len(tokenizer(text).input_ids)
+    warn_of_counts(texts, [len(tokenizer(text).input_ids) for text in texts], length)
+
+
+def warn_of_counts(texts: Sequence[str], nums_tokens: Sequence[int], length: int) -> None:
+    """The same, of texts that are so many tokens long with what is put around them."""
+    for text, num_tokens in zip(texts, nums_tokens, strict=True):
         if num_tokens > length:
             log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
 
 
+def num_chat_tokens(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, bool]) -> int:
+    """The tokens of one conversation in a tokenizer's chat template, with these of the template's options."""
+    chats = tokenizer.apply_chat_template([messages], tokenize=True, return_dict=True, **options)
+    return len(chats["input_ids"][0])
+
+
+def masked(texts: Sequence[Tensor]) -> Cond:
+    """B texts [L_i,D] without padding -> {"text": [B,L,D], "mask": [B,L]}, float32, padded to the longest."""
+    masks = [text.new_ones(len(text), dtype=torch.float32) for text in texts]
+    return {
+        "text": pad_sequence([text.float() for text in texts], batch_first=True),
+        "mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def mask_of(cond: Cond) -> Tensor:
+    """Which tokens are read, bool [B,L]: all of them where conditioning has no "mask"."""
+    text = cond["text"]
+    return cond["mask"].bool() if "mask" in cond else text.new_ones(text.shape[:2], dtype=torch.bool)
+
+
 def packed(latents: Tensor) -> Tensor:
     """latents [B,C,h,w] -> tokens [B,h/2 w/2,4C], each a square of 2 x 2; ValueError where a side is odd."""
+    check_even(latents)
     batch, channels, height, width = latents.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"latents must have even sides for this model, got {[height, width]}")
     squares = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
@@ -128,6 +154,13 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     batch, _, channels = tokens.shape
     squares = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def check_even(latents: Tensor) -> None:
+    """ValueError where a side of latents [B,C,h,w] does not divide into tokens of 2 x 2."""
+    sides = list(latents.shape[-2:])
+    if any(side % 2 for side in sides):
+        raise ValueError(f"latents must have even sides for this model, got {sides}")
 
 
 def check_inputs(x_t: Tensor, cond: Cond, *, channels: int, widths: Mapping[str, int]) -> None:
