@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -25,26 +31,29 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tiny_encoders import (
+    clip,
+    clip_tokenizer,
+    gemma,
+    gemma_tokenizer,
+    mistral,
+    mistral_tokenizer,
+    qwen3,
+    qwen3_tokenizer,
+    qwen_vl,
+    qwen_vl_tokenizer,
+    t5,
+    t5_tokenizer,
+    umt5,
 )
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from lorasmith.families.pipeline import packed
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = ("a cat", "two green birds on a wire", "dog", "a red house")
 
 
@@ -55,40 +64,13 @@ class Tiny:
     pipe: Callable[[], Any]
     size: tuple[int, int] = (32, 48)  # W, H in pixels
     latent: tuple[int, ...] = (4, 24, 16)
+    steps: int = 4
     guidance: float = 1.0
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's own call
     noise: Callable[[Tensor], Tensor] = lambda latents: latents  # [1,C,h,w] -> as its call takes it
     prompt: Callable[[Any, str], dict[str, Any]] = lambda pipe, prompt: {"prompt": prompt}  # as its call takes it
     tolerance: float = 2e-3  # between pictures of ours and of its own
     picture: Callable[[Any], Tensor] = lambda output: output.images[0]  # what its call returns -> [3,H,W]
-
-
-def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
-    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={w: n for n, w in enumerate(words)}, merges=[], model_max_length=length)
-    tokenizer.pad_token = "<|endoftext|>"
-    return tokenizer
-
-
-def clip(width: int, *, projected: bool) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=54, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=16, projection_dim=width, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def t5(width: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=30, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return T5EncoderModel(config).eval()
 
 
 def autoencoder(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -165,34 +147,6 @@ def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Letters, and the words of the template whole, so that it is as long as for the real one."""
-    text = "Describe the image by detailing the color shape size texture quantity text spatial relationships of"
-    first, *others = f"{text} the objects and background".split()
-    words = ["system", "user", "assistant", first, *(f"Ġ{word}" for word in others)]
-    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
-    pieces = dict.fromkeys([*LETTERS, *"D,:ĠĊ", *(start + letter for start, letter in merges)])
-    return Qwen2Tokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges, unk_token="<|endoftext|>",
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
-
-
-def qwen(width: int, num_words: int) -> Any:
-    text = {
-        "vocab_size": num_words, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
-        "fullatt_block_indexes": [0],
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
-
-
 def qwen_image() -> QwenImagePipeline:
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -202,19 +156,11 @@ def qwen_image() -> QwenImagePipeline:
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
     ).eval()  # fmt: skip
-    tokenizer = qwen_tokenizer()
+    tokenizer = qwen_vl_tokenizer()
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
-        vae=vae, text_encoder=qwen(16, len(tokenizer)), tokenizer=tokenizer, transformer=transformer,
+        vae=vae, text_encoder=qwen_vl(16, len(tokenizer)), tokenizer=tokenizer, transformer=transformer,
     )  # fmt: skip
-
-
-def umt5(width: int) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=30, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return UMT5EncoderModel(config).eval()
 
 
 def wan_transformer(channels: int) -> WanTransformer3DModel:
@@ -249,6 +195,61 @@ def first_frame(output: Any) -> Tensor:
     return output.frames[0, 0]
 
 
+def flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:  # has no bias: the blocks' gates would be nearly closed
+            torch.nn.init.normal_(parameter)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=32,
+    ).eval()  # fmt: skip
+    statistics: Any = vae.bn
+    statistics.running_mean.normal_()
+    statistics.running_var.uniform_(0.5, 2.0)
+    return {"transformer": transformer, "vae": vae}
+
+
+def flux2() -> Flux2Pipeline:
+    return Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), text_encoder=mistral(),
+        tokenizer=mistral_tokenizer(), **flux2_parts(guidance_embeds=True),
+    )  # fmt: skip
+
+
+def flux2_klein(*, is_distilled: bool = False) -> Flux2KleinPipeline:
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=qwen3(Qwen3ForCausalLM, 27),
+        tokenizer=qwen3_tokenizer(), is_distilled=is_distilled, **flux2_parts(guidance_embeds=False),
+    )  # fmt: skip
+
+
+def z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=48, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 8, 8], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(shift=0.1),
+        text_encoder=qwen3(Qwen3Model, 2), tokenizer=qwen3_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
+def lumina2() -> Lumina2Pipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(300, 64, 64), cap_feat_dim=16,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=autoencoder(shift=0.1), text_encoder=gemma(),
+        tokenizer=gemma_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
 FRAME: dict[str, Any] = {"negative_prompt": "", "guidance_scale": 3.0, "num_frames": 1}
 TINY = {
     "StableDiffusionXLPipeline": Tiny(sdxl, guidance=3.0, arguments={"negative_prompt": "", "guidance_scale": 3.0}),
@@ -260,6 +261,10 @@ TINY = {
         chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt
     ),
     "QwenImagePipeline": Tiny(qwen_image, noise=packed),  # its guidance keeps the prediction's length, ours does not
+    "Flux2Pipeline": Tiny(flux2, latent=(16, 12, 8), steps=50, guidance=2.5, arguments={"guidance_scale": 2.5}),
+    "Flux2KleinPipeline": Tiny(flux2_klein, latent=(16, 12, 8), guidance=2.5, arguments={"guidance_scale": 2.5}),
+    "ZImagePipeline": Tiny(z_image, size=(32, 40), latent=(4, 20, 16), guidance=3.0, arguments={"guidance_scale": 2.0}),
+    "Lumina2Pipeline": Tiny(lumina2, guidance=3.0, arguments={"guidance_scale": 3.0, "cfg_normalization": False}),
     "Wan 2.1": Tiny(wan, latent=(16, 1, 6, 4), guidance=3.0, arguments=FRAME, picture=first_frame),
     "Wan 2.2": Tiny(
         partial(wan, boundary=0.6), latent=(16, 1, 6, 4), guidance=3.0, arguments=FRAME, picture=first_frame

@@ -3,6 +3,7 @@
 B batch, C channels, h w latent sides.
 """
 
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
     family, codec = opened_family(name)
     tiny, (width, height) = TINY[name], TINY[name].size
     ours = picture_of(
-        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=4, guidance=tiny.guidance
+        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=tiny.steps, guidance=tiny.guidance
     )
     noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape(tiny.size))[None]
     pipe = made(name)
     output = pipe(
-        latents=tiny.noise(noise), num_inference_steps=4, height=height, width=width, output_type="pt",
+        latents=tiny.noise(noise), num_inference_steps=tiny.steps, height=height, width=width, output_type="pt",
         **tiny.prompt(pipe, PROMPTS[1]), **tiny.arguments,
     )  # fmt: skip
     assert ours.std() > 0.01
@@ -135,7 +136,7 @@ def test_predictions_follow_the_prompt(name: str) -> None:
             family.denoiser.predict(first.latent[None], t, {k: v[None] for k, v in sample.cond.items()})
             for sample in (first, *others)
         )
-    assert all((pred - other).abs().mean() > 1e-3 * pred.abs().mean() for other in preds)
+    assert all((pred - other).abs().mean() > 1e-5 * pred.abs().mean() for other in preds)
 
 
 @families
@@ -186,3 +187,12 @@ def test_latents_and_texts_of_another_model_are_refused(name: str) -> None:
         family.denoiser.predict(x_t, t, cond | {"text": cond["text"][..., 1:]})
     with pytest.raises(ValueError, match=r"positive must hold text \[L,\d+\] for this model, got only"):
         family.denoiser.predict(x_t, t, {k: v for k, v in cond.items() if k != "text"} | {"other": cond["text"]})
+
+
+@families
+def test_captions_that_are_cut_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, codec = opened_family(name)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "lorasmith"):
+        codec.encode_texts(["a cat", "a b " * 600])
+    (said,) = [record.message for record in caplog.records if record.name.startswith("lorasmith")]
+    assert "tokens are read of 'a b a b" in said

@@ -9,8 +9,10 @@ from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import FolderComponents, OpenComponents
 from lorasmith.families.file_components import FileComponents
 from lorasmith.families.flux import Flux
+from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.lumina2 import Lumina2
 from lorasmith.families.originals import ORIGINALS
 from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.qwen_image import QwenImage
@@ -19,6 +21,7 @@ from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.families.wan import Wan
+from lorasmith.families.z_image import ZImage
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import FOLDER_PART, is_lora, model_family
 
@@ -31,6 +34,10 @@ FAMILIES: dict[str, type[Family]] = {
     "ChromaPipeline": Chroma,
     "QwenImagePipeline": QwenImage,
     "WanPipeline": Wan,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
+    "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)

@@ -69,7 +69,7 @@ class FolderComponents:
         try:
             kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
             return kind.from_pretrained(self.path, **nets, **parts, local_files_only=True)
-        except UNREADABLE as error:
+        except (*UNREADABLE, ImportError) as error:  # some processors of captions need packages of their own
             raise ValueError(f"cannot load {self.path}: {line(error)}") from error
 
     def lacking(self, names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.families.components import MODULES, Components, OpenComponents
 from lorasmith.noise import Flow, TokenShift
@@ -65,11 +66,12 @@ class PictureCodec:
     PATCH: ClassVar[int] = 2
     """Latent pixels along a token's side."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, resolution: int | None = None) -> None:
+        """resolution: the side of the pictures that the model was made for, where the pipeline does not state it."""
         self.pipe, self.vae = pipe, pipe.vae
         self.factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         self.multiple = self.factor * self.PATCH
-        self.resolution: int = pipe.default_sample_size * self.factor
+        self.resolution: int = resolution or pipe.default_sample_size * self.factor
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -137,24 +139,50 @@ def flow_of(scheduler: Mapping[str, Any], patch: int = 2) -> Flow:
 
 def warn_of_cuts(texts: Sequence[str], tokenizer: Any, length: int) -> None:
     """Logs which texts are longer than the tokens that are read of them."""
-    for text in texts:
-        num_tokens = len(tokenizer(text).input_ids)
+    warn_of_counts(texts, [len(tokenizer(text).input_ids) for text in texts], length)
+
+
+def warn_of_counts(texts: Sequence[str], nums_tokens: Sequence[int], length: int) -> None:
+    """The same, of texts that are so many tokens long with what is put around them."""
+    for text, num_tokens in zip(texts, nums_tokens, strict=True):
         if num_tokens > length:
             log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
 
 
-def mask_of(cond: Cond) -> Tensor | None:
-    """The tokens that are read [B,L], true or false; None where all are, as attention is faster without a mask.
+def num_chat_tokens(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, bool]) -> int:
+    """The tokens of one conversation in a tokenizer's chat template, with these of the template's options."""
+    chats = tokenizer.apply_chat_template([messages], tokenize=True, return_dict=True, **options)
+    return len(chats["input_ids"][0])
+
+
+def masked(texts: Sequence[Tensor]) -> Cond:
+    """B texts [L_i,D] without padding -> {"text": [B,L,D], "mask": [B,L]}, float32, padded to the longest."""
+    masks = [text.new_ones(len(text), dtype=torch.float32) for text in texts]
+    return {
+        "text": pad_sequence([text.float() for text in texts], batch_first=True),
+        "mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def read_tokens(cond: Cond) -> Tensor:
+    """Which tokens are read, bool [B,L]: all of them where conditioning has no "mask".
 
     ValueError where the mask is of another length than the text.
     """
+    text = cond["text"]
     if "mask" not in cond:
-        return None
-    mask, text = cond["mask"] > 0, cond["text"]
+        return text.new_ones(text.shape[:2], dtype=torch.bool)
+    mask = cond["mask"] > 0
     if mask.shape != text.shape[:2]:
         raise ValueError(
             f"positive must hold a mask as long as text, {list(text.shape[1:2])}, got {list(mask.shape[1:])}"
         )
+    return mask
+
+
+def mask_of(cond: Cond) -> Tensor | None:
+    """The tokens that are read, bool [B,L]; None where all are, as attention is faster without a mask."""
+    mask = read_tokens(cond)
     return None if mask.all() else mask
 
 
