@@ -117,6 +117,8 @@ class Original:
 
         try:
             converted = self.convert(state, CLASSES[self.kind]["checkpoint_mapping_fn"])
+        except IndexError as error:  # of the last of no blocks
+            raise ValueError(f"cannot load the {self.kind} of {header.path}: a kind of blocks is missing") from error
         except UNFIT as error:
             raise ValueError(f"cannot load the {self.kind} of {header.path}: {line(error)}") from error
         return {**state, **converted}
