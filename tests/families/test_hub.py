@@ -212,7 +212,7 @@ def test_which_files_are_needed() -> None:
 
 
 def test_every_family_s_files_are_needed() -> None:
-    """Tokenizers of all kinds, several text encoders and transformers, shards; nothing of parts that are not asked for."""
+    """Tokenizers of all kinds, several text encoders and transformers, shards; no part that is not asked for."""
     parts = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
     small = [f"{part}/config.json" for part in parts] + ["model_index.json", "scheduler/scheduler_config.json"]
     small += ["tokenizer/merges.txt", "tokenizer_2/spiece.model", "tokenizer_3/tokenizer.json"]
