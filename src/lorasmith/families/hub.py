@@ -35,9 +35,9 @@ def fetched(model_id: str, without: str | None = None) -> Path:
     without: a part that is not needed.
     """
     try:
-        files = HfApi().model_info(model_id).siblings or []  # one request; the list of files tries again for 20 s
-        names = [file.rfilename for file in files]
-        parts = _parts(Path(hf_hub_download(model_id, INDEX))) if INDEX in names else ()
+        info = HfApi().model_info(model_id)  # one request; the list of files tries again for 20 s
+        names = [file.rfilename for file in info.siblings or ()]
+        parts = _parts(Path(hf_hub_download(model_id, INDEX, revision=info.sha))) if INDEX in names else ()
         wanted = needed(names, [part for part in parts if part != without])
         return Path(snapshot_download(model_id, allow_patterns=wanted))
     except Exception as error:  # the HTTP client's own errors among them, which change with the library

@@ -27,7 +27,8 @@ def ldm_unet(header: Header, keys: Keys, config: Mapping[str, Any]) -> Any:
     dtype, read = dtype_in(header, keys.values()), tensors(header, keys.values())
     try:
         with torch.device("meta"):
-            whole = UNet2DConditionModel.from_config(dict(config)).config
+            net: Any = UNet2DConditionModel.from_config(dict(config))
+        whole = net.config
         known = set(ldm_names(whole).values())
         state = converters.convert_ldm_unet_checkpoint({f"{UNET}{name}": read.pop(keys[name]) for name in keys}, whole)
     except UNFIT as error:

@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.families import sizes
 from lorasmith.families.sdxl_file import OriginalSDXL
-from lorasmith.families.sizes import Config, Shapes
+from lorasmith.families.sizes import (
+    Config,
+    Shapes,
+    chroma,
+    flux,
+    flux2,
+    lumina2,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
 from lorasmith.families.weights import UNFIT, dtype_in, fitted, line, tensors
 from lorasmith.header import Header
 
@@ -117,6 +127,8 @@ class Original:
 
         try:
             converted = self.convert(state, CLASSES[self.kind]["checkpoint_mapping_fn"])
+        except IndexError as error:  # of the last of no blocks
+            raise ValueError(f"cannot load the {self.kind} of {header.path}: a kind of blocks is missing") from error
         except UNFIT as error:
             raise ValueError(f"cannot load the {self.kind} of {header.path}: {line(error)}") from error
         return {**state, **converted}
@@ -138,36 +150,36 @@ AXES = "axes_dims_rope"
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 ORIGINALS: dict[str, Original | OriginalSDXL] = {
     "Stable Diffusion 3": Original(
-        "SD3Transformer2DModel", ("StableDiffusion3Pipeline",), sizes.sd3, "joint_blocks.",
+        "SD3Transformer2DModel", ("StableDiffusion3Pipeline",), sd3, "joint_blocks.",
         published=lambda _: {"shift": 3.0}, vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
     ),
     "Flux": Original(
-        "FluxTransformer2DModel", ("FluxPipeline",), sizes.flux, "double_blocks.", _any_width, AXES, _flux_scheduler,
+        "FluxTransformer2DModel", ("FluxPipeline",), flux, "double_blocks.", _any_width, AXES, _flux_scheduler,
         FLUX_VAE,
     ),
     "Chroma": Original(
-        "ChromaTransformer2DModel", ("ChromaPipeline",), sizes.chroma, "double_blocks.", _any_width, AXES,
+        "ChromaTransformer2DModel", ("ChromaPipeline",), chroma, "double_blocks.", _any_width, AXES,
         vae=FLUX_VAE,
     ),
     "Flux.2": Original(
-        "Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), sizes.flux2, "double_blocks.", axes=AXES
+        "Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), flux2, "double_blocks.", axes=AXES
     ),
     "Qwen-Image": Original(
-        "QwenImageTransformer2DModel", ("QwenImagePipeline",), sizes.qwen_image, "\0", axes=AXES,
+        "QwenImageTransformer2DModel", ("QwenImagePipeline",), qwen_image, "\0", axes=AXES,
         published=lambda _: {
             "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02,
         },
     ),
     "Z-Image": Original(
-        "ZImageTransformer2DModel", ("ZImagePipeline",), sizes.z_image, "attention.qkv.", axes="axes_dims",
+        "ZImageTransformer2DModel", ("ZImagePipeline",), z_image, "attention.qkv.", axes="axes_dims",
         vae=FLUX_VAE,
     ),
     "Lumina 2": Original(
-        "Lumina2Transformer2DModel", ("Lumina2Pipeline",), sizes.lumina2, "attention.qkv.", _grouped,
+        "Lumina2Transformer2DModel", ("Lumina2Pipeline",), lumina2, "attention.qkv.", _grouped,
         "axes_dim_rope", lambda _: {"shift": 6.0}, FLUX_VAE,
     ),
-    "Wan": Original("WanTransformer3DModel", ("WanPipeline",), sizes.wan, "head.modulation"),
+    "Wan": Original("WanTransformer3DModel", ("WanPipeline",), wan, "head.modulation"),
     "SDXL": OriginalSDXL(),
 }  # fmt: skip
 """{family, as `looks.MODEL_SIGNS` calls it: its files}."""

@@ -19,7 +19,7 @@ from lorasmith.families.ldm_sizes import (
 )
 from lorasmith.families.sizes import Config
 from lorasmith.families.text_encoders import clip_encoder, open_clip_encoder
-from lorasmith.families.weights import UNFIT, dtype_in, fitted, line, tensors
+from lorasmith.families.weights import dtype_in, fitted, line, tensors
 from lorasmith.header import Header
 
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -74,7 +74,7 @@ class OriginalSDXL:
         renamed = replace(header, shapes={f"{UNET}{name}": header.shapes[key] for name, key in keys.items()})
         try:
             config = sdxl_unet_config(renamed, base)
-        except UNFIT as error:
+        except IndexError as error:
             raise ValueError(f"cannot load the UNet2DConditionModel of {header.path}: {line(error)}") from error
         return ldm_unet(header, keys, config)
 
