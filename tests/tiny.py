@@ -148,7 +148,7 @@ def chroma() -> ChromaPipeline:
 
 
 def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
-    """The prompt with a mask that is true or false: the pipeline's own, of numbers, hides nothing (diffusers #12116)."""
+    """The prompt with a mask of true and false: the pipeline's own, of numbers, hides nothing (diffusers #12116)."""
     text, _, mask, *negative = pipe.encode_prompt(prompt, "")
     return {
         "prompt_embeds": text, "prompt_attention_mask": mask.bool(),
@@ -158,9 +158,10 @@ def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Letters, and the words of the template whole, so that it is as long as for the real one."""
-    text = "Describe the image by detailing the color shape size texture quantity text spatial relationships of the objects"
-    first, *others = f"{text} and background".split()
-    words = ["system", "user", "assistant", first, *(f"Ġ{word}" for word in others)]
+    text = (
+        "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+    )
+    words = ["system", "user", "assistant", "Describe", *(f"Ġ{word}" for word in text.split())]
     merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
     pieces = dict.fromkeys([*LETTERS, *"D,:ĠĊ", *(start + letter for start, letter in merges)])
     return Qwen2Tokenizer(
@@ -206,9 +207,7 @@ TINY = {
     "StableDiffusion3Pipeline": Tiny(
         sd3, guidance=3.0, arguments={"guidance_scale": 3.0, "sigmas": [1.0, 0.75, 0.5, 0.25]}
     ),
-    "ChromaPipeline": Tiny(
-        chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt
-    ),
+    "ChromaPipeline": Tiny(chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt),
     "QwenImagePipeline": Tiny(qwen_image, noise=packed),  # its guidance keeps the prediction's length, ours does not
 }
 """{the pipeline's class: a tiny one}."""

@@ -93,7 +93,7 @@ class PictureCodec:
 
 @dataclass(frozen=True)
 class VideoAutoencoder:
-    """Wan's autoencoder, or one made after it: every channel has its own mean and deviation, and a picture is a frame."""
+    """Wan's autoencoder, or one made after it: each channel has a mean and deviation, and a picture is one frame."""
 
     vae: Any  # an AutoencoderKLWan or AutoencoderKLQwenImage
 
@@ -150,7 +150,7 @@ def mask_of(cond: Cond) -> Tensor | None:
         return None
     mask, text = cond["mask"] > 0, cond["text"]
     if mask.shape != text.shape[:2]:
-        raise ValueError(f"positive must hold mask {list(text.shape[1:2])}, as long as text, got {list(mask.shape[1:])}")
+        raise ValueError(f"positive must hold a mask as long as text, {text.shape[1]}, got {list(mask.shape[1:])}")
     return None if mask.all() else mask
 
 

@@ -1,4 +1,7 @@
-"""Qwen-Image (Wu et al. 2025), through diffusers. B batch, C channels, L tokens, D width, h w latent sides, H W pixels."""
+"""Qwen-Image (Wu et al. 2025), through diffusers.
+
+B batch, C channels, L tokens, D width, h w latent sides, H W pixels.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ class QwenImageDenoiser:
 
 
 class QwenImageCodec:
-    """The autoencoder, of whose videos a picture is a frame, and Qwen2.5-VL, which reads a caption within a template."""
+    """The autoencoder, of whose videos a picture is a frame, and Qwen2.5-VL, which reads captions in a template."""
 
     PATCH = 2  # latent pixels along a token's side
 
