@@ -45,6 +45,14 @@ class Plain:
         return path.replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Partly(Plain):
+    """One that knows what its net throws away."""
+
+    def unread(self) -> set[str]:
+        return {"net.idle", "net.cut_off"}
+
+
 def adapters_for(denoiser: Any, **targets: Any) -> AdapterSet:
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(**targets), 0)
     for parameter in adapters.parameters():
@@ -68,16 +76,29 @@ def test_nothing_in_the_net_is_replaced_or_renamed() -> None:
     assert set(denoiser.net.state_dict()) == {f"{n}.{p}" for n in before if n for p in ("weight", "bias")}
 
 
+def gradients(adapters: AdapterSet) -> dict[int, Tensor]:
+    return {id(p): p.grad for p in adapters.parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(("exclude", "message"), [((), "1 of 3 adapters \\(net.idle\\) never ran"), (("idle",), "\\(net.cut_off\\) got no gradient")])  # fmt: skip # noqa: E501
 def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message: str) -> None:
     denoiser = Plain(Net())
     adapters = adapters_for(denoiser, preset="all", exclude=exclude)
     with attached(denoiser, adapters):
         denoiser.net(torch.randn(2, 4)).sum().backward()
-    gradients = {id(p): p.grad for p in adapters.parameters() if p.grad is not None}
     with pytest.raises(ValueError, match=message):
-        adapters.refuse_unused(gradients)
-    adapters.refuse_unused(gradients, {"net.idle", "net.cut_off"})  # as a denoiser that is partly read says itself
+        adapters.refuse_unused(gradients(adapters), {"net"}, denoiser)
+
+
+def test_layers_that_no_prediction_depends_on_get_no_adapter_but_may_have_one_of_another_program() -> None:
+    denoiser = Partly(Net())
+    assert set(adapters_for(denoiser, preset="all").adapters) == {"net.by_keyword"}
+    with pytest.raises(ValueError, match="targets must match a layer"):
+        adapters_for(denoiser, preset="none", include=("idle",))
+    adapters = adapters_for(Plain(denoiser.net), preset="all")
+    with attached(denoiser, adapters):
+        denoiser.net(torch.randn(2, 4)).sum().backward()
+    assert adapters.refuse_unused(gradients(adapters), {"net"}, denoiser) == {"net"}
 
 
 def test_presets_on_stable_diffusion(family: StableDiffusion) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -20,6 +22,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import Tensor
 from transformers import (
@@ -33,6 +38,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from lorasmith.families.pipeline import packed
@@ -52,6 +59,8 @@ class Tiny:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's own call
     noise: Callable[[Tensor], Tensor] = lambda latents: latents  # [1,C,h,w] -> as its call takes it
     prompt: Callable[[Any, str], dict[str, Any]] = lambda pipe, prompt: {"prompt": prompt}  # as its call takes it
+    tolerance: float = 2e-3  # between pictures of ours and of its own
+    picture: Callable[[Any], Tensor] = lambda output: output.images[0]  # what its call returns -> [3,H,W]
 
 
 def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -148,7 +157,7 @@ def chroma() -> ChromaPipeline:
 
 
 def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
-    """The prompt with a mask of true and false: the pipeline's own, of numbers, hides nothing (diffusers #12116)."""
+    """The prompt with a mask that is true or false: the pipeline's own, of numbers, hides nothing."""
     text, _, mask, *negative = pipe.encode_prompt(prompt, "")
     return {
         "prompt_embeds": text, "prompt_attention_mask": mask.bool(),
@@ -158,10 +167,9 @@ def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Letters, and the words of the template whole, so that it is as long as for the real one."""
-    text = (
-        "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
-    )
-    words = ["system", "user", "assistant", "Describe", *(f"Ġ{word}" for word in text.split())]
+    text = "Describe the image by detailing the color shape size texture quantity text spatial relationships of"
+    first, *others = f"{text} the objects and background".split()
+    words = ["system", "user", "assistant", first, *(f"Ġ{word}" for word in others)]
     merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
     pieces = dict.fromkeys([*LETTERS, *"D,:ĠĊ", *(start + letter for start, letter in merges)])
     return Qwen2Tokenizer(
@@ -201,16 +209,67 @@ def qwen_image() -> QwenImagePipeline:
     )  # fmt: skip
 
 
+def umt5(width: int) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=30, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return UMT5EncoderModel(config).eval()
+
+
+def wan_transformer(channels: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+def wan(*, boundary: float | None = None, channels: int = 16) -> WanPipeline:
+    """2.1, 2.2 with two experts, or with 48 channels 2.2's 5B."""
+    is_small = channels == 48
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=is_small,
+        temperal_downsample=[False, True, True], latents_mean=[0.1 * n for n in range(channels)],
+        latents_std=[0.5 + 0.1 * n for n in range(channels)], patch_size=2 if is_small else None,
+        in_channels=12 if is_small else 3, out_channels=12 if is_small else 3,
+        scale_factor_spatial=16 if is_small else 8,
+    ).eval()  # fmt: skip
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1,
+        disable_corrector=list(range(10)),
+    )  # fmt: skip
+    return WanPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=umt5(16), vae=vae, scheduler=scheduler,
+        transformer=wan_transformer(channels), transformer_2=wan_transformer(channels) if boundary else None,
+        boundary_ratio=boundary, expand_timesteps=is_small,
+    )  # fmt: skip
+
+
+def first_frame(output: Any) -> Tensor:
+    return output.frames[0, 0]
+
+
+FRAME: dict[str, Any] = {"negative_prompt": "", "guidance_scale": 3.0, "num_frames": 1}
 TINY = {
     "StableDiffusionXLPipeline": Tiny(sdxl, guidance=3.0, arguments={"negative_prompt": "", "guidance_scale": 3.0}),
     "FluxPipeline": Tiny(flux, guidance=2.5, arguments={"guidance_scale": 2.5}, noise=packed),
     "StableDiffusion3Pipeline": Tiny(
         sd3, guidance=3.0, arguments={"guidance_scale": 3.0, "sigmas": [1.0, 0.75, 0.5, 0.25]}
     ),
-    "ChromaPipeline": Tiny(chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt),
+    "ChromaPipeline": Tiny(
+        chroma, guidance=3.0, arguments={"guidance_scale": 3.0}, noise=packed, prompt=masked_prompt
+    ),
     "QwenImagePipeline": Tiny(qwen_image, noise=packed),  # its guidance keeps the prediction's length, ours does not
-}
-"""{the pipeline's class: a tiny one}."""
+    "Wan 2.1": Tiny(wan, latent=(16, 1, 6, 4), guidance=3.0, arguments=FRAME, picture=first_frame),
+    "Wan 2.2": Tiny(
+        partial(wan, boundary=0.6), latent=(16, 1, 6, 4), guidance=3.0, arguments=FRAME, picture=first_frame
+    ),
+    "Wan 2.2 5B": Tiny(
+        partial(wan, channels=48), size=(64, 96), latent=(48, 1, 6, 4), guidance=3.0, arguments=FRAME,
+        tolerance=1e-2, picture=first_frame,  # its scheduler rounds times
+    ),
+}  # fmt: skip
+"""{a name: a tiny pipeline}."""
 
 
 def made(name: str) -> Any:

@@ -93,6 +93,10 @@ class Config(Component):
     model: str | None = Field(
         default=None, description="base model: a diffusers folder, a single-file checkpoint or a hub id"
     )
+    encoders: str | None = Field(
+        default=None,
+        description="for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders",
+    )
     data: Data = Data()
     output: UserPath | None = Field(
         default=None, description="run folder to make; none: runs/<folder's name>, numbered if taken"

@@ -54,6 +54,7 @@ def train_lora(
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
     *,
+    encoders: str | Path | None = None,
     alpha: float | None = None,
     factor: int | None = None,
     targets: Targets | None = None,
@@ -91,6 +92,7 @@ def train_lora(
     lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
     gradient_checkpointing: compute activations again in the backward pass, to save memory.
     existing_lora: a LoRA file to go on training, whose algorithm, rank and alpha hold.
+    encoders: where model is a single file, the diffusers folder or hub id of what it lacks; None: it lacks nothing.
     alpha: the update is scaled by alpha / rank; None: the rank. Of OFT: the limit of its rotation; None: none.
     factor: of LoKr alone: rows and columns of the smaller Kronecker factor; None: near square.
     targets: the layers to adapt; None: attention and MLPs.
@@ -139,7 +141,7 @@ def train_lora(
     if config.non_finite.returns and checkpoint_folder is None:
         raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
-        family = None if isinstance(model, Denoiser) else opened(model)
+        family = _family(model, encoders)
         denoiser: Denoiser = model if family is None else family.denoiser
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
@@ -173,6 +175,17 @@ def config_of(inputs: Mapping[str, Any]) -> Config:
     if config.steps is None:  # which a run from the command line may leave open
         raise ValueError(f"steps must be a whole number, {settings()['steps'].rule}, got None")
     return config
+
+
+def _family(model: Any, encoders: Any) -> Family | None:
+    """None for a Denoiser, which is no model of a family."""
+    if encoders is not None and not isinstance(encoders, str | Path):
+        raise ValueError(f"encoders must be a folder, a hub id or None, got {encoders!r:.100}")
+    if isinstance(model, Denoiser):
+        if encoders is not None:
+            raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
+        return None
+    return opened(model, encoders)
 
 
 def _text_as_path(value: Any) -> Any:

@@ -21,7 +21,7 @@ from lorasmith.world import World
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = "samples a step"
-PLACES = ("output", "data", "model", "existing_lora", "device")
+PLACES = ("output", "data", "model", "encoders", "existing_lora", "device")
 """Settings that may differ between machines: what is found there is compared instead."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
 WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading")

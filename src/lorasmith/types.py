@@ -148,6 +148,15 @@ class Guided(Protocol):
 
 
 @runtime_checkable
+class Routed(Protocol):
+    """A denoiser that sends a sample to one of its nets alone."""
+
+    def routes(self, t: Tensor) -> Sequence[str]:
+        """t [B] -> the name of each sample's net."""
+        ...
+
+
+@runtime_checkable
 class Aliased(Protocol):
     """A denoiser that knows how other programs call its layers in LoRA files."""
 

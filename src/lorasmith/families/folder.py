@@ -41,7 +41,7 @@ class Folder:
     def encoders(self, device: torch.device) -> Encoders:
         vae: Any = _part(AutoencoderKL, self.path, "vae", torch.float32)
         text_encoder: Any = _part(CLIPTextModel, self.path, "text_encoder", torch.float32)
-        return Encoders(vae.to(device), text_encoder.to(device), _tokenizer(self.path / "tokenizer"))
+        return Encoders(vae.to(device), text_encoder.to(device), tokenizer_in(self.path / "tokenizer"))
 
     def pipeline(self, unet: UNet2DConditionModel) -> Any:
         """Without the safety checker where the folder does not hold it, as with a model fetched from the hub."""
@@ -98,7 +98,7 @@ def stored_dtype(files: list[Path], variant: str | None) -> torch.dtype:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer_in(folder: Path) -> CLIPTokenizer:
     """ValueError where a file is missing, without which the library would make an empty vocabulary."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ValueError(f"{folder} must hold tokenizer.json or vocab.json, but it does not")

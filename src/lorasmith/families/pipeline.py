@@ -40,7 +40,7 @@ class PipelineFamily:
         pipe = self.components.pipeline(self.denoiser.nets)
         missing = [name for name in self.ENCODERS if getattr(pipe, name, None) is None]
         if missing:
-            raise ValueError(f"model must hold {' and '.join(missing)} to encode captions, but it does not")
+            raise ValueError(self.components.lacking(missing))
         if not isinstance(self.components, OpenComponents):
             pipe.vae.float()
             for name in MODULES:
@@ -50,7 +50,9 @@ class PipelineFamily:
 
     def pipeline(self, denoiser: Denoiser) -> Any:
         """A diffusers pipeline that predicts with this copy of the denoiser; the source's own stays as it is."""
-        return self.components.pipeline(denoiser.nets, dtype_of(next(iter(denoiser.nets.values()))))
+        weights = next(iter(denoiser.nets.values())).parameters()
+        widest = max(weights, key=lambda weight: weight.numel())  # small ones may be kept in float32
+        return self.components.pipeline(denoiser.nets, widest.dtype)
 
     def metadata(self) -> dict[str, str]:
         """What other tools read of a base model: modelspec and kohya's keys."""
@@ -93,7 +95,7 @@ class PictureCodec:
 
 @dataclass(frozen=True)
 class VideoAutoencoder:
-    """Wan's autoencoder, or one made after it: each channel has a mean and deviation, and a picture is one frame."""
+    """Wan's autoencoder, or one made after it: each channel has its mean and deviation, a picture is a frame."""
 
     vae: Any  # an AutoencoderKLWan or AutoencoderKLQwenImage
 
@@ -150,7 +152,9 @@ def mask_of(cond: Cond) -> Tensor | None:
         return None
     mask, text = cond["mask"] > 0, cond["text"]
     if mask.shape != text.shape[:2]:
-        raise ValueError(f"positive must hold a mask as long as text, {text.shape[1]}, got {list(mask.shape[1:])}")
+        raise ValueError(
+            f"positive must hold a mask as long as text, {list(text.shape[1:2])}, got {list(mask.shape[1:])}"
+        )
     return None if mask.all() else mask
 
 
@@ -176,10 +180,10 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
 
 
-def check_inputs(x_t: Tensor, cond: Cond, *, channels: int, widths: Mapping[str, int]) -> None:
-    """ValueError where latents [B,C,h,w] or conditioning of these widths are another model's."""
-    if x_t.ndim != 4 or x_t.shape[1] != channels:
-        raise ValueError(f"latents must be [N,{channels},h,w] for this model, got {[len(x_t), *x_t.shape[1:]]}")
+def check_inputs(x_t: Tensor, cond: Cond, *, channels: int, widths: Mapping[str, int], axes: str = "h,w") -> None:
+    """ValueError where latents [B,C,*axes] or conditioning of these widths are another model's."""
+    if x_t.ndim != 2 + len(axes.split(",")) or x_t.shape[1] != channels:
+        raise ValueError(f"latents must be [N,{channels},{axes}] for this model, got {[len(x_t), *x_t.shape[1:]]}")
     for name, width in widths.items():
         if name not in cond or cond[name].shape[-1] != width:
             shape = f"[L,{width}]" if name == "text" else f"[{width}]"

@@ -1,7 +1,4 @@
-"""Qwen-Image (Wu et al. 2025), through diffusers.
-
-B batch, C channels, L tokens, D width, h w latent sides, H W pixels.
-"""
+"""Qwen-Image (Wu et al. 2025), through diffusers. B batch, L tokens, D width, h w latent sides, H W pixels."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
