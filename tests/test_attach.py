@@ -45,6 +45,14 @@ class Plain:
         return path.replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Partly(Plain):
+    """One that knows what its net throws away."""
+
+    def unread(self) -> set[str]:
+        return {"net.idle", "net.cut_off"}
+
+
 def adapters_for(denoiser: Any, **targets: Any) -> AdapterSet:
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(**targets), 0)
     for parameter in adapters.parameters():
@@ -80,6 +88,17 @@ def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message
         denoiser.net(torch.randn(2, 4)).sum().backward()
     with pytest.raises(ValueError, match=message):
         adapters.refuse_unused(gradients(adapters), {"net"}, denoiser)
+
+
+def test_layers_that_no_prediction_depends_on_get_no_adapter_but_may_have_one_of_another_program() -> None:
+    denoiser = Partly(Net())
+    assert set(adapters_for(denoiser, preset="all").adapters) == {"net.by_keyword"}
+    with pytest.raises(ValueError, match="targets must match a layer"):
+        adapters_for(denoiser, preset="none", include=("idle",))
+    adapters = adapters_for(Plain(denoiser.net), preset="all")
+    with attached(denoiser, adapters):
+        denoiser.net(torch.randn(2, 4)).sum().backward()
+    assert adapters.refuse_unused(gradients(adapters), {"net"}, denoiser) == {"net"}
 
 
 def test_presets_on_stable_diffusion(family: StableDiffusion) -> None:

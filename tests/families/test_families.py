@@ -136,7 +136,7 @@ def test_predictions_follow_the_prompt(name: str) -> None:
             family.denoiser.predict(first.latent[None], t, {k: v[None] for k, v in sample.cond.items()})
             for sample in (first, *others)
         )
-    assert all((pred - other).abs().mean() > 1e-5 * pred.abs().mean() for other in preds)
+    assert all((pred - other).abs().mean() > 1e-4 * pred.abs().mean() for other in preds)
 
 
 @families
