@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "header", "whole", "world", "digests"),
+    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests"),
     (
         "noise",
         "losses",
@@ -21,7 +21,7 @@ FLOORS = (
         "step_log",
         "lock",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
+    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",
@@ -29,6 +29,7 @@ FLOORS = (
         "state",
         "families",
         "inspection",
+        "file_layouts",
         "loading",
         "base_weights",
         "low_bit",

@@ -256,7 +256,7 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     adapters = None
     if lora is not None:
         state, metadata = lorafile.read(lora)
-        adapters = adapters_from(state, family.denoiser, metadata)
+        adapters = adapters_from(state, family.denoiser, metadata, ignore_unknown=config.ignore_unknown)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]
