@@ -20,6 +20,8 @@ FLOORS = (
         "looks",
         "step_log",
         "lock",
+        "tensor_file",
+        "norms_plot",
     ),
     ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
@@ -36,11 +38,12 @@ FLOORS = (
         "packing",
         "fusing",
     ),
-    ("diagnosis", "checkpoints"),
+    ("diagnosis", "checkpoints", "files"),
     ("training", "resuming"),
     ("job", "inputs"),
     ("keeping", "run_folder"),
     ("run", "contract", "console"),
+    ("file_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -87,6 +90,7 @@ def climbs(module: str, imported: str) -> bool:
         "adapters",
         "kernels",
         "families",
+        "files",
     )
     if module == "training" and imported.startswith("families"):  # the loop knows a Denoiser, not a model
         return True
