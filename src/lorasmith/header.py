@@ -55,10 +55,10 @@ class Header:
         places = {key: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for key, e in entries.items()}
         return cls(path, shapes, {key: entry["dtype"] for key, entry in entries.items()}, metadata, places)
 
-    @property
-    def nbytes(self) -> Mapping[str, int]:
-        """Bytes of each tensor."""
-        return {key: end - begin for key, (begin, end) in self.places.items()}
+    def num_bytes(self, key: str) -> int:
+        """Of a tensor."""
+        begin, end = self.places[key]
+        return end - begin
 
     def shape(self, key: str) -> tuple[int, ...]:
         """ValueError where there is no such tensor."""

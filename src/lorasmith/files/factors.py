@@ -6,6 +6,7 @@ r rank, k… a kernel.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from lorasmith import lorafile
 from lorasmith.adapters import kind_of
 from lorasmith.adapters.layer import alpha_of, fitting
 from lorasmith.header import Header
-from lorasmith.layouts import DOWN, OFFSETS, UP, by_layer
+from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
 
 Parts = Mapping[str, Tensor]
@@ -36,8 +37,7 @@ class LoRAFile:
             what = f"a model of {model_family(header.shapes)}" if header.shapes else "no tensors"
             raise ValueError(f"{path} must be a LoRA, got {what}")
         state, metadata = lorafile.read(path)
-        keys = by_layer({key: key for key in header.shapes})
-        layers = by_layer(state)
+        layers, keys = by_layer(state), _keys_by_layer(header)
         for layer, parts in layers.items():
             if "" in parts:
                 raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
@@ -82,3 +82,15 @@ def read_factors(parts: Parts) -> tuple[Tensor, Tensor, float]:
     num_out = len(up) if up is not None and up.ndim else 0
     up = fitting(parts, UP, (num_out, rank, *[1] * (down.ndim - 2)))
     return up, fitting(parts, DOWN, tuple(down.shape)), alpha_of(parts, rank) / rank
+
+
+def _keys_by_layer(header: Header) -> dict[str, dict[str, str]]:
+    """{layer: {part: the file's own key}}."""
+    return cast(Any, by_layer(cast(Any, {key: key for key in header.shapes})))
+
+
+def without_prefixes(name: str) -> str:
+    """A layer's name, with underscores for points, without what programs put before it."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
