@@ -14,6 +14,7 @@ FLOORS = (
         "adapters",
         "data.folder",
         "data.buckets",
+        "data.tags",
         "plots",
         "demo",
         "layouts",

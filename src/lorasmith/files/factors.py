@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.adapters import kind_of
-from lorasmith.adapters.layer import alpha_of, fitting
+from lorasmith.adapters.layer import Layer, alpha_of, fitting
 from lorasmith.header import Header
+from lorasmith.kernels.convolution import ConvShape
 from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
 
@@ -89,8 +90,15 @@ def _keys_by_layer(header: Header) -> dict[str, dict[str, str]]:
     return cast(Any, by_layer(cast(Any, {key: key for key in header.shapes})))
 
 
-def without_prefixes(name: str) -> str:
-    """A layer's name, with underscores for points, without what programs put before it."""
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
+def without_prefixes(name: str) -> list[str]:
+    """A layer's name, with underscores for points, and what is left without what programs put before it, bit by bit."""
+    names = [name]
+    while prefix := next((prefix for prefix in PREFIXES if names[-1].startswith(prefix)), None):
+        names.append(names[-1].removeprefix(prefix))
+    return names
+
+
+def layer_of(n_out: int, n_in: int, kernel: tuple[int, ...]) -> Layer:
+    """A layer of these sizes; what else a convolution has does not matter for its weight."""
+    ones = (1,) * len(kernel)
+    return Layer(n_in, n_out, kernel, ConvShape(ones, (0,) * len(kernel), ones, 1) if kernel else None)

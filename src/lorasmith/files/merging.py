@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
-from lorasmith.files.factors import LoRAFile, without_prefixes
+from lorasmith.files.factors import LoRAFile, layer_of, without_prefixes
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
-from lorasmith.kernels.convolution import ConvShape
 from lorasmith.layouts import DOWN, OFFSETS, UP, normal
 from lorasmith.tensor_file import Named, write_streamed
 
@@ -101,7 +100,7 @@ def _agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def canonical(layer: str) -> str:
     """A layer's name without the prefixes of programs, text encoders' as kohya numbers them: te_, te2_, te3_."""
-    name = without_prefixes(normal(layer.replace(".processor.", ".")))
+    name = without_prefixes(normal(layer.replace(".processor.", ".")))[-1]
     name = re.sub(r"^text_encoder(_[23])?_", lambda match: f"te{(match[1] or '').lstrip('_')}_", name)
     return TEXT_ENCODER.sub(lambda match: f"te{'' if match[1] in (None, '1') else match[1]}_", name)
 
@@ -241,7 +240,7 @@ def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
     parts = share.parts
     if share.algorithm == "LoRA":
         up, down, _ = share.source.lora.factors(share.layer)
-        return _layer(len(up), down.shape[1], tuple(down.shape[2:]))
+        return layer_of(len(up), down.shape[1], tuple(down.shape[2:]))
     if "lokr_w2" in parts:
         kernel = tuple(parts["lokr_w2"].shape[2:])
     if kernel is None and CONVOLUTION.search(normal(share.layer)):
@@ -251,7 +250,7 @@ def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
         )
     kernel = kernel or ()
     n_out, n_in = _loha_sizes(parts) if share.algorithm == "LoHa" else _lokr_sizes(parts)
-    return _layer(n_out, n_in // math.prod(kernel) if "lokr_w2" not in parts else n_in, kernel)
+    return layer_of(n_out, n_in // math.prod(kernel) if "lokr_w2" not in parts else n_in, kernel)
 
 
 def _loha_sizes(parts: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -269,12 +268,6 @@ def _lokr_sizes(parts: Mapping[str, Tensor]) -> tuple[int, int]:
             raise ValueError(f"{half} must be there, or {half}_a and {half}_b")
         out, into = out * parts[above].shape[0], into * parts[below].shape[1]
     return out, into
-
-
-def _layer(n_out: int, n_in: int, kernel: tuple[int, ...]) -> Layer:
-    """A layer of these sizes; what else a convolution has does not matter for its weight."""
-    ones = (1,) * len(kernel)
-    return Layer(n_in, n_out, kernel, ConvShape(ones, (0,) * len(kernel), ones, 1) if kernel else None)
 
 
 def _offset(shares: Sequence[_Share], part: str) -> Tensor:

@@ -14,7 +14,8 @@ PRIVATE = (
     "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_tag_frequency", "ss_bucket_info",
     "ss_output_name", "ss_session_id", "ss_training_comment", "ss_training_started_at", "ss_training_finished_at",
     "ss_sample_prompts", "ss_wandb_run_name", "prompt", "workflow", "parameters", "lorasmith.config",
-    "lorasmith.history", "modelspec.author", "modelspec.date", "modelspec.thumbnail", "training_info", "user", "hostname",
+    "lorasmith.history", "modelspec.author", "modelspec.date", "modelspec.thumbnail", "training_info",
+    "user", "hostname",
 )  # fmt: skip
 """The keys that tell of captions, prompts, folders, people and times."""
 PATH = re.compile(
