@@ -180,7 +180,7 @@ class Job:
             "lorasmith.algorithm": "+".join(self.adapters.algorithms),
             "lorasmith.base_hash": self.facts["base model"],
             "lorasmith.config": _portable(config),
-            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.sai_model_spec": "1.0.1",
             "modelspec.implementation": "diffusers",
             "ss_steps": str(steps),
             "ss_max_train_steps": str(config.steps),
