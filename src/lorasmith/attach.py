@@ -13,7 +13,7 @@ from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.kernels.packed import Packed
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, Unread
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,17 @@ def _refuse_equal_keys(denoiser: Denoiser, paths: Iterable[str]) -> None:
         named[key] = path
 
 
+def targeted(denoiser: Denoiser, targets: Targets) -> set[str]:
+    """The paths of the layers that targets mean and whose output is read."""
+    return {
+        path for path in adaptable_layers(denoiser.nets) if targets.matches(path) and not _is_unread(denoiser, path)
+    }
+
+
+def _is_unread(denoiser: Denoiser, path: str) -> bool:
+    return isinstance(denoiser, Unread) and path.startswith(tuple(denoiser.unread()))
+
+
 class AdapterSet:
     """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
 
@@ -48,9 +59,10 @@ class AdapterSet:
 
     @classmethod
     def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
-        """A new adapter for each target; ValueError where no layer is one."""
+        """A new adapter for each target whose output is read; ValueError where no layer is one."""
         layers = adaptable_layers(denoiser.nets)
-        chosen = {path: Layer.of(path, module) for path, module in layers.items() if targets.matches(path)}
+        paths = targeted(denoiser, targets)
+        chosen = {path: Layer.of(path, module) for path, module in layers.items() if path in paths}
         if not chosen:
             raise ValueError(
                 f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "
@@ -124,7 +136,7 @@ class AdapterSet:
         if not running and denoiser.nets.keys() <= self.nets:
             running = self.nets
         running &= unseen
-        paths = [path for path in self.adapters if _net(path) in running]
+        paths = [path for path in self.adapters if _net(path) in running and not _is_unread(denoiser, path)]
         idle = [path for path in paths if path not in self.ran]
         grads = {path: [gradients.get(id(w)) for w in self.adapters[path].parameters()] for path in paths}
         cut_off = [path for path, found in grads.items() if path in self.ran and any(g is None for g in found)]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lorasmith.attach import attach
-from lorasmith.config import Checkpoints, Config, NonFinite
+from lorasmith.config import Checkpoints, Config, NonFinite, TextEncoder
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.dora_scales import PAPER
@@ -69,6 +69,7 @@ def train_lora(
     memory_ladder: bool = False,
     pack: Literal["none", "conv", "all"] = "all",
     native_kernels: bool = True,
+    text_encoder: TextEncoder | None = None,
     world: World = ALONE,
 ) -> Result:
     """Trains a LoRA; the model that comes in stays as it is.
@@ -109,6 +110,8 @@ def train_lora(
     memory_ladder: where memory runs out, use gradient_checkpointing, then halve batch_size, instead of stopping.
     pack: which frozen layers are laid out anew for the processor while it trains: faster, for more memory.
     native_kernels: use kernels in C where the processor has what they need, and a compiler is there.
+    text_encoder: whether the text encoders are trained too, and at which rate; None: they are not. `positive` must be
+        captions then, and the model one of Stable Diffusion 1.x, 2.x or SDXL.
     world: the processes that train this LoRA together (`lorasmith.world.joined`); each has the whole of the inputs and
         gets the whole of the outputs.
 
@@ -132,6 +135,7 @@ def train_lora(
             "base_dtype": base_dtype, "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
             "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
             "pack": pack, "native_kernels": native_kernels,
+            "text_encoder": TextEncoder() if text_encoder is None else text_encoder,
         }
     )  # fmt: skip
     if not isinstance(world, World):
@@ -139,7 +143,9 @@ def train_lora(
     if config.non_finite.returns and checkpoint_folder is None:
         raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
-        family = None if isinstance(model, Denoiser) else opened(model)
+        if isinstance(model, Denoiser) and config.text_encoder.train:
+            raise ValueError("text_encoder.train must be false where model is a Denoiser, which holds what it trains")
+        family = None if isinstance(model, Denoiser) else opened(model, with_texts=config.text_encoder.train)
         denoiser: Denoiser = model if family is None else family.denoiser
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)

@@ -157,6 +157,15 @@ class Routed(Protocol):
 
 
 @runtime_checkable
+class Unread(Protocol):
+    """A denoiser that leaves the output of some layers out of account."""
+
+    def unread(self) -> Sequence[str]:
+        """What the paths of these layers begin with."""
+        ...
+
+
+@runtime_checkable
 class Aliased(Protocol):
     """A denoiser that knows how other programs call its layers in LoRA files."""
 

@@ -12,11 +12,12 @@ from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
 from lorasmith.header import PICKLES
 
-Family = StableDiffusion | PipelineFamily
-FAMILIES: dict[str, type[Family]] = {
+Family = StableDiffusion | PipelineFamily | WithTexts
+FAMILIES: dict[str, type[StableDiffusion | PipelineFamily]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": Flux,
@@ -26,11 +27,17 @@ FAMILIES: dict[str, type[Family]] = {
 FILES = (".safetensors", *PICKLES)
 
 
-def opened(model: Any) -> Family:
+def opened(model: Any, *, with_texts: bool = False) -> Family:
     """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
 
-    ValueError where it is none of them.
+    with_texts: its denoiser holds the text encoders too, so that they can be trained. ValueError where it is none of
+    them, or where its text encoders are not trained.
     """
+    family = _opened(model)
+    return WithTexts.of(family) if with_texts else family
+
+
+def _opened(model: Any) -> StableDiffusion | PipelineFamily:
     if isinstance(model, str | Path):
         path = Path(model).expanduser()
         if path.is_file() or (path.suffix in FILES and not path.exists()):
@@ -42,7 +49,7 @@ def opened(model: Any) -> Family:
     return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
 
 
-def _family(name: str, source: Any) -> type[Family]:
+def _family(name: str, source: Any) -> type[StableDiffusion | PipelineFamily]:
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.components import Components, OpenComponents
+from lorasmith.families.texts import Texts
 from lorasmith.noise import Flow, TokenShift
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -22,6 +23,8 @@ class PipelineFamily:
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     """The parts that turn pictures and captions into latents and conditioning."""
+    TEXTS: ClassVar[Texts | None] = None
+    """How its text encoders are trained; None: not at all."""
 
     def __init__(self, components: Components) -> None:
         """ValueError where a part is missing or of another kind."""
