@@ -38,6 +38,12 @@ def _refuse_equal_keys(denoiser: Denoiser, paths: Iterable[str]) -> None:
         named[key] = path
 
 
+def targeted(denoiser: Denoiser, targets: Targets) -> set[str]:
+    """The paths of the layers that targets mean and that predictions depend on."""
+    idle = unread(denoiser)
+    return {path for path in adaptable_layers(denoiser.nets) if targets.matches(path) and path not in idle}
+
+
 class AdapterSet:
     """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
 
@@ -48,10 +54,10 @@ class AdapterSet:
 
     @classmethod
     def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
-        """A new adapter for each target that predictions depend on; ValueError where no layer is one."""
-        idle = unread(denoiser)
-        layers = {path: module for path, module in adaptable_layers(denoiser.nets).items() if path not in idle}
-        chosen = {path: Layer.of(path, module) for path, module in layers.items() if targets.matches(path)}
+        """A new adapter for each target whose output is read; ValueError where no layer is one."""
+        layers = adaptable_layers(denoiser.nets)
+        paths = targeted(denoiser, targets)
+        chosen = {path: Layer.of(path, module) for path, module in layers.items() if path in paths}
         if not chosen:
             raise ValueError(
                 f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "

@@ -102,7 +102,8 @@ def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -
 
 def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:
     """Logs what is not as it was when the checkpoint was written."""
-    old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
+    was = {**Config().model_dump(mode="json"), **checkpoint.config}  # an older program had fewer settings
+    old, new = dict(_flat(was)), dict(_flat(config.model_dump(mode="json")))
     keys = [key for key in {**old, **new} if _shown(old.get(key)) != _shown(new.get(key))]
     harmless = [key for key in keys if _is_harmless(key, checkpoint, config, facts)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]

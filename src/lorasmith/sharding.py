@@ -17,6 +17,7 @@ def refuse_useless_sharding(config: Config, adapters: AdapterSet, world: World) 
         (world.size == 1, "in a single process: there is no other to hold a share (torchrun starts several)"),
         (config.offloading, "with offloading: the weights wait on the CPU already"),
         (config.memory_ladder, "with memory_ladder: where one process runs out, the others would wait for its share"),
+        (config.text_encoder.train, "with text_encoder.train: text encoders are not shared out yet"),
         ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is in parts"),
         (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are in parts"),
     )

@@ -20,13 +20,15 @@ from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
 from lorasmith.families.z_image import ZImage
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import FOLDER_PART, is_lora, model_family
 
-Family = StableDiffusion | PipelineFamily
-FAMILIES: dict[str, type[Family]] = {
+Plain = StableDiffusion | PipelineFamily
+Family = Plain | WithTexts
+FAMILIES: dict[str, type[Plain]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusion3Pipeline": SD3,
@@ -44,11 +46,17 @@ FILES = (".safetensors", *PICKLES)
 OF_LDM = ("Stable Diffusion 1.x", "Stable Diffusion 2.x", "a UNet of the Stable Diffusion kind")
 
 
-def opened(model: Any, encoders: str | Path | None = None) -> Family:
+def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
     """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
 
-    encoders: for a single file, the diffusers folder or hub id of what it lacks. ValueError where either is not fit.
+    encoders: for a single file, the diffusers folder or hub id of what it lacks. with_texts: its denoiser holds the
+    text encoders too, so that they can be trained. ValueError where one of these is not fit.
     """
+    family = _opened(model, encoders)
+    return WithTexts.of(family) if with_texts else family
+
+
+def _opened(model: Any, encoders: str | Path | None) -> Plain:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
     if path is not None and (path.is_file() or (path.suffix in FILES and not path.exists())):
         return _of_file(Header.of(path), encoders)
@@ -62,7 +70,7 @@ def opened(model: Any, encoders: str | Path | None = None) -> Family:
     return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
 
 
-def _of_file(header: Header, encoders: str | Path | None) -> Family:
+def _of_file(header: Header, encoders: str | Path | None) -> Plain:
     """The family of a single file, beside a folder or hub id with what it lacks."""
     path, family = header.path, model_family(header.shapes)
     if is_lora(header.shapes):
@@ -104,7 +112,7 @@ def _folder(model: str | Path, without: str | None = None) -> Path:
     return fetched(model, without) if isinstance(model, str) and is_id(model) and not path.exists() else path
 
 
-def _family(name: str, source: Any) -> type[Family]:
+def _family(name: str, source: Any) -> type[Plain]:
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")

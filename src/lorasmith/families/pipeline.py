@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.families.components import MODULES, Components, OpenComponents
+from lorasmith.families.texts import Texts
 from lorasmith.noise import Flow, TokenShift
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -24,6 +25,8 @@ class PipelineFamily:
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     """The parts that pictures and captions cannot be encoded without."""
+    TEXTS: ClassVar[Texts | None] = None
+    """How its text encoders are trained; None: not at all."""
 
     def __init__(self, components: Components) -> None:
         """ValueError where a part is missing or of another kind."""
