@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "header", "whole", "world", "digests"),
+    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests"),
     (
         "noise",
         "losses",
@@ -14,14 +14,17 @@ FLOORS = (
         "adapters",
         "data.folder",
         "data.buckets",
+        "data.tags",
         "plots",
         "demo",
         "layouts",
         "looks",
         "step_log",
         "lock",
+        "tensor_file",
+        "norms_plot",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack"),
+    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",
@@ -29,6 +32,7 @@ FLOORS = (
         "state",
         "families",
         "inspection",
+        "file_layouts",
         "loading",
         "base_weights",
         "low_bit",
@@ -36,11 +40,12 @@ FLOORS = (
         "packing",
         "fusing",
     ),
-    ("diagnosis", "checkpoints"),
+    ("diagnosis", "checkpoints", "files"),
     ("training", "resuming"),
     ("job", "inputs"),
     ("keeping", "run_folder"),
     ("run", "contract", "console"),
+    ("file_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -87,6 +92,7 @@ def climbs(module: str, imported: str) -> bool:
         "adapters",
         "kernels",
         "families",
+        "files",
     )
     if module == "training" and imported.startswith("families"):  # the loop knows a Denoiser, not a model
         return True

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from lorasmith import __version__
+from lorasmith.file_commands import COMMANDS
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ app = App(
 )
 comfyui = App(name="comfyui", help="The nodes for ComfyUI.")
 app.command(comfyui)
+for command in COMMANDS:
+    app.command(command)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 INTERRUPTED = 130
 

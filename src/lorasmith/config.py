@@ -16,6 +16,7 @@ from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
 from lorasmith.targets import Targets
 
 MAX_STEPS = 100_000
+LayoutName = Literal["kohya", "diffusers", "comfyui", "lycoris"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
@@ -107,6 +108,12 @@ class Config(Component):
     seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
     existing_lora: UserPath | None = Field(
         default=None, description="LoRA file to go on training, whose algorithm, rank and alpha hold"
+    )
+    ignore_unknown: bool = Field(
+        default=False, description="leave out layers of existing_lora that the model does not have, instead of stopping"
+    )
+    file_layout: LayoutName | None = Field(
+        default=None, description="whose names the LoRA file has; none: those that most programs read"
     )
     steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")
     batch_size: int = Field(default=1, ge=1, le=10_000, description="samples a micro-batch")

@@ -22,7 +22,7 @@ from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
-from lorasmith.dora_scales import PAPER
+from lorasmith.file_layouts import in_layout, metadata_of, refuse_impossible
 from lorasmith.loading import adapters_from
 from lorasmith.low_bit import low_bit_copy, refuse_needs_of_whole_weights
 from lorasmith.memory import shared_copy
@@ -77,8 +77,9 @@ class Job:
         if path is None:
             adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0
         else:
-            adapters, done, first = _continued(path, denoiser, dataset.order.group_size)
+            adapters, done, first = _continued(path, denoiser, dataset.order.group_size, config)
             _warn_of_differences(config, adapters, denoiser)
+        refuse_impossible(adapters, denoiser, config.file_layout)
         if config.base_dtype != "none":
             refuse_needs_of_whole_weights(config, adapters)
         if config.offloading:
@@ -167,7 +168,7 @@ class Job:
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""
-        return self.adapters.file_state(self.denoiser, DTYPES[self.config.lora_dtype])
+        return in_layout(self.adapters, self.base, DTYPES[self.config.lora_dtype], self.config.file_layout)
 
     def file_metadata(self) -> dict[str, str]:
         """What the file says of itself; nothing that differs between equal runs."""
@@ -179,7 +180,7 @@ class Job:
             "lorasmith.algorithm": "+".join(self.adapters.algorithms),
             "lorasmith.base_hash": self.facts["base model"],
             "lorasmith.config": _portable(config),
-            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.sai_model_spec": "1.0.1",
             "modelspec.implementation": "diffusers",
             "ss_steps": str(steps),
             "ss_max_train_steps": str(config.steps),
@@ -194,17 +195,18 @@ class Job:
             "ss_mixed_precision": config.training_dtype,
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
-        return {**own, **(PAPER if "DoRA" in self.adapters.algorithms else {}), **self.metadata}
+        return {**own, **metadata_of(self.adapters, self.base, config.file_layout), **self.metadata}
 
 
-def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[AdapterSet, int, int]:
+def _continued(path: Path, denoiser: Denoiser, group_size: int, config: Config) -> tuple[AdapterSet, int, int]:
     """The adapters that a LoRA file holds for this denoiser, its steps, and the first group whose draws are new.
 
     ValueError that names the input.
     """
     try:
         state, metadata = lorafile.read(path)
-        adapters, steps = adapters_from(state, denoiser, metadata), lorafile.steps_of(path, metadata)
+        adapters = adapters_from(state, denoiser, metadata, ignore_unknown=config.ignore_unknown)
+        steps = lorafile.steps_of(path, metadata)
     except ValueError as error:
         raise ValueError(f"existing_lora: {error}") from error
     constraint = lorafile.stated_constraint(metadata)

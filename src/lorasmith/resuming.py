@@ -24,10 +24,13 @@ GROUP_SIZE = "samples a step"
 PLACES = ("output", "data", "model", "encoders", "existing_lora", "device")
 """Settings that may differ between machines: what is found there is compared instead."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
-WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading")
+WITHOUT_EFFECT = (
+    "checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading", "ignore_unknown", "file_layout",
+)  # fmt: skip
 """Settings that the weights do not depend on, unless something goes wrong in the run."""
 HARMLESS = (
-    "checkpoints", "tensorboard", "offloading", *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth",
+    "checkpoints", "tensorboard", "offloading", "ignore_unknown", "file_layout", *PLACES, "sampling",
+    "gradient_checkpointing", "checkpoint_depth",
 )  # fmt: skip
 """Settings that leave the weights as they are, or leave it to the facts."""
 ASKED_FOR = {"pack": "packed layers", "native_kernels": "kernels in C"}

@@ -18,6 +18,7 @@ from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import MAX_STEPS, Config, Sampling
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.folder import examples
+from lorasmith.data.tags import tag_frequency
 from lorasmith.devices import best_device, compute_dtype, model_dtype
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
@@ -92,7 +93,7 @@ class Run:
             seed=config.seed,
             group_size=config.group_size * world.size,
         )
-        metadata = _base_metadata(family, config)
+        metadata = {**_base_metadata(family, config), "ss_tag_frequency": tag_frequency(found)}
         job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
         encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
         path = folder.checkpoints_path if folder else Path()
@@ -256,7 +257,7 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     adapters = None
     if lora is not None:
         state, metadata = lorafile.read(lora)
-        adapters = adapters_from(state, family.denoiser, metadata)
+        adapters = adapters_from(state, family.denoiser, metadata, ignore_unknown=config.ignore_unknown)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]

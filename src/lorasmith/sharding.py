@@ -7,7 +7,7 @@ from torch import nn
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.memory import INNERMOST, blocks
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, Routed
 from lorasmith.world import World
 
 
@@ -32,13 +32,15 @@ def shard(denoiser: Denoiser, device: torch.device) -> None:
     the denoiser the same number of times. At most one innermost block is whole at a time, with what is left of the
     blocks around it and a buffer for its neighbour; the blocks that one checkpoint runs again stay whole together.
     Losses are bitwise those of whole weights, gradients up to the order of sums: what goes back to a block's input is
-    added up within the block first. ValueError where no net has blocks.
+    added up within the block first. ValueError where no net has blocks, or where nets rest while others run.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # half a second that other runs need not wait
 
     if not any(blocks(net, 1) for net in denoiser.nets.values()):
         raise ValueError("sharded must be False: the model has no lists of blocks")
+    if isinstance(denoiser, Routed):  # a net that rests in one process would be waited for in the others
+        raise ValueError("sharded must be False: the model sends each sample to one of its nets alone")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for net in denoiser.nets.values():
         for module in net.modules():

@@ -63,7 +63,8 @@ def train(
     assert config.steps is not None
     counters, masters = state.counters, state.masters
     device = device_of(denoiser)
-    is_new, is_checkpointed, is_stopping = counters.step == 0, False, False
+    unseen = adapters.nets if counters.step == 0 else set()  # nets whose adapters have not run yet
+    is_checkpointed, is_stopping = False, False
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept(device))
@@ -74,13 +75,13 @@ def train(
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
                 is_checkpointed = True
-            watched = masters.reached() if is_new else nullcontext(set())
+            adapters.ran.clear()
+            watched = masters.reached() if unseen else nullcontext(set())
             with _computing(device, config), watched as reached:
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
-            if is_new and not is_short:
-                adapters.refuse_unused(masters.gradients(reached))
-                is_new = False
+            if unseen and not is_short:
+                unseen -= adapters.refuse_unused(masters.gradients(reached), unseen, denoiser)
             losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
             if is_short:
                 _go_down_the_ladder(state)
@@ -98,6 +99,8 @@ def train(
             _update(state, config.max_grad_norm, loss=loss, grad_norm=grad_norm, lr=lr)
             yield Step(done + counters.step, loss, lr, grad_norm, time.perf_counter() - began)
             began = time.perf_counter()
+    if unseen and not any(grad_norm for _, _, grad_norm in state.record):
+        raise ValueError(f"no adapter ran in {counters.step} steps: no sample went to {' or '.join(sorted(unseen))}")
 
 
 def has_native_kernels(config: Config, device: torch.device) -> bool:
@@ -128,7 +131,8 @@ def _gradients(
         for start in range(share.start, share.stop, state.counters.batch_size):
             stop = min(start + state.counters.batch_size, share.stop)
             part_losses = sample_losses(denoiser, group.part(start, stop), config)
-            (part_losses.sum() * (state.scale.value / len(group))).backward()
+            if part_losses.requires_grad:  # not where all of them went to nets without adapters
+                (part_losses.sum() * (state.scale.value / len(group))).backward()
             masters.take_gradients()
             losses[start:stop] = part_losses.tolist()
     except (RuntimeError, MemoryError) as error:

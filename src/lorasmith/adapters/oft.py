@@ -85,6 +85,12 @@ class OFTAdapter(nn.Module):
         turn = turn_of(self.blocks.float(), self._limit).to(self.blocks.dtype)
         return rotated(y, turn, bias, self.layer.conv is not None)
 
+    def merged(self, weight: Tensor) -> Tensor:
+        """R^T W in blocks, float32."""
+        turn = turn_of(self.blocks.float(), self._limit)
+        rows = weight.float().reshape(*turn.shape[:2], -1)
+        return (rows + turn.mT @ rows).view(weight.shape)
+
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The blocks, Q within its limit, and the limit as alpha.
 
@@ -92,9 +98,9 @@ class OFTAdapter(nn.Module):
         is greater, so that both read the same delta.
         """
         blocks = self.blocks.detach().float()
-        limited = _limited(blocks - blocks.mT, self._limit)
-        alpha = max(self.constraint, 1.01 * float(limited.norm())) if self.constraint else 0.0
-        return for_file({"oft_blocks": blocks if alpha == self.constraint else limited / 2}, alpha, dtype)
+        within = limited(blocks - blocks.mT, self._limit)
+        alpha = max(self.constraint, 1.01 * float(within.norm())) if self.constraint else 0.0
+        return for_file({"oft_blocks": blocks if alpha == self.constraint else within / 2}, alpha, dtype)
 
     @property
     def _limit(self) -> float:
@@ -103,8 +109,9 @@ class OFTAdapter(nn.Module):
 
 def turn_of(blocks: Tensor, limit: float) -> Tensor:
     """blocks [n, s, s] -> R - I, which is 0 where Q is. limit: the greatest norm of Q; 0 for none."""
-    return cayley(_limited(blocks - blocks.mT, limit))
+    return cayley(limited(blocks - blocks.mT, limit))
 
 
-def _limited(q: Tensor, limit: float) -> Tensor:
+def limited(q: Tensor, limit: float) -> Tensor:
+    """q [n, s, s] -> no longer than the limit; 0 for none."""
     return q * (limit / (q.norm() + 1e-8)).clamp(max=1) if limit else q

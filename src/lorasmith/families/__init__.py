@@ -5,16 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import FolderComponents, OpenComponents
 from lorasmith.families.file_components import FileComponents
 from lorasmith.families.flux import Flux
+from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.lumina2 import Lumina2
 from lorasmith.families.originals import ORIGINALS
 from lorasmith.families.pipeline import PipelineFamily
+from lorasmith.families.qwen_image import QwenImage
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
+from lorasmith.families.wan import Wan
+from lorasmith.families.z_image import ZImage
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import FOLDER_PART, is_lora, model_family
 
@@ -22,7 +29,15 @@ Family = StableDiffusion | PipelineFamily
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
+    "QwenImagePipeline": QwenImage,
+    "WanPipeline": Wan,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
+    "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)

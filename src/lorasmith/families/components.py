@@ -66,10 +66,11 @@ class FolderComponents:
 
     def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
         parts = {name: self.part(name, dtype) for name in MODULES if name not in nets and self.has(name)}
+        absent = {name: None for name, entry in self.index.items() if entry == [None, None]}  # which must be said
         try:
             kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
-            return kind.from_pretrained(self.path, **nets, **parts, local_files_only=True)
-        except UNREADABLE as error:
+            return kind.from_pretrained(self.path, **absent, **nets, **parts, local_files_only=True)
+        except (*UNREADABLE, ImportError) as error:  # some processors of captions need packages of their own
             raise ValueError(f"cannot load {self.path}: {line(error)}") from error
 
     def lacking(self, names: Sequence[str]) -> str:

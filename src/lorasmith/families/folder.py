@@ -92,10 +92,11 @@ def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) 
 
 
 def stored_dtype(files: list[Path], variant: str | None) -> torch.dtype:
-    """The dtype of a tensor in the first of the files that are loaded."""
+    """The dtype of a tensor of floating point in the first of the files that are loaded; float32 where it has none."""
     chosen = (file for file in files if (match := WEIGHTS.fullmatch(file.name)) and match["variant"] == variant)
     with safe_open(next(chosen, files[0]), framework="pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
+        dtypes = (file.get_tensor(key).dtype for key in file.keys())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def tokenizer_in(folder: Path) -> CLIPTokenizer:
