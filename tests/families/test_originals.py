@@ -1,6 +1,7 @@
 """Single files of every family: the original layout, ComfyUI's and diffusers' names, beside diffusers' own nets."""
 
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from originals import original
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
+from lorasmith.cli import main
 from lorasmith.families import opened
+from lorasmith.families.file_components import FileComponents
 from lorasmith.families.originals import ORIGINALS, Original
 from lorasmith.families.weights import _Empty
 from lorasmith.header import Header
@@ -211,7 +215,11 @@ def test_a_file_beside_a_folder_is_the_pipeline(name: str, tmp_path: Path) -> No
     cond = reference.encode_texts(PROMPTS[:2])
     latents = torch.randn(2, *TINY[name].latent, generator=torch.Generator().manual_seed(0))
     t = family.denoiser.process.time(torch.tensor([0.3, 0.9]))
-    (part, net), *_ = family.denoiser.nets.items()
+    (part, net), *others = family.denoiser.nets.items()
+    if others:
+        with pytest.raises(ValueError, match="holds one denoiser, but the pipeline of encoders has"):
+            opened(written(tmp_path / "net.safetensors", original(net)), tmp_path / "folder")
+        return
     wide = part == "unet"  # whose tiny heads are not as wide as those of files
     for number, state in enumerate([net.state_dict()] if wide else [net.state_dict(), original(net)]):
         path = written(tmp_path / f"{number}.safetensors", state)
@@ -276,3 +284,29 @@ def test_files_that_are_no_such_model(change: Callable[[State], State], message:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="must be a safetensors file, but it cannot be read"):
         opened(path)
+
+
+def test_a_file_holds_one_denoiser(tmp_path: Path) -> None:
+    header = Header.of(written(tmp_path / "net.safetensors", original(net_of("Wan"))))
+    with pytest.raises(ValueError, match="holds one denoiser, but the pipeline of encoders has transformer_2 too"):
+        FileComponents(header, ORIGINALS["Wan"], "WanPipeline").net("transformer_2")
+    with pytest.raises(ValueError, match="does not hold its scheduler's config: encoders must be a folder that does"):
+        _ = FileComponents(header, ORIGINALS["Wan"], "WanPipeline").scheduler
+
+
+def test_commands_take_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = made("FluxPipeline")
+    pipe.save_pretrained(tmp_path / "folder")
+    path = written(tmp_path / "net.safetensors", original(pipe.transformer))
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a cat")
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", str(path), "--encoders", str(tmp_path / "folder")]
+    quick = ["--steps", "1", "--data.resolution", "32", "--sampling.prompts", "[]", "--output", "run"]
+    for command in (["train", "pictures", *given, *quick], ["sample", "a cat", *given, "--steps", "1"]):
+        monkeypatch.setattr(sys, "argv", ["lorasmith", *command])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert raised.value.code == 0
+    assert list((tmp_path / "run").glob("*.safetensors")) and (tmp_path / "samples.png").is_file()

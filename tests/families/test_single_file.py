@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from originals import open_clip, original_vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -238,6 +238,22 @@ def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
     vae = {key: value for key, value in model.state().items() if key.startswith(VAE)}
     with pytest.raises(ValueError, match="must hold a text encoder to encode"):
         opened(written(tmp_path / "two.safetensors", state | vae)).codec(CPU)
+
+
+@torch.no_grad()
+def test_what_a_file_lacks_is_the_folder_s(tmp_path: Path) -> None:
+    model = tiny(1, num_words=49408)
+    StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=clip_tokenizer(length=16), unet=model.unet,
+        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "folder")  # type: ignore[arg-type]  # fmt: skip
+    whole = opened(written(tmp_path / "whole.safetensors", model.state())).codec(CPU)
+    state = {key: value for key, value in model.state().items() if key.startswith(UNET)}
+    family = opened(written(tmp_path / "unet.safetensors", state), tmp_path / "folder")
+    texts, images = ["a photo of a cat"], torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(family.codec(CPU).encode_texts(texts)["text"], whole.encode_texts(texts)["text"])
+    assert torch.equal(family.codec(CPU).encode_images(images), whole.encode_images(images))
+    assert family.pipeline(family.denoiser).tokenizer is not None
 
 
 def without(key: str) -> Callable[[State], State]:

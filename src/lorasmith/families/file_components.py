@@ -46,9 +46,12 @@ class FileComponents:
         return self.folder.config(name) if self.folder else None
 
     def net(self, name: str) -> Any:
-        """The denoiser from the file; a second one, of a pipeline with two, from the folder."""
+        """The denoiser; ValueError where the pipeline has two, as no file says which of them it is."""
         if name != self.original.part:
-            return self._needed(name).net(name)
+            raise ValueError(
+                f"{self.header.path} holds one denoiser, but the pipeline of encoders has {name} too: "
+                f"give the whole folder as model"
+            )
         keys = self._keys()
         net = self.original.net(self.header, keys, self._config(name))
         self._tell_of_the_rest(set(keys.values()))
@@ -83,11 +86,6 @@ class FileComponents:
         path = self.folder.path / name / "config.json" if self.folder else None
         values = json_table(path) if path and path.is_file() else {}
         return {key: value for key, value in values.items() if not key.startswith("_")}
-
-    def _needed(self, name: str) -> FolderComponents:
-        if self.folder is None:
-            raise ValueError(f"{self.header.path} does not hold {name}: encoders must be a folder that does, got none")
-        return self.folder
 
     def _tell_of_the_rest(self, read: set[str]) -> None:
         """Logs what is not read; ValueError where it is of no known part."""
