@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from commands import made as pictures
 from diffusers import DDIMScheduler
 from tiny import PROMPTS, made
 from torch import Tensor
@@ -23,7 +24,9 @@ from lorasmith.job import Job
 from lorasmith.loading import adapters_from
 from lorasmith.memory import checkpointed, shared_copy
 from lorasmith.objective import noised, sample_losses
+from lorasmith.run import opened_run
 from lorasmith.sampling import picture_of
+from lorasmith.settings import configured
 from lorasmith.targets import Targets
 from lorasmith.types import Cached
 from lorasmith.validation import held_out_losses
@@ -289,3 +292,49 @@ def test_what_cannot_be_is_refused(latents: Tensor, texts: Tensor, flow_denoiser
     pipe.text_encoder = None
     with pytest.raises(ValueError, match="text_encoder.train must be false where the model holds no text_encoder"):
         opened(pipe, with_texts=True)
+
+
+def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the config: the held-out loss, pictures on the way, checkpoints, and the file as existing_lora."""
+    folder = str(pictures(tmp_path / "cats", "a cat", "a black cat"))
+    values: dict[str, Any] = {
+        "model": str(BASE), "device": "cpu", "data": {"folder": folder, "held_out": folder},
+        "sampling": {"steps": 1, "prompts": ["a cat"], "every": 1}, "steps": 2, "learning_rate": 1e-3,
+        "text_encoder": {"train": True, "learning_rate": 5e-3}, "output": str(tmp_path / "run"),
+        "checkpoints": {"steps": 1}, "training_dtype": "fp32", "lora_dtype": "fp32",
+    }  # fmt: skip
+    with opened_run(configured(values)) as run:
+        list(run.steps())
+        path = run.save()
+        summary = dict(run.finish())
+    assert path is not None and "held-out loss" in summary
+    state, metadata = lorafile.read(path)
+    assert metadata["ss_text_encoder_lr"] == "0.005" and any(key.startswith("lora_te_") for key in state)
+    changed = [("steps", 3), ("existing_lora", str(path)), ("output", str(tmp_path / "next"))]
+    with opened_run(configured(values | {"steps": 3}), is_resuming=True) as run:
+        assert run.num_done == 2 and [step.step for step in run.steps()] == [3]
+    with opened_run(configured(values | dict(changed))) as run:
+        assert run.job.done == 2 and len(run.job.state.masters.groups) == 2
+        assert next(iter(run.steps())).step == 3
+    without = {key: value for key, value in values.items() if key != "text_encoder"} | dict(changed)
+    with pytest.raises(ValueError, match="existing_lora: the LoRA does not fit the model: .* lora_te_text_model"):
+        with opened_run(configured(without | {"output": str(tmp_path / "other")})):
+            pass
+    lorafile.write(path, {key: t for key, t in state.items() if "lora_te" not in key}, metadata)
+    with opened_run(configured(values | dict(changed) | {"output": str(tmp_path / "another")})):
+        pass
+    assert "text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder" in caplog.text
+
+
+def test_a_checkpoint_from_before_the_setting_is_read_without_a_change_told(caplog: pytest.LogCaptureFixture) -> None:
+    family: Any = opened(BASE)
+    dataset = Dataset.of(samples_of(family, (4, 16, 16)), [1] * 4, seed=0, group_size=1)
+    job, resumed = (Job.of(family.denoiser, dataset, Config(steps=2), device=CPU) for _ in range(2))
+    next(iter(job.steps()))
+    checkpoint = job.checkpoint()
+    assert checkpoint.config.pop("text_encoder") == {"train": False, "learning_rate": None}
+    with caplog.at_level("INFO", "lorasmith"):
+        resumed.resume(checkpoint)
+    assert "changed since" not in caplog.text
