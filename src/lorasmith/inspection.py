@@ -21,6 +21,7 @@ from lorasmith.adapters.oft import turn_of
 from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
+from lorasmith.norms_plot import LayerNorm
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
@@ -112,6 +113,17 @@ def _lora(path: Path) -> Inspection:
     return Inspection(
         facts, ("block", "layers", "rank", "norm, root mean square", "greatest"), _blocks(layers), metadata
     )
+
+
+def layer_norms(path: Path) -> list[LayerNorm]:
+    """What a LoRA adds to each layer, blocks in the order of the net; ValueError where the file is no LoRA."""
+    if path.is_dir() or not is_lora(Header.of(path).shapes):
+        raise ValueError(f"{path} must be a LoRA file to have norms, which it is not")
+    layers = by_layer(lorafile.read(path)[0])
+    norms = [LayerNorm(_block(layer), layer, _norm(parts)) for layer, parts in layers.items() if kind_of(parts)]
+    if not norms:
+        raise ValueError(f"{path} must hold an adapter to have norms, which it does not")
+    return sorted(norms, key=lambda one: (_place((one.block,)), one.layer))
 
 
 def _counted(values: Counter[str]) -> str:
