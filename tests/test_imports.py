@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "header", "whole", "world", "digests"),
+    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests"),
     (
         "noise",
         "losses",
@@ -23,7 +23,7 @@ FLOORS = (
         "lock",
         "tensor_file",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "comfyui_pack"),
+    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",
@@ -31,6 +31,7 @@ FLOORS = (
         "state",
         "families",
         "inspection",
+        "file_layouts",
         "loading",
         "base_weights",
         "low_bit",

@@ -71,15 +71,16 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -
 
 @app.command
 def sample(
-    prompts: list[str], /, *, model: str, lora: Path | None = None, output: Path = Path("samples.png"),
-    seed: int = 0, steps: int = 25, guidance: float = 5.0,
+    prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
+    output: Path = Path("samples.png"), seed: int = 0, steps: int = 25, guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Draw prompts without and with a LoRA, into one labelled picture.
 
     Parameters
     ----------
     prompts: what to draw, a picture each
-    model: base model: a diffusers folder, or demo for the embedded one
+    model: base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
+    encoders: for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
     lora: LoRA file; none: the model alone
     output: PNG file to write
     seed: drives the noise that pictures start from
@@ -90,7 +91,8 @@ def sample(
     from lorasmith.settings import configured
 
     values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
-    config = configured(_with_model({"model": model, "sampling": values}))
+    named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
+    config = configured(_with_model({**named, "sampling": values}))
     _prepare_terminal()
     draw_comparison(config, lora, output)
     print(output)

@@ -24,14 +24,17 @@ PAPER, COMFYUI = {KEY: "paper"}, {KEY: "ComfyUI"}
 def as_in_the_paper(lora: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """A file's LoRA with the paper's lengths, for this denoiser's weights; what fits no layer is left as it is.
 
-    A file that does not say which it holds has the paper's; one with ComfyUI's names could be of either kind, so that
-    a warning says so.
+    A file that does not say which it holds has the paper's.
     """
     if metadata.get(KEY) == COMFYUI[KEY]:
         return _changed(lora, denoiser, lambda own, updated: updated / own)
+    return dict(lora)
+
+
+def warn_of_doubt(lora: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Logs that a file with ComfyUI's names, which could hold lengths of either kind, does not say which."""
     if KEY not in metadata and any(key.startswith("diffusion_model.") and key.endswith(f".{SCALE}") for key in lora):
         log.warning("the LoRA does not say whether its %s is ComfyUI's: taken as the paper's", SCALE)
-    return dict(lora)
 
 
 def for_comfyui(lora: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Tensor]:

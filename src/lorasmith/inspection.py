@@ -95,7 +95,7 @@ def _lora(path: Path) -> Inspection:
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
     algorithms = Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts)))
-    num_bad = sum(not tensor.float().isfinite().all() for tensor in state.values())
+    num_bad = sum(not _is_finite(tensor) for tensor in state.values())
     others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
     facts = [
         ("kind", "LoRA"),
@@ -133,8 +133,14 @@ def _counted(values: Counter[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in values.most_common(8)) + ("…" if len(values) > 8 else "")
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return bool((tensor if tensor.is_complex() else tensor.float()).isfinite().all())
+
+
 def _number(tensor: Tensor) -> str:
-    return f"{float(tensor):g}" if tensor.numel() == 1 else f"{tensor.numel()} numbers"
+    if tensor.numel() != 1 or tensor.is_complex():
+        return f"{tensor.numel()} numbers"
+    return f"{float(tensor):g}"
 
 
 def _rank(parts: Mapping[str, Tensor]) -> str | None:

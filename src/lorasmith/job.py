@@ -16,13 +16,13 @@ from torch import Tensor
 from lorasmith import __version__, lorafile
 from lorasmith.adapters import Algorithm, LoKr
 from lorasmith.adapters.oft import OFTAdapter
-from lorasmith.attach import AdapterSet, attached
+from lorasmith.attach import AdapterSet, attached, targeted
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
-from lorasmith.dora_scales import PAPER
+from lorasmith.file_layouts import in_layout, metadata_of, refuse_impossible
 from lorasmith.loading import adapters_from
 from lorasmith.low_bit import low_bit_copy, refuse_needs_of_whole_weights
 from lorasmith.memory import shared_copy
@@ -37,7 +37,7 @@ from lorasmith.resuming import (
 )
 from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.state import State
-from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.targets import TEXT_NETS, Targets
 from lorasmith.training import has_native_kernels, train
 from lorasmith.types import Denoiser, Step
 from lorasmith.world import ALONE, World
@@ -77,8 +77,9 @@ class Job:
         if path is None:
             adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0
         else:
-            adapters, done, first = _continued(path, denoiser, dataset.order.group_size)
+            adapters, done, first = _continued(path, denoiser, dataset.order.group_size, config)
             _warn_of_differences(config, adapters, denoiser)
+        refuse_impossible(adapters, denoiser, config.file_layout)
         if config.base_dtype != "none":
             refuse_needs_of_whole_weights(config, adapters)
         if config.offloading:
@@ -167,7 +168,7 @@ class Job:
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""
-        return self.adapters.file_state(self.denoiser, DTYPES[self.config.lora_dtype])
+        return in_layout(self.adapters, self.base, DTYPES[self.config.lora_dtype], self.config.file_layout)
 
     def file_metadata(self) -> dict[str, str]:
         """What the file says of itself; nothing that differs between equal runs."""
@@ -185,6 +186,7 @@ class Job:
             "ss_max_train_steps": str(config.steps),
             "ss_seed": str(config.seed),
             "ss_learning_rate": str(config.learning_rate),
+            **({"ss_text_encoder_lr": str(config.rate_of(TEXT_NETS))} if config.text_encoder.train else {}),
             "ss_lr_scheduler": config.schedule.name,
             "ss_optimizer": config.optimizer.name,
             "ss_loss_type": config.loss.name,
@@ -194,17 +196,18 @@ class Job:
             "ss_mixed_precision": config.training_dtype,
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
-        return {**own, **(PAPER if "DoRA" in self.adapters.algorithms else {}), **self.metadata}
+        return {**own, **metadata_of(self.adapters, self.base, config.file_layout), **self.metadata}
 
 
-def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[AdapterSet, int, int]:
+def _continued(path: Path, denoiser: Denoiser, group_size: int, config: Config) -> tuple[AdapterSet, int, int]:
     """The adapters that a LoRA file holds for this denoiser, its steps, and the first group whose draws are new.
 
     ValueError that names the input.
     """
     try:
         state, metadata = lorafile.read(path)
-        adapters, steps = adapters_from(state, denoiser, metadata), lorafile.steps_of(path, metadata)
+        adapters = adapters_from(state, denoiser, metadata, ignore_unknown=config.ignore_unknown)
+        steps = lorafile.steps_of(path, metadata)
     except ValueError as error:
         raise ValueError(f"existing_lora: {error}") from error
     constraint = lorafile.stated_constraint(metadata)
@@ -217,11 +220,13 @@ def _continued(path: Path, denoiser: Denoiser, group_size: int) -> tuple[Adapter
 
 def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:
     """Names the inputs that a continued LoRA overrules."""
-    asked_paths = {path for path in adaptable_layers(denoiser.nets) if config.targets.matches(path)}
+    asked_paths = targeted(denoiser, config.targets)
     if config.targets != Targets() and asked_paths != adapters.adapters.keys():
         log.warning(
             "targets: the LoRA's own %d layers hold, not the %d asked for", len(adapters.adapters), len(asked_paths)
         )
+    if config.text_encoder.train and not any(path.startswith(TEXT_NETS) for path in adapters.adapters):
+        log.warning("text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder")
     if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:
         log.warning("factor: the LoRA's own holds, not %d", config.adapter.factor)
     asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
@@ -255,6 +260,6 @@ def _portable(config: Config) -> str:
     """What decides the result, as JSON; paths are cut to their last name: a file tells nothing of its machine."""
     without = {"output": True, "device": True, "sampling": True, "data": {"held_out", "drift"}}
     values = config.model_dump(mode="json", exclude={**without, **dict.fromkeys(WITHOUT_EFFECT, True)})
-    for table, key in ((values, "model"), (values, "existing_lora"), (values["data"], "folder")):
+    for table, key in ((values, "model"), (values, "encoders"), (values, "existing_lora"), (values["data"], "folder")):
         table[key] = None if table[key] is None else Path(table[key]).name
     return json.dumps(values, sort_keys=True)

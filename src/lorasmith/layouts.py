@@ -1,16 +1,18 @@
 """The names in LoRA files: which layer a key means, and which part of its adapter, in every program's way of writing.
 
 Kohya's `lora_unet_down_blocks_0….lora_down.weight`, diffusers' and PEFT's `unet.down_blocks.0….lora_A.weight`, LyCORIS'
-`lycoris_down_blocks_0….hada_w1_a`, ComfyUI's `diffusion_model.input_blocks.1….lora_up.weight`.
+`lycoris_down_blocks_0….hada_w1_a`, ComfyUI's `diffusion_model.input_blocks.1….lora_up.weight`. Kohya's and ComfyUI's of
+transformers are by the original code, which makes one layer of several.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lorasmith.ldm_names import ldm_names
+from lorasmith.original_names import TRANSFORMERS, Original, original_layers
 from lorasmith.types import Aliased, Denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
@@ -28,6 +30,8 @@ SPELLINGS = (
     (r"\.([^.]+)", None),
 )
 """How a key may end, and what that part of an adapter is called here, by kohya and LyCORIS; None: as it is spelt."""
+LAYOUT = "lorasmith.file_layout"
+"""The key in a file's metadata that says which layout its names are of, where they are not the denoiser's own."""
 RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")
 """The parts that have as many rows as the rank."""
 OFFSETS = {"diff": "weight", "diff_b": "bias"}
@@ -36,7 +40,7 @@ PREFIXES = (
     "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_", "lora_", "lycoris_", "unet_",
     "transformer_", "model_diffusion_model_", "diffusion_model_",
 )  # fmt: skip
-ORIGINAL_NAMES = {"UNet2DConditionModel": ldm_names}
+UNETS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {"UNet2DConditionModel": ldm_names}
 """{class of a diffusers net: its config -> {module path: the original checkpoint's}}."""
 
 
@@ -62,33 +66,61 @@ def by_layer(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 class ModuleNames:
-    """Finds the module of a denoiser that a file's layer name means."""
+    """Finds the modules of a denoiser that a file's layer name means."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.written: dict[str, str] = {}
         self.known: dict[str, set[str]] = {}
+        self.composed: dict[str, set[Original]] = {}
         for name, net in denoiser.nets.items():
-            original = _original_names(net)
-            for path, module in net.named_modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
-                    for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out"), original.get(path, path)):
-                        self.known.setdefault(normal(alias), set()).add(f"{name}.{path}")
-
+            for path in weighted(net):
+                self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
+                for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out")):
+                    self._add(alias, f"{name}.{path}")
+            for layer in _originals(net):
+                members = tuple(f"{name}.{path}" for path in layer.paths)
+                if len(members) > 1 or layer.swapped:
+                    whole = Original(layer.name, members, layer.swapped)
+                    self.composed.setdefault(normal(layer.name), set()).add(whole)
+                else:
+                    self._add(layer.name, f"{name}.{layer.paths[0]}")
         for alias, path in denoiser.aliases().items() if isinstance(denoiser, Aliased) else ():
             for name in _without_prefixes(normal(alias)):
-                self.known.setdefault(name, set()).add(path)
+                self._add(name, path)
+
+    def _add(self, alias: str, path: str) -> None:
+        self.known.setdefault(normal(alias), set()).add(path)
 
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""
-        name = normal(layer.replace(".processor.", "."))
+        name = _spelt(layer)
         if name in self.written:
             return self.written[name]
-        for candidate in _without_prefixes(name):
-            found = self.known.get(candidate, set())
-            if len(found) == 1:
-                return next(iter(found))
-        return None
+        return _only_one(self.known, name)
+
+    def whole(self, layer: str) -> Original | None:
+        """The layer of the original code, by the paths of its modules, that no single module is alike."""
+        return None if self.path(layer) else _only_one(self.composed, _spelt(layer))
+
+
+Found = TypeVar("Found")
+
+
+def _only_one(known: Mapping[str, set[Found]], name: str) -> Found | None:
+    for candidate in _without_prefixes(name):
+        found = known.get(candidate, set())
+        if len(found) == 1:
+            return next(iter(found))
+    return None
+
+
+def _spelt(layer: str) -> str:
+    return normal(layer.replace(".processor.", "."))
+
+
+def weighted(net: nn.Module) -> list[str]:
+    """The paths of the modules that have weights of their own."""
+    return [path for path, m in net.named_modules() if next(m.parameters(recurse=False), None) is not None]
 
 
 def normal(name: str) -> str:
@@ -104,11 +136,27 @@ def _without_prefixes(name: str) -> Iterator[str]:
             yield from _without_prefixes(name.removeprefix(prefix))
 
 
-def _original_names(net: nn.Module) -> dict[str, str]:
-    """{module path: the original checkpoint's}, for a net that has one."""
-    names = ORIGINAL_NAMES.get(type(net).__name__)
-    config: Any = net.config if names else None
+def class_in_diffusers(net: nn.Module) -> str:
+    """The name of the net's class; "" where it is not diffusers', as others use the same names."""
+    return type(net).__name__ if type(net).__module__.startswith("diffusers.") else ""
+
+
+def originals(net: nn.Module) -> list[Original]:
+    """The net's layers as the original code has them; ValueError that says why where there is none known."""
+    kind = class_in_diffusers(net)
+    if kind in TRANSFORMERS:
+        return original_layers(kind, weighted(net))
+    if kind not in UNETS:
+        raise ValueError(
+            f"the original names are known of {', '.join((*UNETS, *TRANSFORMERS))}, not of {type(net).__name__}"
+        )
+    config: Any = net.config
+    return [Original(name, (path,)) for path, name in UNETS[kind](config).items()]
+
+
+def _originals(net: nn.Module) -> list[Original]:
+    """Those that are known; a net may be of a kind that the original code never made."""
     try:
-        return names(config) if names else {}
-    except ValueError:  # of a kind that the original code never made
-        return {}
+        return originals(net)
+    except ValueError:
+        return []

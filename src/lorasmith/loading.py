@@ -1,5 +1,6 @@
 """A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -8,32 +9,43 @@ from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
-from lorasmith.dora_scales import as_in_the_paper
+from lorasmith.dora_scales import as_in_the_paper, warn_of_doubt
+from lorasmith.fused import by_modules
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import lora_family
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
+log = logging.getLogger(__name__)
+
 MAX_LISTED = 10
 
 
 def adapters_from(
-    state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor],
+    denoiser: Denoiser,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    ignore_unknown: bool = False,
 ) -> AdapterSet:
     """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
 
     Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
     metadata: those of its file, which say what its dora_scale is (`dora_scales`).
+    ignore_unknown: layers that the model does not have are left out, and logged.
     """
-    layers = by_layer(as_in_the_paper(state, denoiser, metadata or {}))
+    warn_of_doubt(state, metadata or {})
+    found_in_file = by_layer(state)
+    by_path, misfits = by_modules(state, denoiser)
+    layers = by_layer(as_in_the_paper(by_path, denoiser, metadata or {}))
     names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
-    misfits: list[str] = []
+    unknown: list[str] = []
     for key, parts in layers.items():
         path = names.path(key)
         if path is None:
-            misfits.append(f"{key} ({', '.join(sorted(parts))}): the model has no such layer")
+            unknown.append(f"{key} ({', '.join(sorted(parts))})")
             continue
         try:
             found = _offsets(path, modules[path], parts)
@@ -50,8 +62,12 @@ def adapters_from(
     for path, adapter in adapters.items():
         if isinstance(adapter, DoRAAdapter) and f"{path}.weight" in offsets:
             misfits.append(f"{path}: diff changes the weight that DoRA takes the lengths of, which cannot be trained")
+    if unknown and ignore_unknown:
+        log.warning("%d layers that the model does not have are left out: %s", len(unknown), _listed(unknown))
+    else:
+        misfits += [f"{layer}: the model has no such layer" for layer in unknown]
     if misfits or not adapters:
-        raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
+        raise ValueError(_refusal(misfits, len(found_in_file), lora_family(found_in_file)))
     return AdapterSet(adapters, offsets)
 
 
@@ -79,8 +95,12 @@ def _adapter(path: str, adaptable: Mapping[str, nn.Module], parts: Mapping[str, 
 def _refusal(misfits: list[str], num_layers: int, family: str) -> str:
     if not misfits:
         return f"the LoRA must hold an adapter, got {num_layers} layers without one"
-    more = f"; and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
     return (
         f"the LoRA does not fit the model: {len(misfits)} of its {num_layers} layers do not, and it looks like one for "
-        f"{family}: {'; '.join(misfits[:MAX_LISTED])}{more}"
+        f"{family}: {_listed(misfits)}"
     )
+
+
+def _listed(what: list[str]) -> str:
+    more = f"; and {len(what) - MAX_LISTED} more" if len(what) > MAX_LISTED else ""
+    return f"{'; '.join(what[:MAX_LISTED])}{more}"

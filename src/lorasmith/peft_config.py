@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.layouts import RANKED, by_layer
+from lorasmith.layouts import LAYOUT, RANKED, by_layer
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
         raise ValueError(f"cannot read the PEFT configuration of {path}: {error}") from error
     for config in configs.values():
         _refuse_changed_base(config, path)
-    if silent:
+    if silent and metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
         log.warning(
             "%s: %d layers do not say their alpha: taken as their rank, so that the scale is 1", path.name, silent
         )

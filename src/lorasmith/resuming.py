@@ -21,13 +21,16 @@ from lorasmith.world import World
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = "samples a step"
-PLACES = ("output", "data", "model", "existing_lora", "device")
+PLACES = ("output", "data", "model", "encoders", "existing_lora", "device")
 """Settings that may differ between machines: what is found there is compared instead."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
-WITHOUT_EFFECT = ("checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading")
+WITHOUT_EFFECT = (
+    "checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading", "ignore_unknown", "file_layout",
+)  # fmt: skip
 """Settings that the weights do not depend on, unless something goes wrong in the run."""
 HARMLESS = (
-    "checkpoints", "tensorboard", "offloading", *PLACES, "sampling", "gradient_checkpointing", "checkpoint_depth",
+    "checkpoints", "tensorboard", "offloading", "ignore_unknown", "file_layout", *PLACES, "sampling",
+    "gradient_checkpointing", "checkpoint_depth",
 )  # fmt: skip
 """Settings that leave the weights as they are, or leave it to the facts."""
 ASKED_FOR = {"pack": "packed layers", "native_kernels": "kernels in C"}
@@ -99,7 +102,8 @@ def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -
 
 def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:
     """Logs what is not as it was when the checkpoint was written."""
-    old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
+    was = {**Config().model_dump(mode="json"), **checkpoint.config}  # an older program had fewer settings
+    old, new = dict(_flat(was)), dict(_flat(config.model_dump(mode="json")))
     keys = [key for key in {**old, **new} if _shown(old.get(key)) != _shown(new.get(key))]
     harmless = [key for key in keys if _is_harmless(key, checkpoint, config, facts)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]

@@ -81,7 +81,7 @@ class Run:
             for name, path in (("held-out", config.data.held_out), ("drift", config.data.drift))
             if path is not None
         }
-        family = opened(config.model)
+        family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
         device = _device(config, world)
         codec = family.codec(device)
         resolution = config.data.resolution or codec.resolution
@@ -253,11 +253,12 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     assert config.model is not None and config.sampling.prompts
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
-    family, device = opened(config.model), _device(config, ALONE)
+    family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
+    device = _device(config, ALONE)
     adapters = None
     if lora is not None:
         state, metadata = lorafile.read(lora)
-        adapters = adapters_from(state, family.denoiser, metadata)
+        adapters = adapters_from(state, family.denoiser, metadata, ignore_unknown=config.ignore_unknown)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]

@@ -98,9 +98,9 @@ class OFTAdapter(nn.Module):
         is greater, so that both read the same delta.
         """
         blocks = self.blocks.detach().float()
-        limited = _limited(blocks - blocks.mT, self._limit)
-        alpha = max(self.constraint, 1.01 * float(limited.norm())) if self.constraint else 0.0
-        return for_file({"oft_blocks": blocks if alpha == self.constraint else limited / 2}, alpha, dtype)
+        within = limited(blocks - blocks.mT, self._limit)
+        alpha = max(self.constraint, 1.01 * float(within.norm())) if self.constraint else 0.0
+        return for_file({"oft_blocks": blocks if alpha == self.constraint else within / 2}, alpha, dtype)
 
     @property
     def _limit(self) -> float:
@@ -109,8 +109,9 @@ class OFTAdapter(nn.Module):
 
 def turn_of(blocks: Tensor, limit: float) -> Tensor:
     """blocks [n, s, s] -> R - I, which is 0 where Q is. limit: the greatest norm of Q; 0 for none."""
-    return cayley(_limited(blocks - blocks.mT, limit))
+    return cayley(limited(blocks - blocks.mT, limit))
 
 
-def _limited(q: Tensor, limit: float) -> Tensor:
+def limited(q: Tensor, limit: float) -> Tensor:
+    """q [n, s, s] -> no longer than the limit; 0 for none."""
     return q * (limit / (q.norm() + 1e-8)).clamp(max=1) if limit else q

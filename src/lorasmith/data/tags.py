@@ -8,7 +8,7 @@ from lorasmith.types import Example
 
 
 def tag_frequency(examples: Sequence[Example]) -> str:
-    """JSON {last name of the pictures' folder: {tag: pictures with it}}; commas part tags, which are in lower case."""
+    """JSON {the last name of the pictures' folder: {tag: pictures with it}}; commas part tags, in lower case."""
     counts: dict[str, Counter[str]] = {}
     for example in examples:
         tags = counts.setdefault(example.image_path.parent.name, Counter())

@@ -61,7 +61,7 @@ class LoRAFile:
             left = sorted(parts.keys() - (kind.SUFFIXES if kind else {"alpha"}) - OFFSETS.keys())
             if left:
                 raise ValueError(f"{self.path}: {layer} must hold known parts alone, got {', '.join(left)}")
-            odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if p != "alpha" and t.dtype not in DTYPE_NAMES]
+            odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]
             if odd:
                 raise ValueError(f"{self.path}: {layer} must be of float64, 32 or 16 or bfloat16, got {', '.join(odd)}")
 

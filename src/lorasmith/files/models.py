@@ -138,4 +138,5 @@ def _originals(path: Path, files: Sequence[tuple[str, Header]]) -> dict[str, str
 def _completed(config: Mapping[str, Any]) -> Any:
     """A UNet's config with every default."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(config)).config
+        unet: Any = UNet2DConditionModel.from_config(dict(config))
+    return unet.config

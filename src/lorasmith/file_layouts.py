@@ -1,0 +1,162 @@
+"""LoRA files as each program names them: kohya's tools, diffusers and PEFT, ComfyUI, LyCORIS."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters import kind_of
+from lorasmith.adapters.dora import SCALE, VECTOR
+from lorasmith.adapters.layer import alpha_of
+from lorasmith.attach import AdapterSet
+from lorasmith.config import LayoutName
+from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui
+from lorasmith.fused import RIGHT, Member, Parts, joined
+from lorasmith.layouts import (
+    DOWN,
+    LAYOUT,
+    OFFSETS,
+    RANKED,
+    UNETS,
+    UP,
+    ModuleNames,
+    by_layer,
+    class_in_diffusers,
+    originals,
+)
+from lorasmith.original_names import TRANSFORMERS
+from lorasmith.types import Denoiser
+
+State = dict[str, Tensor]
+"""{key in a LoRA file: tensor}."""
+A, B = "lora_A.weight", "lora_B.weight"
+LOKR_IN_DIFFUSERS = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
+"""The classes that diffusers reads LoKr for."""
+
+
+def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
+    """That which most programs read of these adapters; None: the denoiser's own names."""
+    if not any(class_in_diffusers(net) in TRANSFORMERS for net in denoiser.nets.values()):
+        return None
+    return "diffusers" if set(adapters.algorithms) <= {"LoRA", "DoRA"} and not adapters.offsets else "lycoris"
+
+
+def in_layout(adapters: AdapterSet, denoiser: Denoiser, dtype: torch.dtype, layout: LayoutName | None) -> State:
+    """{key in a LoRA file: tensor}, sorted; weights in this dtype. None: the best layout.
+
+    ValueError where the layout has no names for a layer, or no way to hold an adapter.
+    """
+    state = adapters.file_state(denoiser, dtype)
+    if layout == "comfyui":
+        state = for_comfyui(state, denoiser)
+    layout = layout or best_layout(adapters, denoiser)
+    return state if layout is None else _named(state, denoiser, layout)
+
+
+def refuse_impossible(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName | None) -> None:
+    """ValueError where `in_layout` would raise it."""
+    if layout is not None:
+        _named(adapters.file_state(denoiser, torch.float32), denoiser, layout)
+
+
+def metadata_of(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName | None) -> dict[str, str]:
+    """What a file in a layout says of its names, and of its lengths of DoRA."""
+    lengths = (COMFYUI if layout == "comfyui" else PAPER) if "DoRA" in adapters.algorithms else {}
+    chosen = layout or best_layout(adapters, denoiser)
+    return {**lengths, **({LAYOUT: chosen} if chosen else {})}
+
+
+def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
+    """A LoRA by the denoiser's own names -> by those of a layout."""
+    names, named = ModuleNames(denoiser), by_layer(state)
+    layers = {path: parts for key, parts in named.items() if (path := names.path(key))}
+    assert len(layers) == len(named)
+    try:
+        return dict(sorted(WRITERS[layout](layers, denoiser).items()))
+    except ValueError as error:
+        raise ValueError(f"file_layout {layout}: {error}") from error
+
+
+def _kohya(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """Of UNets by diffusers' names, of transformers by the original ones."""
+    state: State = {}
+    for name, net in denoiser.nets.items():
+        if class_in_diffusers(net) in UNETS:
+            state |= _underscored({path: parts for path, parts in layers.items() if path.startswith(f"{name}.")})
+        else:
+            state |= _underscored({f"unet.{layer}": parts for layer, parts in _wholes(layers, denoiser, name)})
+    return state
+
+
+def _underscored(layers: Mapping[str, Parts], prefix: str = "lora_") -> State:
+    return {f"{prefix}{layer.replace('.', '_')}.{p}": t for layer, parts in layers.items() for p, t in parts.items()}
+
+
+def _comfyui(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """By the original names."""
+    wholes = [whole for name in denoiser.nets for whole in _wholes(layers, denoiser, name)]
+    return {f"diffusion_model.{layer}.{part}": tensor for layer, parts in wholes for part, tensor in parts.items()}
+
+
+def _lycoris(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """By diffusers' names without the net's."""
+    return _underscored({path.partition(".")[2]: parts for path, parts in layers.items()}, "lycoris_")
+
+
+def _wholes(layers: Mapping[str, Parts], denoiser: Denoiser, name: str) -> list[tuple[str, Parts]]:
+    """Each layer of the original code of a net that something is held for."""
+    net, found = denoiser.nets[name], []
+    for layer in originals(net):
+        members = [Member(net.get_submodule(path), layers.get(f"{name}.{path}", {})) for path in layer.paths]
+        if any(member.parts for member in members):
+            try:
+                found.append((layer.name, joined(members, swapped=layer.swapped)))
+            except ValueError as error:
+                raise ValueError(f"{layer.name} is {', '.join(layer.paths)}, but {error}") from error
+    return found
+
+
+def _diffusers(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """By diffusers' names and PEFT's, which have no alpha: what it scales by is in the weights."""
+    reads_lokr = any(class_in_diffusers(net) in LOKR_IN_DIFFUSERS for net in denoiser.nets.values())
+    state: State = {}
+    for path, parts in layers.items():
+        kind = kind_of(parts)
+        if offsets := sorted(parts.keys() & OFFSETS.keys()):
+            raise ValueError(f"diffusers reads no {', '.join(offsets)}, which {path} has")
+        if kind is None or kind.algorithm not in OF_PEFT or (kind.algorithm == "LoKr" and not reads_lokr):
+            also = ", DoRA and LoKr" if reads_lokr else " and DoRA"
+            raise ValueError(f"diffusers reads LoRA{also} for this model, got {kind.algorithm if kind else 'none'}")
+        state |= {f"{path}.{part}": tensor for part, tensor in OF_PEFT[kind.algorithm](parts).items()}
+    return state
+
+
+def _lora_of_peft(parts: Parts) -> State:
+    rank = len(parts[DOWN])
+    state = {A: parts[DOWN], B: _scaled(parts[UP], alpha_of(parts, rank) / rank)}
+    if SCALE in parts:
+        lengths = parts[SCALE]
+        state[VECTOR] = lengths.transpose(0, 1) if lengths.ndim > 2 else lengths.flatten()
+    return state
+
+
+def _lokr_of_peft(parts: Parts) -> State:
+    """Whole factors are used as they are."""
+    ranks = [len(parts[part]) for part in RANKED if part in parts]
+    state = {part: tensor for part, tensor in parts.items() if part != "alpha"}
+    if ranks:
+        right = next(part for part in RIGHT if part in parts)
+        state[right] = _scaled(parts[right], alpha_of(parts, ranks[0]) / ranks[0])
+    return state
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else (tensor.float() * scale).to(tensor.dtype)
+
+
+WRITERS: Mapping[LayoutName, Callable[[Mapping[str, Parts], Denoiser], State]] = {
+    "kohya": _kohya, "diffusers": _diffusers, "comfyui": _comfyui, "lycoris": _lycoris,
+}  # fmt: skip
+OF_PEFT: Mapping[str, Callable[[Parts], State]] = {
+    "LoRA": _lora_of_peft, "DoRA": _lora_of_peft, "LoKr": _lokr_of_peft,
+}  # fmt: skip
