@@ -22,9 +22,8 @@ FLOORS = (
         "step_log",
         "lock",
         "tensor_file",
-        "norms_plot",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack", "fused"),
+    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",

@@ -100,20 +100,28 @@ def sample(
 
 
 @app.command
-def inspect(file: Path, /) -> int:
+def inspect(file: Path, /, *, plot: Path | None = None) -> int:
     """Show what a LoRA file, a checkpoint or a diffusers folder is.
 
     Parameters
     ----------
     file: safetensors file or diffusers folder, or demo for the embedded model
+    plot: PNG file to draw the norms of a LoRA's layers into
     """
     from lorasmith.console import show_table
-    from lorasmith.inspection import inspected
+    from lorasmith.inspection import inspected, layer_norms
 
+    if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
+        raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
     inspection = inspected(Path(_with_model({"model": str(file)})["model"]))
     show_table(inspection.facts)
     show_table(inspection.rows, inspection.columns)
     show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+    if plot is not None:
+        from lorasmith.norms_plot import save_norms_plot
+
+        save_norms_plot(layer_norms(file), f"What {file.name} adds", plot)
+        print(plot)
     return 0
 
 

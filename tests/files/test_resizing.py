@@ -122,7 +122,10 @@ REFUSED = [
     ({"a.lora_down.weight": torch.full((4, 3), torch.nan), "a.lora_up.weight": torch.ones(5, 4)}, "must be finite"),
     ({"a.lora_down.weight": torch.ones(4, 3), "a.lora_up.weight": torch.ones(5, 4), "a.foo": torch.ones(1)}, "got foo"),
     ({"a.lora_down.weight": torch.ones(4, 3), "a.lora_A.weight": torch.ones(4, 3)}, "must be the only"),
-    ({"a.lora_down.weight": torch.ones(4, 3).int(), "a.lora_up.weight": torch.ones(5, 4)}, "floating-point"),
+    (
+        {"a.lora_down.weight": torch.ones(4, 3).int(), "a.lora_up.weight": torch.ones(5, 4)},
+        "got lora_down.weight of torch.int32",
+    ),
     (
         {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.ones(5, 2)},
         "rank must be below that of .*, 2",

@@ -128,11 +128,13 @@ def _difference(
     base: Model, place: Place, key: str, tensors: tuple[Tensor, Tensor], cut: Cut, dtype: torch.dtype, losses: Losses
 ) -> Iterator[Named]:
     """The tensors of a LoRA that lead from the one to the other; none where they are equal."""
+    if torch.equal(*tensors):
+        return
     before, after = (tensor.double() for tensor in tensors)
     delta = after - before
     if not delta.isfinite().all():
         raise ValueError(f"{key} must be finite in both models, got NaN or infinity")
-    if not delta.any():
+    if not delta.any():  # of other dtypes
         return
     parameter = key.rpartition(".")[2]
     if parameter not in PARTS:

@@ -17,6 +17,7 @@ from lorasmith.header import Header
 from lorasmith.kernels.convolution import ConvShape
 from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
+from lorasmith.lorafile import DTYPE_NAMES
 
 Parts = Mapping[str, Tensor]
 
@@ -54,12 +55,15 @@ class LoRAFile:
         return kind.algorithm if kind else None
 
     def refuse_strange_parts(self) -> None:
-        """ValueError that names parts that no algorithm knows beside the others of its layer."""
+        """ValueError that names parts that no algorithm knows beside the others of its layer, or of a strange dtype."""
         for layer, parts in self.layers.items():
             kind = kind_of(parts)
             left = sorted(parts.keys() - (kind.SUFFIXES if kind else {"alpha"}) - OFFSETS.keys())
             if left:
                 raise ValueError(f"{self.path}: {layer} must hold known parts alone, got {', '.join(left)}")
+            odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]
+            if odd:
+                raise ValueError(f"{self.path}: {layer} must be of float64, 32 or 16 or bfloat16, got {', '.join(odd)}")
 
     def key(self, layer: str, part: str) -> str:
         """The file's own key of a part; for one that it does not hold, as kohya writes it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.layer import Layer, size_of
 from lorasmith.files.factors import LoRAFile, layer_of, without_prefixes
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
@@ -249,25 +249,26 @@ def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
             "merge it into the model, with --model"
         )
     kernel = kernel or ()
-    n_out, n_in = _loha_sizes(parts) if share.algorithm == "LoHa" else _lokr_sizes(parts)
-    return layer_of(n_out, n_in // math.prod(kernel) if "lokr_w2" not in parts else n_in, kernel)
+    if "lokr_w2" in parts:
+        return layer_of(*_sizes_of_product(parts), kernel)
+    n_out, columns = (
+        (size_of(parts, "hada_w1_a", 0), size_of(parts, "hada_w1_b", -1))
+        if share.algorithm == "LoHa"
+        else _sizes_of_product(parts)
+    )
+    return layer_of(n_out, columns // max(1, math.prod(kernel)), kernel)
 
 
-def _loha_sizes(parts: Mapping[str, Tensor]) -> tuple[int, int]:
-    sizes = [parts[part].shape[axis] for part, axis in (("hada_w1_a", 0), ("hada_w1_b", -1)) if part in parts]
-    if len(sizes) < 2:
-        raise ValueError("hada_w1_a and hada_w1_b must be there")
-    return sizes[0], sizes[1]
-
-
-def _lokr_sizes(parts: Mapping[str, Tensor]) -> tuple[int, int]:
-    out, into = 1, 1
-    for half in ("lokr_w1", "lokr_w2"):
-        above, below = (half, half) if half in parts else (f"{half}_a", f"{half}_b")
-        if above not in parts or below not in parts:
-            raise ValueError(f"{half} must be there, or {half}_a and {half}_b")
-        out, into = out * parts[above].shape[0], into * parts[below].shape[1]
-    return out, into
+def _sizes_of_product(parts: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Outputs and inputs of a LoKr, the inputs times the kernel where its second half is decomposed."""
+    sizes = [
+        (
+            size_of(parts, half if half in parts else f"{half}_a", 0),
+            size_of(parts, half if half in parts else f"{half}_b", 1),
+        )
+        for half in ("lokr_w1", "lokr_w2")
+    ]
+    return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
 
 def _offset(shares: Sequence[_Share], part: str) -> Tensor:
