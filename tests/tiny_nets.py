@@ -17,7 +17,7 @@ NETS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "UNet2DConditionModel",
         "StableDiffusionPipeline",
         {
-            "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2,
+            "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 32, "attention_head_dim": 2,
             "cross_attention_dim": 12, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         },
@@ -26,7 +26,7 @@ NETS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "UNet2DConditionModel",
         "StableDiffusionXLPipeline",
         {
-            "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": (1, 2),
+            "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 32, "attention_head_dim": (4, 8),
             "cross_attention_dim": 12, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
             "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
@@ -49,15 +49,16 @@ NETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Flux.2": (
         "Flux2Transformer2DModel",
         "Flux2Pipeline",
-        {**FLUX, "axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 8},
+        {**FLUX, "axes_dims_rope": (2, 2, 2, 2)},
     ),
     "SD 3": (
         "SD3Transformer2DModel",
         "StableDiffusion3Pipeline",
         {
-            **HEADS, "sample_size": 8, "num_layers": 3, "joint_attention_dim": 12, "caption_projection_dim": 16,
-            "pooled_projection_dim": 10, "pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-            "in_channels": 4, "out_channels": 4,
+            "attention_head_dim": 64, "num_attention_heads": 2, "sample_size": 8, "num_layers": 2,
+            "joint_attention_dim": 12, "caption_projection_dim": 128, "pooled_projection_dim": 10,
+            "pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm", "in_channels": 4,
+            "out_channels": 4,
         },
     ),
     "Qwen-Image": (
@@ -77,8 +78,8 @@ NETS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ZImageTransformer2DModel",
         "ZImagePipeline",
         {
-            "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
-            "cap_feat_dim": 12, "axes_dims": [2, 2, 4], "axes_lens": [16, 16, 16],
+            "in_channels": 4, "dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+            "cap_feat_dim": 12, "axes_dims": [32, 48, 48], "axes_lens": [16, 16, 16],
         },
     ),
     "Lumina 2": (

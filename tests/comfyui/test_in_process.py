@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 from real_comfyui import HERE, environment, interpreter, skip_without
+from tiny_nets import NETS
 
 KINDS = ("sd1", "sd2", "sdxl", "sd3", "flux")
-ARGUMENTS = {"kind": KINDS, "family": ("sd1", "sdxl", "sd3", "flux")}
-"""What a check may take: each kind of model, or each family whose layers have names of their own."""
+ARGUMENTS = {"kind": KINDS, "family": ("sd1", "sdxl", "sd3", "flux"), "named": tuple(NETS)}
+"""What a check may take: each kind of model, each family whose layers have names of their own, or each with files."""
 skip_without()
 pytestmark = pytest.mark.timeout(600)
 
