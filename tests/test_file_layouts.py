@@ -299,7 +299,9 @@ def test_a_layer_named_twice_is_refused() -> None:
     for own in ("transformer.transformer_blocks.0.attn.to_q", "lora_transformer_transformer_blocks_0_attn_to_q"):
         with pytest.raises(ValueError, match="another key means the same layer"):
             adapters_from(whole | lora_of(16, 16, 1, KOHYA, own), holder)
-    with pytest.raises(ValueError, match=r"must be the only lora_\w+.weight of transformer.transformer_blocks.0.attn.to_q"):
+    with pytest.raises(
+        ValueError, match=r"must be the only lora_\w+.weight of transformer.transformer_blocks.0.attn.to_q"
+    ):
         adapters_from(whole | lora_of(16, 16, 1, PEFT, "transformer.transformer_blocks.0.attn.to_q"), holder)
 
 
