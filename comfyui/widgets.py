@@ -23,7 +23,7 @@ KEYS = {NAMES[key]: key for key in ("adapter.rank", "adapter.alpha", "adapter.fa
 }
 """{input: key of its setting}, where they differ."""
 LEFT_OUT = (
-    "model", "data.", "output", "device", "sampling.", "sharded", "offloading", "tensorboard",
+    "model", "encoders", "data.", "output", "device", "sampling.", "sharded", "offloading", "tensorboard",
 )  # fmt: skip
 """Settings of runs from the command line; and `offloading`, which needs a model that waits on another device."""
 FIRST = (

@@ -39,8 +39,8 @@ WITHOUT_SETTING = {
 }
 """{input of train_lora: what the command line has in its place}."""
 WITHOUT_RANGE = (
-    "model", "latents", "positive", "existing_lora", "targets", "checkpoint_folder", "resume_from", "checkpoints",
-    "non_finite", "world",
+    "model", "encoders", "latents", "positive", "existing_lora", "targets", "checkpoint_folder", "resume_from",
+    "checkpoints", "non_finite", "text_encoder", "world",
 )  # fmt: skip
 Say = Callable[[str], str]
 

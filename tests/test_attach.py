@@ -45,6 +45,14 @@ class Plain:
         return path.replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Partly(Plain):
+    """One that knows what its net throws away."""
+
+    def unread(self) -> set[str]:
+        return {"net.idle", "net.cut_off"}
+
+
 def adapters_for(denoiser: Any, **targets: Any) -> AdapterSet:
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(**targets), 0)
     for parameter in adapters.parameters():
@@ -68,6 +76,10 @@ def test_nothing_in_the_net_is_replaced_or_renamed() -> None:
     assert set(denoiser.net.state_dict()) == {f"{n}.{p}" for n in before if n for p in ("weight", "bias")}
 
 
+def gradients(adapters: AdapterSet) -> dict[int, Tensor]:
+    return {id(p): p.grad for p in adapters.parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(("exclude", "message"), [((), "1 of 3 adapters \\(net.idle\\) never ran"), (("idle",), "\\(net.cut_off\\) got no gradient")])  # fmt: skip # noqa: E501
 def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message: str) -> None:
     denoiser = Plain(Net())
@@ -75,7 +87,18 @@ def test_adapters_that_learn_nothing_are_named(exclude: tuple[str, ...], message
     with attached(denoiser, adapters):
         denoiser.net(torch.randn(2, 4)).sum().backward()
     with pytest.raises(ValueError, match=message):
-        adapters.refuse_unused({id(p): p.grad for p in adapters.parameters() if p.grad is not None})
+        adapters.refuse_unused(gradients(adapters), {"net"}, denoiser)
+
+
+def test_layers_that_no_prediction_depends_on_get_no_adapter_but_may_have_one_of_another_program() -> None:
+    denoiser = Partly(Net())
+    assert set(adapters_for(denoiser, preset="all").adapters) == {"net.by_keyword"}
+    with pytest.raises(ValueError, match="targets must match a layer"):
+        adapters_for(denoiser, preset="none", include=("idle",))
+    adapters = adapters_for(Plain(denoiser.net), preset="all")
+    with attached(denoiser, adapters):
+        denoiser.net(torch.randn(2, 4)).sum().backward()
+    assert adapters.refuse_unused(gradients(adapters), {"net"}, denoiser) == {"net"}
 
 
 def test_presets_on_stable_diffusion(family: StableDiffusion) -> None:

@@ -10,7 +10,10 @@ import pytest
 from chaos import killed_at_changes, trials
 from killing import Processes, Runs, started
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs processes that start at once")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs processes that start at once"),
+    pytest.mark.timeout(400),  # on a machine that is busy
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,16 @@ FLOORS = (
         "adapters",
         "data.folder",
         "data.buckets",
+        "data.tags",
         "plots",
         "demo",
         "layouts",
         "looks",
         "step_log",
         "lock",
+        "tensor_file",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "peft_config", "comfyui_pack", "fused"),
+    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",
@@ -37,11 +39,12 @@ FLOORS = (
         "packing",
         "fusing",
     ),
-    ("diagnosis", "checkpoints"),
+    ("diagnosis", "checkpoints", "files"),
     ("training", "resuming"),
     ("job", "inputs"),
     ("keeping", "run_folder"),
     ("run", "contract", "console"),
+    ("file_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -88,6 +91,7 @@ def climbs(module: str, imported: str) -> bool:
         "adapters",
         "kernels",
         "families",
+        "files",
     )
     if module == "training" and imported.startswith("families"):  # the loop knows a Denoiser, not a model
         return True

@@ -90,11 +90,11 @@ def test_the_caller_s_tensors_are_copied() -> None:
     assert found.latent.all() and found.cond["text"].all()
 
 
-def test_names_of_conditioning_are_kept_and_pooled_is_a_vector() -> None:
-    cond = {"text": numbers(1, 3, 2), "pooled": numbers(1, 5), "second": numbers(7, 2)}
+def test_names_of_conditioning_are_kept_and_pooled_and_mask_are_vectors() -> None:
+    cond = {"text": numbers(1, 3, 2), "pooled": numbers(1, 5), "second": numbers(7, 2), "mask": torch.ones(1, 3)}
     (found,) = samples(numbers(1, 4, 2, 2), [cond])
     assert {name: tuple(value.shape) for name, value in found.cond.items()} == {
-        "text": (3, 2), "pooled": (5,), "second": (7, 2)
+        "text": (3, 2), "pooled": (5,), "second": (7, 2), "mask": (3,)
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
 from lorasmith.adapters.oft import OFT
 from lorasmith.demo import BASE
-from lorasmith.inspection import inspected
+from lorasmith.inspection import inspected, layer_norms
+from lorasmith.norms_plot import kind_of_layer, norms_figure
 
 ALGORITHMS = [
     LoRA(rank=4, alpha=2),
@@ -116,3 +117,35 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.code == 2 and refused.err == (
         "lorasmith: nowhere.safetensors must be a safetensors file, got nothing there\n"
     )
+
+
+def test_the_picture_has_a_bar_for_each_layer(tmp_path: Path) -> None:
+    path, adapters = written(tmp_path, LoRA(rank=4, alpha=2))
+    norms = layer_norms(path)
+    assert [one.block for one in norms] == ["down_blocks 0", "down_blocks 12"]
+    (axes,) = norms_figure(norms, "title").axes
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches}  # pyright: ignore
+    for number, one in enumerate(norms):
+        assert bars[number] == pytest.approx(float(delta(adapters[one.layer]).norm()), rel=1e-3)
+    ended = lorasmith(tmp_path, "inspect", str(path), "--plot", "norms.png")
+    assert ended.code == 0 and (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+    for file, plot, message in (
+        (str(path), "norms.jpg", "plot must be a .png file in a folder that exists, got norms.jpg"),
+        (str(BASE), "a.png", f"{BASE} must be a LoRA file to have norms, which it is not"),
+    ):
+        refused = lorasmith(tmp_path, "inspect", file, "--plot", plot)
+        assert (refused.code, refused.err) == (2, f"lorasmith: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "cross-attention"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k", "attention"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_2", "MLP"),
+        ("lora_unet_mid_block_resnets_0_conv1", "convolution"),
+        ("transformer.x_embedder", "other"),
+    ],
+)
+def test_kinds_of_layers(layer: str, kind: str) -> None:
+    assert kind_of_layer(layer)[0] == kind

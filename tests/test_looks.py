@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.looks import SIGNS, TEXT_WIDTHS, lora_family, n_in
+from lorasmith.looks import FOLDER_PART, MODEL_SIGNS, SIGNS, TEXT_WIDTHS, lora_family, model_family, n_in
 
 FAMILIES = {  # a layer as its programs name it: the family
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": "SDXL",
@@ -46,6 +46,49 @@ FAMILIES = {  # a layer as its programs name it: the family
     "text_encoder.text_model.encoder.layers.0.mlp.fc1": "a text encoder",
     "somewhere": "an unknown model",
 }
+
+MODELS = {  # a tensor of a model's file: the family
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": "SDXL",
+    "model.diffusion_model.label_emb.0.0.weight": "SDXL",
+    "label_emb.0.0.weight": "SDXL",
+    "add_embedding.linear_1.weight": "SDXL",
+    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "pos_embed.pos_embed": "Stable Diffusion 3",
+    "distilled_guidance_layer.in_proj.weight": "Chroma",
+    "model.diffusion_model.single_stream_modulation.lin.weight": "Flux.2",
+    "single_stream_modulation.linear.weight": "Flux.2",
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
+    "double_blocks.0.img_attn.qkv.weight": "Flux",
+    "single_transformer_blocks.0.attn.to_q.weight": "Flux",
+    "model.diffusion_model.transformer_blocks.0.img_mlp.net.2.weight": "Qwen-Image",
+    "cap_pad_token": "Z-Image",
+    "all_x_embedder.2-1.weight": "Z-Image",
+    "layers.0.adaLN_modulation.0.weight": "Z-Image",
+    "model.diffusion_model.cap_embedder.0.weight": "Lumina 2",
+    "time_caption_embed.caption_embedder.0.weight": "Lumina 2",
+    "vace_blocks.0.after_proj.bias": "Wan VACE",
+    "model.diffusion_model.blocks.0.self_attn.q.weight": "Wan",
+    "condition_embedder.time_proj.weight": "Wan",
+    "cond_stage_model.model.ln_final.weight": "Stable Diffusion 2.x",
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias": "Stable Diffusion 1.x",
+    "model.diffusion_model.input_blocks.0.0.weight": "a UNet of the Stable Diffusion kind",
+    "down_blocks.0.resnets.0.conv1.weight": FOLDER_PART,
+    "text_model.final_layer_norm.bias": FOLDER_PART,
+    "layers.0.adaLN_modulation.1.weight": "unknown",
+}
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_the_names_of_every_family_s_models(key: str) -> None:
+    assert model_family([key]) == MODELS[key]
+
+
+def test_no_sign_of_models_stands_in_vain() -> None:
+    for index, (sign, family) in enumerate(MODEL_SIGNS):
+        earlier = [pattern for pattern, _ in MODEL_SIGNS[:index]]
+        new = [k for k in MODELS if re.match(sign, k) and not any(re.match(pattern, k) for pattern in earlier)]
+        assert any(MODELS[key] == family for key in new), sign
 
 
 def lora(rows: int, columns: int) -> dict[str, Tensor]:

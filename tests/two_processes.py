@@ -39,7 +39,7 @@ from lorasmith.training import NonFiniteError
 from lorasmith.types import Batch, Cached, Denoiser, Result
 from lorasmith.world import World, joined
 
-PATIENCE = 100  # seconds for a whole command
+PATIENCE = 300  # seconds for a whole command
 TARGETS = Targets(preset="all", exclude=(r"blocks\.1\.attn\.add_q_proj",))  # whose output the net throws away
 CUT = Config(steps=5, targets=TARGETS, learning_rate=1e-2)
 DTYPES: Sequence[torch.dtype] = (torch.float64, torch.float32)

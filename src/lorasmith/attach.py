@@ -1,7 +1,7 @@
 """The set of adapters, and how they hang on a net: by forward hooks."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.kernels.packed import Packed
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, unread
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,12 @@ def _refuse_equal_keys(denoiser: Denoiser, paths: Iterable[str]) -> None:
         named[key] = path
 
 
+def targeted(denoiser: Denoiser, targets: Targets) -> set[str]:
+    """The paths of the layers that targets mean and that predictions depend on."""
+    idle = unread(denoiser)
+    return {path for path in adaptable_layers(denoiser.nets) if targets.matches(path) and path not in idle}
+
+
 class AdapterSet:
     """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
 
@@ -48,9 +54,10 @@ class AdapterSet:
 
     @classmethod
     def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
-        """A new adapter for each target; ValueError where no layer is one."""
+        """A new adapter for each target whose output is read; ValueError where no layer is one."""
         layers = adaptable_layers(denoiser.nets)
-        chosen = {path: Layer.of(path, module) for path, module in layers.items() if targets.matches(path)}
+        paths = targeted(denoiser, targets)
+        chosen = {path: Layer.of(path, module) for path, module in layers.items() if path in paths}
         if not chosen:
             raise ValueError(
                 f"targets must match a layer, got preset {targets.preset!r}, include {list(targets.include)}, exclude "
@@ -107,25 +114,44 @@ class AdapterSet:
             parameter.requires_grad_(False)
         return self
 
-    def refuse_unused(self, gradients: Mapping[int, Tensor]) -> None:
-        """ValueError that names adapters that never ran, or whose output never reached the loss, by their gradients.
+    @property
+    def nets(self) -> set[str]:
+        """The names of the nets that they hang on."""
+        return {_net(path) for path in self.adapters}
 
-        gradients: {id of a parameter: its gradient}, of those that got one. Adapters whose gradient is exactly zero are
-        named in a warning: most likely their output is thrown away, but a net may also ignore it for this input alone.
+    def refuse_unused(self, gradients: Mapping[int, Tensor], unseen: Set[str], denoiser: Denoiser) -> set[str]:
+        """The nets among `unseen` that ran: their adapters must have run too, and their output reached the loss.
+
+        ValueError that names those that did not. gradients: {id of a parameter: its gradient}, of those that got one.
+        A net whose adapters all rested is taken as one that no sample went to, unless no net is left that ran instead.
+        Adapters whose gradient is exactly zero are named in a warning: most likely their output is thrown away, but a
+        net may also ignore it for this input alone. Those that no prediction depends on, of another program's file, may
+        be there and learn nothing.
         """
-        idle = [path for path in self.adapters if path not in self.ran]
-        grads = {path: [gradients.get(id(w)) for w in adapter.parameters()] for path, adapter in self.adapters.items()}
+        running = {_net(path) for path in self.ran}
+        if not running and denoiser.nets.keys() <= self.nets:
+            running = self.nets
+        running &= unseen
+        exempt = unread(denoiser)
+        paths = [path for path in self.adapters if _net(path) in running and path not in exempt]
+        idle = [path for path in paths if path not in self.ran]
+        grads = {path: [gradients.get(id(w)) for w in self.adapters[path].parameters()] for path in paths}
         cut_off = [path for path, found in grads.items() if path in self.ran and any(g is None for g in found)]
-        for paths, what in ((idle, "never ran"), (cut_off, "got no gradient")):
-            if paths:
-                raise ValueError(f"{self._listed(paths)} {what}; add them to targets.exclude")
+        for faulty, what in ((idle, "never ran"), (cut_off, "got no gradient")):
+            if faulty:
+                raise ValueError(f"{self._listed(faulty)} {what}; add them to targets.exclude")
         zero = [path for path, found in grads.items() if not any(g.any() for g in found if g is not None)]
         if zero:
             log.warning("%s got a gradient of zero in the first step: do their layers matter?", self._listed(zero))
+        return running
 
     def _listed(self, paths: list[str]) -> str:
         shown = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
         return f"{len(paths)} of {len(self.adapters)} adapters ({shown})"
+
+
+def _net(path: str) -> str:
+    return path.partition(".")[0]
 
 
 class Removable(Protocol):

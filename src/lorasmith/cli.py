@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from lorasmith import __version__
+from lorasmith.file_commands import COMMANDS
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ app = App(
 )
 comfyui = App(name="comfyui", help="The nodes for ComfyUI.")
 app.command(comfyui)
+for command in COMMANDS:
+    app.command(command)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 INTERRUPTED = 130
 
@@ -68,15 +71,16 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -
 
 @app.command
 def sample(
-    prompts: list[str], /, *, model: str, lora: Path | None = None, output: Path = Path("samples.png"),
-    seed: int = 0, steps: int = 25, guidance: float = 5.0,
+    prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
+    output: Path = Path("samples.png"), seed: int = 0, steps: int = 25, guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Draw prompts without and with a LoRA, into one labelled picture.
 
     Parameters
     ----------
     prompts: what to draw, a picture each
-    model: base model: a diffusers folder, or demo for the embedded one
+    model: base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
+    encoders: for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
     lora: LoRA file; none: the model alone
     output: PNG file to write
     seed: drives the noise that pictures start from
@@ -87,7 +91,8 @@ def sample(
     from lorasmith.settings import configured
 
     values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
-    config = configured(_with_model({"model": model, "sampling": values}))
+    named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
+    config = configured(_with_model({**named, "sampling": values}))
     _prepare_terminal()
     draw_comparison(config, lora, output)
     print(output)
@@ -95,20 +100,28 @@ def sample(
 
 
 @app.command
-def inspect(file: Path, /) -> int:
+def inspect(file: Path, /, *, plot: Path | None = None) -> int:
     """Show what a LoRA file, a checkpoint or a diffusers folder is.
 
     Parameters
     ----------
     file: safetensors file or diffusers folder, or demo for the embedded model
+    plot: PNG file to draw the norms of a LoRA's layers into
     """
     from lorasmith.console import show_table
-    from lorasmith.inspection import inspected
+    from lorasmith.inspection import inspected, layer_norms
 
+    if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
+        raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
     inspection = inspected(Path(_with_model({"model": str(file)})["model"]))
     show_table(inspection.facts)
     show_table(inspection.rows, inspection.columns)
     show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+    if plot is not None:
+        from lorasmith.norms_plot import save_norms_plot
+
+        save_norms_plot(layer_norms(file), f"What {file.name} adds", plot)
+        print(plot)
     return 0
 
 

@@ -1,9 +1,9 @@
 """The one schema of a run: every setting with its range, its default and its help."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
@@ -13,7 +13,7 @@ from lorasmith.draws import SEED_MAX
 from lorasmith.losses import MSE, Loss
 from lorasmith.noise import Times, Uniform
 from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
-from lorasmith.targets import Targets
+from lorasmith.targets import TEXT_NETS, Targets
 
 MAX_STEPS = 100_000
 LayoutName = Literal["kohya", "diffusers", "comfyui", "lycoris"]
@@ -88,11 +88,34 @@ class NonFinite(Component):
     )
 
 
+class TextEncoder(Component):
+    """The text encoders, as far as they are trained."""
+
+    train: bool = Field(
+        default=False, description="adapt the text encoders too (Stable Diffusion 1.x, 2.x, SDXL); captions stay texts"
+    )
+    learning_rate: float | None = Field(
+        default=None, ge=1e-7, le=1.0, allow_inf_nan=False, description="their own rate; none: learning_rate"
+    )
+
+    @model_validator(mode="after")
+    def _rate_is_used(self) -> Self:
+        if self.learning_rate is not None and not self.train:
+            raise ValueError(
+                f"must train where it has a learning_rate, which nothing would use, got {self.learning_rate}"
+            )
+        return self
+
+
 class Config(Component):
     """A run. Where Python hands over the model or the data itself, `model` and `data` stay empty."""
 
     model: str | None = Field(
         default=None, description="base model: a diffusers folder, a single-file checkpoint or a hub id"
+    )
+    encoders: str | None = Field(
+        default=None,
+        description="for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders",
     )
     data: Data = Data()
     output: UserPath | None = Field(
@@ -151,6 +174,7 @@ class Config(Component):
     sharded: bool = Field(default=False, description="share the model's weights out over the processes (FSDP2)")
     adapter: Algorithm = LoRA()
     targets: Targets = Targets()
+    text_encoder: TextEncoder = TextEncoder()
     optimizer: Optimizer = Field(default=AdamW(), description="how gradients become steps")
     schedule: Schedule = Field(default=Constant(), description="how the learning rate changes over the steps")
     loss: Loss = Field(default=MSE(), description="distance of prediction and target")
@@ -168,3 +192,8 @@ class Config(Component):
     def group_size(self) -> int:
         """Samples an optimizer step and process."""
         return self.batch_size * self.grad_accumulation_steps
+
+    def rate_of(self, path: str) -> float:
+        """The optimizer's rate for the adapter on this layer."""
+        own = self.text_encoder.learning_rate if path.startswith(TEXT_NETS) else None
+        return self.learning_rate if own is None else own

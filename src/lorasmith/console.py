@@ -137,6 +137,13 @@ def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
             progress.update(task, completed=step.step - before, loss=f"{mean:.4f}", rate=rate)
 
 
+def tracked(names: Sequence[str], what: str) -> Iterator[str]:
+    """Runs through names with a progress bar, which is gone afterwards; nothing where no terminal shows it."""
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(names)
+
+
 def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:
     """Rows of text, under the names of their columns where these are given; nothing without rows."""
     if not rows:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lorasmith.attach import attach
-from lorasmith.config import Checkpoints, Config, NonFinite
+from lorasmith.config import Checkpoints, Config, NonFinite, TextEncoder
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import best_device, compute_dtype, device_of
 from lorasmith.dora_scales import PAPER
@@ -54,6 +54,7 @@ def train_lora(
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
     *,
+    encoders: str | Path | None = None,
     alpha: float | None = None,
     factor: int | None = None,
     targets: Targets | None = None,
@@ -69,6 +70,7 @@ def train_lora(
     memory_ladder: bool = False,
     pack: Literal["none", "conv", "all"] = "all",
     native_kernels: bool = True,
+    text_encoder: TextEncoder | None = None,
     world: World = ALONE,
 ) -> Result:
     """Trains a LoRA; the model that comes in stays as it is.
@@ -91,6 +93,7 @@ def train_lora(
     lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
     gradient_checkpointing: compute activations again in the backward pass, to save memory.
     existing_lora: a LoRA file to go on training, whose algorithm, rank and alpha hold.
+    encoders: where model is a single file, the diffusers folder or hub id of what it lacks; None: it lacks nothing.
     alpha: the update is scaled by alpha / rank; None: the rank. Of OFT: the limit of its rotation; None: none.
     factor: of LoKr alone: rows and columns of the smaller Kronecker factor; None: near square.
     targets: the layers to adapt; None: attention and MLPs.
@@ -109,6 +112,8 @@ def train_lora(
     memory_ladder: where memory runs out, use gradient_checkpointing, then halve batch_size, instead of stopping.
     pack: which frozen layers are laid out anew for the processor while it trains: faster, for more memory.
     native_kernels: use kernels in C where the processor has what they need, and a compiler is there.
+    text_encoder: whether the text encoders are trained too, and at which rate; None: they are not. `positive` must be
+        captions then, and the model one of Stable Diffusion 1.x, 2.x or SDXL.
     world: the processes that train this LoRA together (`lorasmith.world.joined`); each has the whole of the inputs and
         gets the whole of the outputs.
 
@@ -132,6 +137,7 @@ def train_lora(
             "base_dtype": base_dtype, "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
             "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
             "pack": pack, "native_kernels": native_kernels,
+            "text_encoder": TextEncoder() if text_encoder is None else text_encoder,
         }
     )  # fmt: skip
     if not isinstance(world, World):
@@ -139,7 +145,7 @@ def train_lora(
     if config.non_finite.returns and checkpoint_folder is None:
         raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
-        family = None if isinstance(model, Denoiser) else opened(model)
+        family = _family(model, encoders, with_texts=config.text_encoder.train)
         denoiser: Denoiser = model if family is None else family.denoiser
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
@@ -173,6 +179,19 @@ def config_of(inputs: Mapping[str, Any]) -> Config:
     if config.steps is None:  # which a run from the command line may leave open
         raise ValueError(f"steps must be a whole number, {settings()['steps'].rule}, got None")
     return config
+
+
+def _family(model: Any, encoders: Any, *, with_texts: bool) -> Family | None:
+    """None for a Denoiser, which is no model of a family."""
+    if encoders is not None and not isinstance(encoders, str | Path):
+        raise ValueError(f"encoders must be a folder, a hub id or None, got {encoders!r:.100}")
+    if isinstance(model, Denoiser):
+        if encoders is not None:
+            raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
+        if with_texts:
+            raise ValueError("text_encoder.train must be false where model is a Denoiser, which holds what it trains")
+        return None
+    return opened(model, encoders, with_texts=with_texts)
 
 
 def _text_as_path(value: Any) -> Any:

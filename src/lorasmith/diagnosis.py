@@ -43,6 +43,8 @@ def _origin(denoiser: Denoiser, adapters: AdapterSet, sample: Batch, config: Con
         inputs = {"its noised latent": x_t} | {f"its conditioning {name}": c for name, c in sample.cond.items()}
         bad_inputs = [f"{what} is {found}" for what, tensor in inputs.items() if (found := _non_finite(tensor))]
         return next(iter(bad_inputs), run.origin or f"the loss is {lost}")
+    if not loss.requires_grad:  # it went to a net without adapters
+        return None
     owners = [path for path, adapter in adapters.adapters.items() for _ in adapter.parameters()]
     grads = torch.autograd.grad(loss * share, adapters.parameters(), allow_unused=True)
     bad = {path: found for path, grad in zip(owners, grads, strict=True) if (found := _non_finite(grad))}

@@ -18,6 +18,8 @@ from lorasmith.types import Cached, Cond
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+VECTORS = {"pooled": "D", "mask": "L"}
+"""Conditioning with one axis: what that counts."""
 Convert = Callable[[Sequence[Any], str], list[T]]
 """Entries of `positive` and their name, for messages -> what they stand for."""
 
@@ -134,12 +136,13 @@ def _cond(entry: Any, where: str) -> Cond:
 
 
 def _one(name: str, value: Tensor, where: str) -> Tensor:
-    """A tensor with or without a batch axis of 1 -> [L,D] or [D]."""
-    axes = 1 if name == "pooled" else 2
+    """A tensor with or without a batch axis of 1 -> [L,D], or [D] or [L] for vectors."""
+    axes = 1 if name in VECTORS else 2
     if value.ndim == axes + 1 and len(value) == 1:
         value = value[0]
     if value.ndim != axes:
-        rule = "[D] or [1,D]" if axes == 1 else "[L,D] or [1,L,D]"
+        letters = VECTORS.get(name, "L,D")
+        rule = f"[{letters}] or [1,{letters}]"
         raise ValueError(f"{where} {name} must be {rule}, got {list(value.shape)}")
     if not value.is_floating_point():
         raise ValueError(f"{where} {name} must hold floating point numbers, got {value.dtype}")

@@ -21,6 +21,7 @@ from lorasmith.adapters.oft import turn_of
 from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
+from lorasmith.norms_plot import LayerNorm
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
@@ -94,7 +95,7 @@ def _lora(path: Path) -> Inspection:
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
     algorithms = Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts)))
-    num_bad = sum(not tensor.float().isfinite().all() for tensor in state.values())
+    num_bad = sum(not _is_finite(tensor) for tensor in state.values())
     others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
     facts = [
         ("kind", "LoRA"),
@@ -114,6 +115,17 @@ def _lora(path: Path) -> Inspection:
     )
 
 
+def layer_norms(path: Path) -> list[LayerNorm]:
+    """What a LoRA adds to each layer, blocks in the order of the net; ValueError where the file is no LoRA."""
+    if path.is_dir() or not is_lora(Header.of(path).shapes):
+        raise ValueError(f"{path} must be a LoRA file to have norms, which it is not")
+    layers = by_layer(lorafile.read(path)[0])
+    norms = [LayerNorm(_block(layer), layer, _norm(parts)) for layer, parts in layers.items() if kind_of(parts)]
+    if not norms:
+        raise ValueError(f"{path} must hold an adapter to have norms, which it does not")
+    return sorted(norms, key=lambda one: (_place((one.block,)), one.layer))
+
+
 def _counted(values: Counter[str]) -> str:
     """ "8 (57 layers), 4 (1)"; a single value alone."""
     if len(values) < 2:
@@ -121,8 +133,14 @@ def _counted(values: Counter[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in values.most_common(8)) + ("…" if len(values) > 8 else "")
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return bool((tensor if tensor.is_complex() else tensor.float()).isfinite().all())
+
+
 def _number(tensor: Tensor) -> str:
-    return f"{float(tensor):g}" if tensor.numel() == 1 else f"{tensor.numel()} numbers"
+    if tensor.numel() != 1 or tensor.is_complex():
+        return f"{tensor.numel()} numbers"
+    return f"{float(tensor):g}"
 
 
 def _rank(parts: Mapping[str, Tensor]) -> str | None:

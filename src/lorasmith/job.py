@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasmith import __version__, lorafile
 from lorasmith.adapters import Algorithm, LoKr
 from lorasmith.adapters.oft import OFTAdapter
-from lorasmith.attach import AdapterSet, attached
+from lorasmith.attach import AdapterSet, attached, targeted
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config
@@ -37,7 +37,7 @@ from lorasmith.resuming import (
 )
 from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.state import State
-from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.targets import TEXT_NETS, Targets
 from lorasmith.training import has_native_kernels, train
 from lorasmith.types import Denoiser, Step
 from lorasmith.world import ALONE, World
@@ -180,12 +180,13 @@ class Job:
             "lorasmith.algorithm": "+".join(self.adapters.algorithms),
             "lorasmith.base_hash": self.facts["base model"],
             "lorasmith.config": _portable(config),
-            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.sai_model_spec": "1.0.1",
             "modelspec.implementation": "diffusers",
             "ss_steps": str(steps),
             "ss_max_train_steps": str(config.steps),
             "ss_seed": str(config.seed),
             "ss_learning_rate": str(config.learning_rate),
+            **({"ss_text_encoder_lr": str(config.rate_of(TEXT_NETS))} if config.text_encoder.train else {}),
             "ss_lr_scheduler": config.schedule.name,
             "ss_optimizer": config.optimizer.name,
             "ss_loss_type": config.loss.name,
@@ -219,11 +220,13 @@ def _continued(path: Path, denoiser: Denoiser, group_size: int, config: Config) 
 
 def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:
     """Names the inputs that a continued LoRA overrules."""
-    asked_paths = {path for path in adaptable_layers(denoiser.nets) if config.targets.matches(path)}
+    asked_paths = targeted(denoiser, config.targets)
     if config.targets != Targets() and asked_paths != adapters.adapters.keys():
         log.warning(
             "targets: the LoRA's own %d layers hold, not the %d asked for", len(adapters.adapters), len(asked_paths)
         )
+    if config.text_encoder.train and not any(path.startswith(TEXT_NETS) for path in adapters.adapters):
+        log.warning("text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder")
     if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:
         log.warning("factor: the LoRA's own holds, not %d", config.adapter.factor)
     asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
@@ -257,6 +260,6 @@ def _portable(config: Config) -> str:
     """What decides the result, as JSON; paths are cut to their last name: a file tells nothing of its machine."""
     without = {"output": True, "device": True, "sampling": True, "data": {"held_out", "drift"}}
     values = config.model_dump(mode="json", exclude={**without, **dict.fromkeys(WITHOUT_EFFECT, True)})
-    for table, key in ((values, "model"), (values, "existing_lora"), (values["data"], "folder")):
+    for table, key in ((values, "model"), (values, "encoders"), (values, "existing_lora"), (values["data"], "folder")):
         table[key] = None if table[key] is None else Path(table[key]).name
     return json.dumps(values, sort_keys=True)

@@ -36,13 +36,22 @@ ATTENTION = re.compile(r"(attn|attention)_(?!to_out)|linear1$")
 LINEAR1 = re.compile(r"single_blocks_\d+_linear1$")
 ROWS_OF_FLUX2 = 9  # of this layer, times its inputs; Flux.1 and Chroma have 7
 FOLDER_PART = "a part of a diffusers folder"
+DENOISER = r"(model\.diffusion_model\.)?"
 MODEL_SIGNS = (
-    (r"conditioner\.", "SDXL"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "Stable Diffusion 3"),
-    (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\.", "Flux"),
+    (r"conditioner\.|add_embedding\.", "SDXL"),
+    (DENOISER + r"(joint_blocks\.|pos_embed\.pos_embed$)", "Stable Diffusion 3"),
+    (DENOISER + r"distilled_guidance_layer\.", "Chroma"),
+    (DENOISER + r"single_stream_modulation\.", "Flux.2"),
+    (DENOISER + r"txt_in\.individual_token_refiner\.", "HunyuanVideo"),
+    (DENOISER + r"(double_blocks|single_transformer_blocks)\.", "Flux"),
+    (DENOISER + r"transformer_blocks\.\d+\.img_mlp\.", "Qwen-Image"),
+    (DENOISER + r"(cap_pad_token$|all_x_embedder\.|layers\.0\.adaLN_modulation\.0\.)", "Z-Image"),
+    (DENOISER + r"(cap_embedder|time_caption_embed)\.", "Lumina 2"),
+    (DENOISER + r"vace_blocks\.", "Wan VACE"),
+    (DENOISER + r"(blocks\.\d+\.self_attn\.q\.|condition_embedder\.time_proj\.)", "Wan"),
     (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
     (r"cond_stage_model\.transformer\.", "Stable Diffusion 1.x"),
-    (r"model\.diffusion_model\.label_emb\.", "SDXL"),
+    (DENOISER + r"label_emb\.", "SDXL"),
     (r"model\.diffusion_model\.input_blocks\.", "a UNet of the Stable Diffusion kind"),
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )

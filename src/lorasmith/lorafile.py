@@ -3,17 +3,15 @@
 import json
 import logging
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorasmith.digests import digest
-from lorasmith.header import Header
+from lorasmith.header import Header, header_bytes
 from lorasmith.peft_config import with_alphas
 from lorasmith.types import Denoiser
 from lorasmith.whole import write_whole
@@ -34,15 +32,8 @@ def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> lis
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, tensors[key].dtype == torch.float16, key))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for key in order:
-        begin, end = end, end + tensors[key].nbytes
-        shape = list(tensors[key].shape)
-        header[key] = {"dtype": DTYPE_NAMES[tensors[key].dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
+    entries = [(key, DTYPE_NAMES[tensors[key].dtype], tensors[key].shape, tensors[key].nbytes) for key in order]
+    head = header_bytes(entries, metadata)
     return [head, *(tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order)]
 
 

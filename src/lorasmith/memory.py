@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lorasmith.kernels.attention import kept_results
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
@@ -105,7 +106,9 @@ def checkpointed(denoiser: Denoiser, depth: int) -> Iterator[None]:
         log.warning("gradient_checkpointing does nothing: the model has no lists of blocks")
     held = [(block, block.forward) for net in denoiser.nets.values() for block in blocks(net, depth)]
     for block, forward in held:
-        block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(
+            checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=kept_results
+        )
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Noise processes (what x_t is, and what the net predicts), and the laws that times are drawn from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -92,7 +92,7 @@ class Flow:
     """
 
     shift: float = 1.0
-    by_size: TokenShift | None = None
+    by_size: Callable[[Sequence[int]], float] | None = None  # latents' shape [C,h,w] -> shift
 
     def sized(self, shape: Sequence[int]) -> "Flow":
         """The flow for latents of this shape."""

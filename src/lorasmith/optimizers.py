@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +15,10 @@ from lorasmith.component import Component, named
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added to the denominator")]
 WeightDecay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+Params = Sequence[Tensor] | Sequence[dict[str, Any]]
+"""Tensors, or torch's groups of them with rates of their own."""
 
 
 class _Adam(Component):
@@ -30,7 +35,7 @@ class AdamW(_Adam):
     name: Literal["AdamW"] = "AdamW"
     weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
 
-    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    def build(self, params: Params, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
@@ -42,7 +47,7 @@ class Adam(_Adam):
     name: Literal["Adam"] = "Adam"
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    def build(self, params: Params, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
@@ -55,7 +60,7 @@ class SGD(Component):
     momentum: Beta = Field(default=0.0, description="decay of the velocity")
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    def build(self, params: Params, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
@@ -68,7 +73,7 @@ class RMSprop(Component):
     eps: Eps = 1e-8
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    def build(self, params: Params, lr: float) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(
             params, lr=lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay
         )
@@ -137,7 +142,8 @@ class Masters:
     """
 
     @torch.inference_mode(False)  # whatever the caller is in: parameters are trained as parts of the vector
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], counts: Sequence[int] = ()) -> None:
+        """counts: how many parameters after one another make each group; none: all are one."""
         self.params = list(params)
         self.sizes = [p.numel() for p in self.params]
         self.own = torch.empty(sum(self.sizes), dtype=self.params[0].dtype, device=self.params[0].device)
@@ -147,6 +153,20 @@ class Masters:
         self.vector = self.own.to(torch.promote_types(self.own.dtype, torch.float32)).requires_grad_()
         self.own_grad = torch.zeros_like(self.own, requires_grad=False)
         self._grads = self.parts(self.own_grad)
+        self.groups = self._groups(counts) if len(counts) > 1 else [self.vector]
+
+    def _groups(self, counts: Sequence[int]) -> list[Tensor]:
+        """The vector's part for each group, as an optimizer takes it."""
+        sizes = iter(self.sizes)
+        lengths = [sum(islice(sizes, count)) for count in counts]
+        return [part.requires_grad_() for part in self.vector.detach().split(lengths)]
+
+    def share_gradient(self) -> None:
+        """Gives each group its part of the gradient."""
+        if len(self.groups) > 1:
+            parts = self.gradient().split([len(group) for group in self.groups])
+            for group, part in zip(self.groups, parts, strict=True):
+                group.grad = part
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """A vector [N] -> each parameter's part of it, in its shape."""
@@ -154,10 +174,15 @@ class Masters:
 
     def clear(self) -> None:
         """Forgets all gradients, and has the parameters' next ones add up in one vector."""
-        self.vector.grad = None
+        self.forget()
         self.own_grad.zero_()
         for param, grad in zip(self.params, self._grads, strict=True):
             param.grad = grad
+
+    def forget(self) -> None:
+        """Leaves the vector without a gradient."""
+        for tensor in (self.vector, *self.groups):
+            tensor.grad = None
 
     def release(self) -> None:
         """Leaves the parameters without gradients."""

@@ -39,10 +39,10 @@ def loss_figure(steps: Sequence[Step]) -> Figure:
     Above 800 steps the losses show as the range, least to greatest, of equal bins of steps. Losses that are not finite
     leave gaps; they, and the few so high that the axis leaves them out, are marked and counted.
     """
-    figure = _empty_figure()
+    figure = empty_figure()
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
     for axes in (upper, lower):
-        _prepare(axes)
+        prepare(axes)
     number = np.array([step.step for step in steps], np.float64)
     _draw_losses(upper, number, np.array([step.loss for step in steps], np.float64))
     _draw_rates(lower, number, np.array([step.lr for step in steps], np.float64))
@@ -53,23 +53,23 @@ def loss_figure(steps: Sequence[Step]) -> Figure:
 
 def losses_figure(losses: Sequence[float]) -> Figure:
     """The losses of steps 1 to N -> the same without a panel of learning rates."""
-    figure = _empty_figure()
+    figure = empty_figure()
     axes = figure.subplots()
-    _prepare(axes)
+    prepare(axes)
     number = np.arange(1, len(losses) + 1, dtype=np.float64)
     _draw_losses(axes, number, np.array(losses, np.float64))
     _number_steps(axes, number)
     return figure
 
 
-def _empty_figure() -> Figure:
+def empty_figure() -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.13, hspace=0.03)  # inches, inches, share of a panel
     figure = Figure(figsize=(10, 6), dpi=100, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _prepare(axes: Axes) -> None:
+def prepare(axes: Axes) -> None:
     axes.grid(color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=6)

@@ -21,7 +21,7 @@ from lorasmith.world import World
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = "samples a step"
-PLACES = ("output", "data", "model", "existing_lora", "device")
+PLACES = ("output", "data", "model", "encoders", "existing_lora", "device")
 """Settings that may differ between machines: what is found there is compared instead."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
 WITHOUT_EFFECT = (
@@ -102,7 +102,8 @@ def refuse_differences(world: World, config: Config, facts: Mapping[str, str]) -
 
 def tell_changes(checkpoint: Checkpoint, config: Config, facts: Mapping[str, str]) -> None:
     """Logs what is not as it was when the checkpoint was written."""
-    old, new = dict(_flat(checkpoint.config)), dict(_flat(config.model_dump(mode="json")))
+    was = {**Config().model_dump(mode="json"), **checkpoint.config}  # an older program had fewer settings
+    old, new = dict(_flat(was)), dict(_flat(config.model_dump(mode="json")))
     keys = [key for key in {**old, **new} if _shown(old.get(key)) != _shown(new.get(key))]
     harmless = [key for key in keys if _is_harmless(key, checkpoint, config, facts)]
     changes = [f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in keys if key not in harmless]

@@ -18,6 +18,7 @@ from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import MAX_STEPS, Config, Sampling
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.folder import examples
+from lorasmith.data.tags import tag_frequency
 from lorasmith.devices import best_device, compute_dtype, model_dtype
 from lorasmith.families import Family, opened
 from lorasmith.job import Job
@@ -80,7 +81,7 @@ class Run:
             for name, path in (("held-out", config.data.held_out), ("drift", config.data.drift))
             if path is not None
         }
-        family = opened(config.model)
+        family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
         device = _device(config, world)
         codec = family.codec(device)
         resolution = config.data.resolution or codec.resolution
@@ -92,7 +93,7 @@ class Run:
             seed=config.seed,
             group_size=config.group_size * world.size,
         )
-        metadata = _base_metadata(family, config)
+        metadata = {**_base_metadata(family, config), "ss_tag_frequency": tag_frequency(found)}
         job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
         encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
         path = folder.checkpoints_path if folder else Path()
@@ -252,7 +253,8 @@ def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     assert config.model is not None and config.sampling.prompts
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
-    family, device = opened(config.model), _device(config, ALONE)
+    family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
+    device = _device(config, ALONE)
     adapters = None
     if lora is not None:
         state, metadata = lorafile.read(lora)

@@ -7,7 +7,7 @@ from torch import nn
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.memory import INNERMOST, blocks
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, Routed
 from lorasmith.world import World
 
 
@@ -17,6 +17,7 @@ def refuse_useless_sharding(config: Config, adapters: AdapterSet, world: World) 
         (world.size == 1, "in a single process: there is no other to hold a share (torchrun starts several)"),
         (config.offloading, "with offloading: the weights wait on the CPU already"),
         (config.memory_ladder, "with memory_ladder: where one process runs out, the others would wait for its share"),
+        (config.text_encoder.train, "with text_encoder.train: text encoders are not shared out yet"),
         ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is in parts"),
         (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are in parts"),
     )
@@ -32,13 +33,15 @@ def shard(denoiser: Denoiser, device: torch.device) -> None:
     the denoiser the same number of times. At most one innermost block is whole at a time, with what is left of the
     blocks around it and a buffer for its neighbour; the blocks that one checkpoint runs again stay whole together.
     Losses are bitwise those of whole weights, gradients up to the order of sums: what goes back to a block's input is
-    added up within the block first. ValueError where no net has blocks.
+    added up within the block first. ValueError where no net has blocks, or where nets rest while others run.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # half a second that other runs need not wait
 
     if not any(blocks(net, 1) for net in denoiser.nets.values()):
         raise ValueError("sharded must be False: the model has no lists of blocks")
+    if isinstance(denoiser, Routed):  # a net that rests in one process would be waited for in the others
+        raise ValueError("sharded must be False: the model sends each sample to one of its nets alone")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for net in denoiser.nets.values():
         for module in net.modules():

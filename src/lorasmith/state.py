@@ -1,12 +1,12 @@
 """Everything that a step changes: the adapters' masters, the optimizer, the scale of the losses, and counters."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
@@ -34,12 +34,19 @@ class State:
     """What makes an interrupted run end as an uninterrupted one does, together with its config, model and data."""
 
     def __init__(self, adapters: AdapterSet, config: Config, *, is_fp16: bool, group: int = 0) -> None:
-        self.names = [
-            f"{path}/{name}" for path, adapter in adapters.adapters.items() for name, _ in adapter.named_parameters()
-        ]
-        self.masters = Masters(adapters.parameters())
+        by_rate: dict[float, dict[str, nn.Parameter]] = {}
+        for path, adapter in adapters.adapters.items():
+            own = {f"{path}/{name}": parameter for name, parameter in adapter.named_parameters()}
+            by_rate.setdefault(config.rate_of(path), {}).update(own)
+        self.rates, self.groups = list(by_rate), [list(named) for named in by_rate.values()]  # rates, and names of each
+        self.names = [name for group in self.groups for name in group]
+        parameters = [parameter for named in by_rate.values() for parameter in named.values()]
+        self.masters = Masters(parameters, [len(group) for group in self.groups])
         self.config = config.optimizer
-        self.optimizer = self.config.build([self.masters.vector], config.learning_rate)
+        self.optimizer = self.config.build(
+            [{"params": [vector], "lr": rate} for vector, rate in zip(self.masters.groups, self.rates, strict=True)],
+            config.learning_rate,
+        )
         self.scale = LossScale(is_fp16)
         self.counters = Counters(config.batch_size, config.gradient_checkpointing, group=group)
         self.record: list[tuple[float, float, float]] = []  # loss, rate and gradient norm of each step
@@ -57,14 +64,25 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "record" [N,3], float64, of N steps."""
         found = {f"{MASTER}/{name}": part for name, part in self._by_name(self.masters.vector.detach())}
-        for key, value in self.optimizer.state.get(self.masters.vector, {}).items():
-            found |= {f"{OPTIMIZER}/{name}/{key}": part for name, part in self._by_name(value)}
+        kept = [self.optimizer.state.get(vector, {}) for vector in self.masters.groups]
+        for key in kept[0]:
+            found |= {f"{OPTIMIZER}/{name}/{key}": part for name, part in self._by_name(*(own[key] for own in kept))}
         return {**found, RECORD: torch.tensor(self.record, dtype=torch.float64).view(-1, 3)}
 
-    def _by_name(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What is kept of all parameters -> (name, part) of each; a single number, such as a count, is each one's."""
-        parts = self.masters.parts(value) if value.ndim else [value] * len(self.names)
+    def _by_name(self, *values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What is kept of all parameters, or by groups -> (name, part); one number, such as a count, is each one's."""
+        if values[0].ndim:
+            parts = self.masters.parts(values[0] if len(values) == 1 else torch.cat(values))
+        else:
+            parts = [value for value, group in zip(values, self.groups, strict=True) for _ in group]
         return zip(self.names, parts, strict=True)
+
+    def step(self, law: Callable[[float], float]) -> None:
+        """One step of the optimizer; law: a group's own rate -> the rate of this step."""
+        self.masters.share_gradient()
+        for param_group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            param_group["lr"] = law(rate)
+        self.optimizer.step()
 
     def numbers(self) -> dict[str, Any]:
         """What is no tensor, as JSON holds it exactly."""
@@ -100,22 +118,20 @@ class State:
                 )
         self.is_sound = False
         with torch.no_grad():
-            self.masters.vector.copy_(self._in_one(held))
-        self.masters.vector.grad = None
+            self.masters.vector.copy_(_in_one(held, self.names))
+        self.masters.forget()
         self.masters.write()
         groups = self.optimizer.state_dict()["param_groups"]
-        filled = {0: {part: self._in_one(values) for part, values in kept.items()}} if kept else {}
-        self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
+        filled = {
+            number: {part: _in_one(values, names) for part, values in kept.items()}
+            for number, names in enumerate(self.groups)
+        }
+        self.optimizer.load_state_dict({"state": filled if kept else {}, "param_groups": groups})
         scale = numbers["scale"]
         self.scale.value, self.scale.good, self.scale.proven = scale["value"], scale["good"], scale["proven"]
         self.counters = Counters(**numbers["counters"])
         self.record = [(loss, lr, norm) for loss, lr, norm in tensors[RECORD].tolist()]
         self.is_sound = True
-
-    def _in_one(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The opposite of _by_name."""
-        found = [values[name] for name in self.names]
-        return torch.cat([value.flatten() for value in found]) if found[0].ndim else found[0].clone()
 
     def _optimizer_keys(self) -> set[str]:
         """What such an optimizer keeps of a weight."""
@@ -124,6 +140,12 @@ class State:
         optimizer = self.config.build([weight], 1.0)
         optimizer.step()
         return set(optimizer.state[weight])
+
+
+def _in_one(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """What is kept of each of these parameters, as their group keeps it."""
+    found = [values[name] for name in names]
+    return torch.cat([value.flatten() for value in found]) if found[0].ndim else found[0].clone()
 
 
 def _listed(keys: set[str]) -> str:

@@ -15,6 +15,10 @@ MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
 PRESETS = {"attention": (ATTENTION,), "attention+mlp": (ATTENTION, MLP), "all": ("",), "none": ()}
 
 
+TEXT_NETS = "text_encoder"
+"""What the names of text encoders begin with, among a denoiser's nets."""
+
+
 def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)

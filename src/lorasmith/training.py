@@ -24,7 +24,7 @@ from lorasmith.kernels.native import library
 from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
 from lorasmith.optimizers import Masters, norm
-from lorasmith.state import State
+from lorasmith.state import Counters, State
 from lorasmith.types import Batch, Denoiser, Step
 from lorasmith.world import ALONE, World
 
@@ -63,7 +63,8 @@ def train(
     assert config.steps is not None
     counters, masters = state.counters, state.masters
     device = device_of(denoiser)
-    is_new, is_checkpointed, is_stopping = counters.step == 0, False, False
+    unseen = adapters.nets if counters.step == 0 else set()  # nets whose adapters have not run yet
+    is_checkpointed, is_stopping = False, False
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept(device))
@@ -74,13 +75,13 @@ def train(
             if counters.checkpointing and not is_checkpointed:
                 stack.enter_context(checkpointed(denoiser, config.checkpoint_depth))
                 is_checkpointed = True
-            watched = masters.reached() if is_new else nullcontext(set())
+            adapters.ran.clear()
+            watched = masters.reached() if unseen else nullcontext(set())
             with _computing(device, config), watched as reached:
                 group = groups.group_at(counters.group)
                 losses, is_short = _gradients(denoiser, masters, group, config, state=state, world=world)
-            if is_new and not is_short:
-                adapters.refuse_unused(masters.gradients(reached))
-                is_new = False
+            if unseen and not is_short:
+                unseen -= adapters.refuse_unused(masters.gradients(reached), unseen, denoiser)
             losses, is_short, is_stopping = _exchanged(masters, losses, is_short, stop, world)
             if is_short:
                 _go_down_the_ladder(state)
@@ -93,11 +94,12 @@ def train(
             if not (is_finite and math.isfinite(grad_norm)):
                 _leave_out(denoiser, adapters, group, config, state=state, losses=losses)
                 continue
-            lr = config.learning_rate * counters.rate * config.schedule.factor(counters.step, config.steps)
-            loss = sum(losses) / len(losses)
-            _update(state, config.max_grad_norm, loss=loss, grad_norm=grad_norm, lr=lr)
+            loss, lr = sum(losses) / len(losses), _rate(config.learning_rate, config, counters)
+            _update(state, config, loss=loss, grad_norm=grad_norm)
             yield Step(done + counters.step, loss, lr, grad_norm, time.perf_counter() - began)
             began = time.perf_counter()
+    if unseen and not any(grad_norm for _, _, grad_norm in state.record):
+        raise ValueError(f"no adapter ran in {counters.step} steps: no sample went to {' or '.join(sorted(unseen))}")
 
 
 def has_native_kernels(config: Config, device: torch.device) -> bool:
@@ -128,7 +130,8 @@ def _gradients(
         for start in range(share.start, share.stop, state.counters.batch_size):
             stop = min(start + state.counters.batch_size, share.stop)
             part_losses = sample_losses(denoiser, group.part(start, stop), config)
-            (part_losses.sum() * (state.scale.value / len(group))).backward()
+            if part_losses.requires_grad:  # not where all of them went to nets without adapters
+                (part_losses.sum() * (state.scale.value / len(group))).backward()
             masters.take_gradients()
             losses[start:stop] = part_losses.tolist()
     except (RuntimeError, MemoryError) as error:
@@ -192,20 +195,25 @@ def _leave_out(
         raise NonFiniteError(f"not finite {config.non_finite.limit} times in a row: {origin}")
 
 
-def _update(state: State, max_norm: float, *, loss: float, grad_norm: float, lr: float) -> None:
-    """One step of the optimizer, on gradients scaled together down to max_norm (0: as they are)."""
-    masters = state.masters
+def _rate(rate: float, config: Config, counters: Counters) -> float:
+    """What is left of a rate in the step to come."""
+    assert config.steps is not None
+    return rate * counters.rate * config.schedule.factor(counters.step, config.steps)
+
+
+def _update(state: State, config: Config, *, loss: float, grad_norm: float) -> None:
+    """One step of the optimizer, on gradients scaled together down to max_grad_norm (0: as they are)."""
+    masters, max_norm = state.masters, config.max_grad_norm
     if max_norm:
         masters.scale(min(1.0, max_norm / (grad_norm + 1e-6)))  # as torch's own clipping has it
-    for param_group in state.optimizer.param_groups:
-        param_group["lr"] = lr
+    lr = _rate(config.learning_rate, config, state.counters)
     state.is_sound = False
-    state.optimizer.step()
+    state.step(lambda rate: _rate(rate, config, state.counters))
     state.counters.step += 1
     state.counters.group += 1
     state.counters.skipped = 0
     state.record.append((loss, lr, grad_norm))
-    masters.vector.grad = None
+    masters.forget()
     if not math.isfinite(norm(masters.vector)):
         raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
     masters.write()

@@ -4,7 +4,7 @@ B batch, C channels, h w latent height and width (video adds a frame axis before
 L tokens, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -148,12 +148,35 @@ class Guided(Protocol):
 
 
 @runtime_checkable
+class Routed(Protocol):
+    """A denoiser that sends a sample to one of its nets alone."""
+
+    def routes(self, t: Tensor) -> Sequence[str]:
+        """t [B] -> the name of each sample's net."""
+        ...
+
+
+@runtime_checkable
 class Aliased(Protocol):
     """A denoiser that knows how other programs call its layers in LoRA files."""
 
     def aliases(self) -> Mapping[str, str]:
         """{a layer's name in a file, without the suffix: its path}."""
         ...
+
+
+@runtime_checkable
+class PartlyRead(Protocol):
+    """A denoiser whose nets throw some outputs away, as those of the text in the last block."""
+
+    def unread(self) -> Collection[str]:
+        """The paths of the layers whose outputs reach no prediction, so that an adapter there learns nothing."""
+        ...
+
+
+def unread(denoiser: Denoiser) -> Collection[str]:
+    """The paths of the layers that no prediction depends on."""
+    return denoiser.unread() if isinstance(denoiser, PartlyRead) else ()
 
 
 class Codec(Protocol):

@@ -10,6 +10,11 @@ PARTIAL = ".partial"
 
 def write_whole(path: Path, *content: bytes | memoryview) -> None:
     """All of the content, on disk once this returns, or what was there before; OSError that names the file."""
+    write_pieces(path, content)
+
+
+def write_pieces(path: Path, content: Iterable[bytes | memoryview]) -> None:
+    """The same of pieces that are made one after another; an error that makes them raise leaves what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with errors_name(path):

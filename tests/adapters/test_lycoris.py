@@ -105,6 +105,16 @@ def test_we_read_lycoriss_file(algorithm: Any, sample: Any) -> None:
     assert_alike(sample, ours, theirs)
 
 
+def test_the_merged_weight_is_lycoris_s(algorithm: Any, sample: Any, adapter: Any) -> None:
+    theirs = counterpart(algorithm, sample.module)
+    theirs.load_state_dict(adapter.file_tensors(torch.float32), strict=True)
+    weight = sample.module.weight.detach()
+    with torch.no_grad():
+        merged = adapter.merged(weight)
+        assert merged.dtype == torch.float32 and not torch.allclose(merged, weight, atol=1e-3)
+        torch.testing.assert_close(merged, weight + delta(theirs, weight), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [-1, 1, 3])
 @pytest.mark.parametrize("options", ["decompose_both", "full_matrix", "unbalanced_factorization"])
 def test_we_read_lokrs_of_other_shapes_than_ours(sample: Any, options: str, factor: int) -> None:

@@ -3,6 +3,7 @@
 B batch, C channels, h w latent sides.
 """
 
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from lorasmith.families import FAMILIES, Family, opened
 from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
 from lorasmith.sampling import picture_of
-from lorasmith.targets import Targets
-from lorasmith.types import Cached, Codec
+from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.types import Cached, Codec, unread
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("name", sorted(TINY))
@@ -71,7 +72,8 @@ def gradients(name: str, *, depth: int | None = None) -> tuple[Tensor, list[Tens
 
 
 def test_every_family_is_tested() -> None:
-    assert FAMILIES.keys() - {"StableDiffusionPipeline"} == TINY.keys()
+    tested = {type(made(name)).__name__ for name in TINY}
+    assert FAMILIES.keys() - {"StableDiffusionPipeline"} == tested
 
 
 @families
@@ -79,16 +81,16 @@ def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
     family, codec = opened_family(name)
     tiny, (width, height) = TINY[name], TINY[name].size
     ours = picture_of(
-        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=4, guidance=tiny.guidance
+        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=tiny.steps, guidance=tiny.guidance
     )
     noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape(tiny.size))[None]
     pipe = made(name)
-    theirs = pipe(
-        PROMPTS[1], latents=tiny.noise(noise), num_inference_steps=4, height=height, width=width,
-        output_type="pt", **tiny.arguments,
-    ).images[0]  # fmt: skip
+    output = pipe(
+        latents=tiny.noise(noise), num_inference_steps=tiny.steps, height=height, width=width, output_type="pt",
+        **tiny.prompt(pipe, PROMPTS[1]), **tiny.arguments,
+    )  # fmt: skip
     assert ours.std() > 0.01
-    torch.testing.assert_close(((ours + 1) / 2), theirs, atol=2e-3, rtol=0)
+    torch.testing.assert_close(((ours + 1) / 2), tiny.picture(output), atol=tiny.tolerance, rtol=0)
 
 
 @families
@@ -113,6 +115,31 @@ def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(name: str) -
 
 
 @families
+def test_layers_without_an_adapter_are_those_that_no_prediction_depends_on(name: str) -> None:
+    family = opened(made(name))
+    layers = adaptable_layers(family.denoiser.nets)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    batch = batch_of(samples(name), tuple(range(len(PROMPTS))))
+    sample_losses(family.denoiser, batch, Config()).sum().backward()
+    idle = {path for path, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
+    assert layers.keys() - adapters_of(family).adapters.keys() == idle == set(unread(family.denoiser))
+
+
+@families
+def test_predictions_follow_the_prompt(name: str) -> None:
+    family, _ = opened_family(name)
+    first, *others = samples(name)
+    t = family.denoiser.process.time(torch.tensor([0.5]))
+    with torch.no_grad():
+        pred, *preds = (
+            family.denoiser.predict(first.latent[None], t, {k: v[None] for k, v in sample.cond.items()})
+            for sample in (first, *others)
+        )
+    assert all((pred - other).abs().mean() > 1e-4 * pred.abs().mean() for other in preds)
+
+
+@families
 def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path)
     family, (reference, reference_codec) = opened(tmp_path), opened_family(name)
@@ -127,7 +154,7 @@ def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
         t = family.denoiser.process.time(torch.tensor([0.5]))
         ours, theirs = (f.denoiser.predict(latents, t, cond) for f in (family, reference))
         assert torch.equal(ours, theirs)
-    assert type(family.pipeline(family.denoiser)).__name__ == name
+    assert type(family.pipeline(family.denoiser)) is type(made(name))
     assert family.metadata()["modelspec.architecture"].endswith("/lora")
 
 
@@ -160,3 +187,12 @@ def test_latents_and_texts_of_another_model_are_refused(name: str) -> None:
         family.denoiser.predict(x_t, t, cond | {"text": cond["text"][..., 1:]})
     with pytest.raises(ValueError, match=r"positive must hold text \[L,\d+\] for this model, got only"):
         family.denoiser.predict(x_t, t, {k: v for k, v in cond.items() if k != "text"} | {"other": cond["text"]})
+
+
+@families
+def test_captions_that_are_cut_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, codec = opened_family(name)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "lorasmith"):
+        codec.encode_texts(["a cat", "a b " * 600])
+    (said,) = [record.message for record in caplog.records if record.name.startswith("lorasmith")]
+    assert "tokens are read of 'a b a b" in said

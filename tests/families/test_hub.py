@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
+from tiny import made
 from torch import Tensor
 
 from lorasmith.contract import train_lora
@@ -208,3 +209,43 @@ def test_which_files_are_needed() -> None:
     small = ["model_index.json", "unet/config.json", f"{stem}.safetensors.index.json", "tokenizer/merges.txt"]
     left = [f"{stem}.fp16.safetensors", f"{stem}.bin", "unet/old/config.json", "tokenizer/x.bin", "notes.txt"]
     assert sorted(needed(small + shards + left)) == sorted(small + shards)
+
+
+def test_every_family_s_files_are_needed() -> None:
+    """Tokenizers of all kinds, several text encoders and transformers, shards; no part that is not asked for."""
+    parts = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+    small = [f"{part}/config.json" for part in parts] + ["model_index.json", "scheduler/scheduler_config.json"]
+    small += ["tokenizer/merges.txt", "tokenizer_2/spiece.model", "tokenizer_3/tokenizer.json"]
+    small += ["tokenizer/chat_template.jinja"]
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "transformer_2", "vae")]
+    weights += [f"text_encoder{n}/model-00001-of-00002.safetensors" for n in ("", "_2", "_3")]
+    left = ["flux1-dev.safetensors", "ae.safetensors", "image_encoder/model.safetensors", "text_encoder/model.fp16.bin"]
+    assert sorted(needed(small + weights + left)) == sorted(small + weights)
+    rest = [name for name in weights if not name.startswith("transformer/")]
+    assert sorted(needed(small + weights + left, parts[1:])) == sorted(small + rest)
+
+
+def saved_flux(folder: Path) -> Path:
+    made("FluxPipeline").save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_another_family_is_fetched_by_its_index(hub: Hub, tmp_path: Path) -> None:
+    own = files_of(saved_flux(tmp_path / "flux"))
+    others = ("flux1.safetensors", "unet/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors")
+    hub.files = {**own, **dict.fromkeys(others, b"x")}
+    opened(NAME).codec(CPU)
+    assert sorted(hub.sent) == sorted(own)
+
+
+def test_encoders_are_fetched_without_the_denoiser(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved_flux(tmp_path / "flux")
+    hub.files = files_of(folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    family = opened(weights, NAME)
+    family.codec(CPU)
+    assert sorted(hub.sent) == sorted(name for name in hub.files if name != f"transformer/{weights.name}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert type(opened(weights, NAME)) is type(family)
+    with pytest.raises(ValueError, match="its cache does not hold it"):
+        opened(NAME)

@@ -92,7 +92,7 @@ def test_without_a_text_encoder_the_unets_width_says_the_version(version: int) -
 def test_an_sd2_unet_has_heads_of_64() -> None:
     it = header(2, {})
     narrow = {key: (96, *shape[1:]) if ".0.in_layers.2." in key else shape for key, shape in it.shapes.items()}
-    with pytest.raises(ValueError, match=r"SD 2 UNet of widths in 64s, got \[96, 96, 96, 96\]"):
+    with pytest.raises(ValueError, match=r"UNet of widths in 64s, got \[96, 96, 96, 96\]"):
         unet_config(Header(it.path, narrow, {}, {}))
 
 

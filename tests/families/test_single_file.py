@@ -1,7 +1,6 @@
 """Single-file checkpoints: tiny models of the libraries, written in the original layout by hand, opened, compared."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from originals import open_clip, original_vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -40,7 +40,7 @@ class Tiny:
         text = self.text_encoder.state_dict()
         if self.version == 1:
             return state | {f"{TEXT}transformer.text_model.{key}": value for key, value in text.items()}
-        return state | {f"{TEXT}model.{key}": value for key, value in open_clip(text).items()}
+        return state | {f"{TEXT}model.{key}": value for key, value in with_unread_layer(text).items()}
 
 
 def tiny(version: int, num_words: int = 1000) -> Tiny:
@@ -75,45 +75,10 @@ def renamed(key: str, names: dict[str, str]) -> str:
     return f"{names[module]}.{leaf}"
 
 
-def original_vae(vae: Any) -> State:
-    """The names of the original autoencoder, whose decoder counts its levels from the finest."""
-    last, state = len(vae.config.block_out_channels) - 1, {}
-    for key, value in vae.state_dict().items():
-        key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
-        key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
-        key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{last - int(m[1])}.block", key)
-        key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", key)
-        key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-        key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        if "mid_block.attentions.0" in key:
-            key = key.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm")
-            key = key.replace("to_out.0", "proj_out").replace("to_", "")
-            value = value[:, :, None, None] if value.ndim == 2 else value  # convolutions of size 1
-        state[key] = value
-    return state
-
-
-def open_clip(text: State) -> State:
+def with_unread_layer(text: State) -> State:
     """OpenCLIP's names, with the last layer and the projection that SD 2 does not read."""
-    state = {
-        "token_embedding.weight": text["embeddings.token_embedding.weight"],
-        "positional_embedding": text["embeddings.position_embedding.weight"],
-        "ln_final.weight": text["final_layer_norm.weight"],
-        "ln_final.bias": text["final_layer_norm.bias"],
-        "text_projection": torch.randn(64, 64),
-        "logit_scale": torch.tensor(1.0),
-    }
-    for layer in range(3):
-        ours, theirs = f"encoder.layers.{min(layer, 1)}", f"transformer.resblocks.{layer}"
-        for leaf in ("weight", "bias"):
-            qkv = torch.cat([text[f"{ours}.self_attn.{name}_proj.{leaf}"] for name in "qkv"])
-            state[f"{theirs}.attn.in_proj_{leaf}"] = qkv
-            for here, there in (
-                ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-                ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-            ):  # fmt: skip
-                state[f"{theirs}.{there}.{leaf}"] = text[f"{ours}.{here}.{leaf}"] + (layer == 2)
-    return state
+    last = {key.replace(".layers.1.", ".layers.2."): t + 1 for key, t in text.items() if ".layers.1." in key}
+    return open_clip({**text, **last}) | {"text_projection": torch.randn(64, 64), "logit_scale": torch.tensor(1.0)}
 
 
 def written(path: Path, state: State, metadata: dict[str, str] | None = None) -> Path:
@@ -275,6 +240,22 @@ def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
         opened(written(tmp_path / "two.safetensors", state | vae)).codec(CPU)
 
 
+@torch.no_grad()
+def test_what_a_file_lacks_is_the_folder_s(tmp_path: Path) -> None:
+    model = tiny(1, num_words=49408)
+    StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=clip_tokenizer(length=16), unet=model.unet,
+        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "folder")  # type: ignore[arg-type]  # fmt: skip
+    whole = opened(written(tmp_path / "whole.safetensors", model.state())).codec(CPU)
+    state = {key: value for key, value in model.state().items() if key.startswith(UNET)}
+    family = opened(written(tmp_path / "unet.safetensors", state), tmp_path / "folder")
+    texts, images = ["a photo of a cat"], torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(family.codec(CPU).encode_texts(texts)["text"], whole.encode_texts(texts)["text"])
+    assert torch.equal(family.codec(CPU).encode_images(images), whole.encode_images(images))
+    assert family.pipeline(family.denoiser).tokenizer is not None
+
+
 def without(key: str) -> Callable[[State], State]:
     return lambda state: {name: value for name, value in state.items() if name != key}
 
@@ -288,12 +269,12 @@ def with_zeros(key: str, *shape: int) -> Callable[[State], State]:
     [
         (with_zeros(f"{UNET}input_blocks.0.0.weight", 32, 9, 3, 3), "4 input channels, got 9 .an inpainting model"),
         (with_zeros(f"{UNET}input_blocks.0.0.weight", 32, 5, 3, 3), "UNet of 4 input channels, got 5$"),
-        (with_zeros("conditioner.embedders.0.x", 1), "looks like SDXL, which is not supported yet"),
-        (lambda _: {f"{UNET}label_emb.0.0.weight": torch.zeros(1)}, "looks like SDXL"),
-        (lambda _: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "looks like Flux"),
-        (lambda _: {f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(1)}, "looks like Stable Diffusion 3"),
+        (with_zeros("conditioner.embedders.0.x", 1), r"UNet of widths in 64s, got \[32, 64, 64\]"),
+        (lambda _: {f"{UNET}label_emb.0.0.weight": torch.zeros(1)}, "hold the tensor .*input_blocks.0.0.weight"),
+        (lambda _: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "FluxTransformer2DModel of .*: no img_in"),
+        (lambda _: {f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(1)}, "Stable Diffusion 3|SD3Tr"),
         (lambda _: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "got a part of a diffusers folder"),
-        (lambda _: {"emb_params": torch.zeros(1)}, "below model.diffusion_model., got tensors such as emb_params"),
+        (lambda _: {"emb_params": torch.zeros(1)}, "a family among Stable .*, got tensors such as emb_params"),
         (lambda _: {"lora_unet_mid_block.lora_down.weight": torch.zeros(1)}, "must be a model, got a LoRA"),
         (without(f"{UNET}input_blocks.0.0.weight"), "hold the tensor model.diffusion_model.input_blocks.0.0.weight"),
         (without(f"{UNET}input_blocks.1.0.in_layers.2.weight"), "hold the tensor .*blocks.1.0.in_layers.2.weight"),

@@ -1,13 +1,16 @@
 """Our own attention against its formula in float64, and beside PyTorch's."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lorasmith.kernels.attention import attended, fast_attention
+from lorasmith.kernels import attention
+from lorasmith.kernels.attention import attended, fast_attention, kept_results
 from lorasmith.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the processor has no matrix unit, or there is no compiler")
@@ -130,3 +133,26 @@ def test_it_also_runs_where_nobody_trains_and_leaves_the_rest_to_pytorch() -> No
         F.scaled_dot_product_attention(*(t.float() for t in (q, k, v))),
     ]
     assert all(map(torch.equal, others, plain))
+
+
+def block(x: Tensor) -> Tensor:
+    """Two attentions."""
+    for _ in range(2):
+        x = x + 2 * F.scaled_dot_product_attention(x, x * 0.9, x + 1)
+    return x
+
+
+def test_a_checkpoints_second_run_takes_the_results_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(attention, "attended", lambda *inputs: calls.append(1) or attended(*inputs))
+    (x, *_, grad) = tensors((2, 2, 40, 40, 32))
+    found = []
+    for run in (block, partial(checkpoint, block, use_reentrant=False, context_fn=kept_results)):
+        calls.clear()
+        leaf = x.clone().requires_grad_()
+        with fast_attention():
+            y = run(run(leaf))
+            y.backward(grad)
+        assert leaf.grad is not None and len(calls) == 4
+        found.append((y, leaf.grad))
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))

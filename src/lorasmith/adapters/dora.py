@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.base import row_products, row_squares
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
-from lorasmith.adapters.lora import Alpha, LoRAAdapter, Rank, new_factors, read_factors
+from lorasmith.adapters.lora import Alpha, LoRAAdapter, Rank, new_factors, product, read_factors
 from lorasmith.component import Component
-from lorasmith.kernels.decomposed import decomposed, lengths_of, row_norms
+from lorasmith.kernels.decomposed import SMALLEST, decomposed, lengths_of, row_norms
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Base, Operation
 
@@ -85,6 +85,12 @@ class DoRAAdapter(nn.Module):
     def magnitudes(self) -> Tensor:
         """m [n_out], in float32 or wider."""
         return lengths_of(self._own_squares()) + self.change.detach()
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """m (W + s B A) / |W + s B A|, float32."""
+        updated = weight.float() + self._scale * product(self.down.float(), self.up.float(), weight.shape)
+        lengths = torch.linalg.vector_norm(updated.flatten(1), dim=1).square().clamp(min=SMALLEST).sqrt()
+        return updated * (self.magnitudes() / lengths).view(-1, *[1] * (weight.ndim - 1)).float()
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names, m under LyCORIS's.

@@ -92,6 +92,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight [n_out, n_in / g, k…], which DoRA was made with -> with the adapter in it, float32."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
@@ -135,6 +139,6 @@ def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) ->
 def alpha_of(tensors: Mapping[str, Tensor], default: float) -> float:
     """A file's alpha; without one, the default; ValueError where it is not one finite number."""
     alpha = tensors.get("alpha", torch.tensor(default, dtype=torch.float32))
-    if alpha.numel() != 1 or not alpha.float().isfinite().all():
+    if alpha.numel() != 1 or alpha.is_complex() or not alpha.float().isfinite().all():
         raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
     return float(alpha)

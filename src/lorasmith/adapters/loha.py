@@ -52,6 +52,7 @@ class LoHaAdapter(nn.Module):
     def __init__(self, layer: Layer, factors: list[Tensor], alpha: float) -> None:
         """factors w1_a [n_out, r], w1_b [r, n_in / g * K], w2_a and w2_b alike."""
         super().__init__()
+        self.layer = layer
         self.factors = nn.ParameterList(factors)
         self.alpha = alpha
         self.operation, self.build = _way(layer, factors[0].shape[1])
@@ -71,6 +72,11 @@ class LoHaAdapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, tuple(self.factors), self.alpha / self.rank, self.build)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + (alpha / rank) (w1_a w1_b) * (w2_a w2_b), float32."""
+        (delta,) = _product(self.layer, *(factor.float() for factor in self.factors))
+        return weight.float() + self.alpha / self.rank * delta
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The four factors and alpha under LyCORIS's names."""

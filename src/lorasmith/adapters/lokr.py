@@ -73,6 +73,7 @@ class LoKrAdapter(nn.Module):
     def __init__(self, layer: Layer, factors: Mapping[str, Tensor], alpha: float) -> None:
         """factors: lokr_w1 [a, b] or lokr_w1_a [a, r] and _b [r, b]; lokr_w2 [c, d, k…] or _a [c, r], _b [r, d K]."""
         super().__init__()
+        self.layer = layer
         self.names = tuple(factors)
         self.factors = nn.ParameterList(list(factors.values()))
         self._alpha = alpha
@@ -110,8 +111,16 @@ class LoKrAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
-        scale = self._alpha / self.rank if self.rank else 1.0
-        return updated(x, y, self.operation, tuple(self.factors), scale, self.build)
+        return updated(x, y, self.operation, tuple(self.factors), self._scale, self.build)
+
+    @property
+    def _scale(self) -> float:
+        return self._alpha / self.rank if self.rank else 1.0
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + scale w1 (x) w2, float32."""
+        (delta,) = _delta(self.layer, self.names, *(factor.float() for factor in self.factors))
+        return weight.float() + self._scale * delta.view(weight.shape)
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors and alpha under LyCORIS's names."""

@@ -69,6 +69,10 @@ class LoRAAdapter(nn.Module):
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank, self.build)
 
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + (alpha / rank) up down, float32."""
+        return weight.float() + self.alpha / self.rank * product(self.down.float(), self.up.float(), weight.shape)
+
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names."""
         return for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
@@ -104,7 +108,12 @@ def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
 
 def _product(layer: Layer, down: Tensor, up: Tensor) -> Weights:
     """The factors -> the delta, in the weight's shape, unscaled."""
-    return ((up.flatten(1) @ down.flatten(1)).view(layer.weight_shape),)
+    return (product(down, up, layer.weight_shape),)
+
+
+def product(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """down [r, n_in] or [r, n_in / g, k…], up [n_out, r] or [n_out, r, 1…] -> up down in a weight's shape."""
+    return (up.flatten(1) @ down.flatten(1)).view(shape)
 
 
 def _down_shape(layer: Layer, rank: int) -> tuple[int, ...]:

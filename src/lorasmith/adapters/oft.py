@@ -85,6 +85,12 @@ class OFTAdapter(nn.Module):
         turn = turn_of(self.blocks.float(), self._limit).to(self.blocks.dtype)
         return rotated(y, turn, bias, self.layer.conv is not None)
 
+    def merged(self, weight: Tensor) -> Tensor:
+        """R^T W in blocks, float32."""
+        turn = turn_of(self.blocks.float(), self._limit)
+        rows = weight.float().reshape(*turn.shape[:2], -1)
+        return (rows + turn.mT @ rows).view(weight.shape)
+
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The blocks, Q within its limit, and the limit as alpha.
 

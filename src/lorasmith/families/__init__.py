@@ -1,46 +1,118 @@
 """The model families, and how a model is opened."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import FolderComponents, OpenComponents
+from lorasmith.families.file_components import FileComponents
 from lorasmith.families.flux import Flux
+from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.lumina2 import Lumina2
+from lorasmith.families.originals import ORIGINALS
 from lorasmith.families.pipeline import PipelineFamily
+from lorasmith.families.qwen_image import QwenImage
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
 from lorasmith.families.single_file import SingleFile
-from lorasmith.header import PICKLES
+from lorasmith.families.texts import WithTexts
+from lorasmith.families.wan import Wan
+from lorasmith.families.z_image import ZImage
+from lorasmith.header import PICKLES, Header
+from lorasmith.looks import FOLDER_PART, is_lora, model_family
 
-Family = StableDiffusion | PipelineFamily
-FAMILIES: dict[str, type[Family]] = {
+Plain = StableDiffusion | PipelineFamily
+Family = Plain | WithTexts
+FAMILIES: dict[str, type[Plain]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
+    "QwenImagePipeline": QwenImage,
+    "WanPipeline": Wan,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
+    "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
 FILES = (".safetensors", *PICKLES)
+OF_LDM = ("Stable Diffusion 1.x", "Stable Diffusion 2.x", "a UNet of the Stable Diffusion kind")
 
 
-def opened(model: Any) -> Family:
+def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
     """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
 
-    ValueError where it is none of them.
+    encoders: for a single file, the diffusers folder or hub id of what it lacks. with_texts: its denoiser holds the
+    text encoders too, so that they can be trained. ValueError where one of these is not fit.
     """
-    if isinstance(model, str | Path):
-        path = Path(model).expanduser()
-        if path.is_file() or (path.suffix in FILES and not path.exists()):
-            return StableDiffusion(SingleFile.opened(path))
-        folder = fetched(model) if isinstance(model, str) and is_id(model) and not path.exists() else path
+    family = _opened(model, encoders)
+    return WithTexts.of(family) if with_texts else family
+
+
+def _opened(model: Any, encoders: str | Path | None) -> Plain:
+    path = Path(model).expanduser() if isinstance(model, str | Path) else None
+    if path is not None and (path.is_file() or (path.suffix in FILES and not path.exists())):
+        return _of_file(Header.of(path), encoders)
+    if encoders is not None:
+        raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
+    if path is not None:
+        folder = _folder(model)
         kind = _family(_pipeline_name(folder), folder)
         return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
     kind = _family(type(model).__name__, model)
     return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
 
 
-def _family(name: str, source: Any) -> type[Family]:
+def _of_file(header: Header, encoders: str | Path | None) -> Plain:
+    """The family of a single file, beside a folder or hub id with what it lacks."""
+    path, family = header.path, model_family(header.shapes)
+    if is_lora(header.shapes):
+        raise ValueError(f"{path} must be a model, got a LoRA: the model that it was trained on is needed")
+    if family == FOLDER_PART:
+        raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
+    original = ORIGINALS.get(family)
+    if family in OF_LDM:
+        folder = _encoders(encoders, ("StableDiffusionPipeline",), family, without="unet")
+        return StableDiffusion(SingleFile.opened(header, folder))
+    supported = [name for name in original.pipelines if name in FAMILIES] if original else []
+    if original is None or not supported:
+        known = ", ".join(("Stable Diffusion 1.x and 2.x", *(name for name in ORIGINALS)))
+        what = f"tensors such as {next(iter(header.shapes), 'none')}" if family == "unknown" else family
+        raise ValueError(f"{path} must be a model of a family among {known}, got {what}")
+    folder = _encoders(encoders, supported, family, without=original.part)
+    name = supported[0] if folder is None else _pipeline_name(folder.path)
+    kind = FAMILIES[name]
+    assert issubclass(kind, PipelineFamily)
+    return kind(FileComponents(header, original, name, folder))
+
+
+def _encoders(
+    encoders: str | Path | None, pipelines: Sequence[str], family: str, *, without: str
+) -> FolderComponents | None:
+    """The folder, of one of these pipelines, or what is fetched from the hub; without: the part that is not needed."""
+    if encoders is None:
+        return None
+    folder = _folder(encoders, without)
+    name = _pipeline_name(folder)
+    if name not in pipelines:
+        raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
+    return FolderComponents(folder)
+
+
+def _folder(model: str | Path, without: str | None = None) -> Path:
+    """A folder here, or one that is fetched from the hub."""
+    path = Path(model).expanduser()
+    return fetched(model, without) if isinstance(model, str) and is_id(model) and not path.exists() else path
+
+
+def _family(name: str, source: Any) -> type[Plain]:
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")

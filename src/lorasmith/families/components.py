@@ -3,7 +3,7 @@
 import copy
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lorasmith.families.folder import UNREADABLE, stored_dtype, variant_of
+from lorasmith.families.weights import line
 
 MODULES = ("transformer", "transformer_2", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of pipelines that hold weights."""
@@ -38,6 +39,10 @@ class Components(Protocol):
         """A pipeline around these nets; its other parts in this dtype (None: as they are stored)."""
         ...
 
+    def lacking(self, names: Sequence[str]) -> str:
+        """What is said where these parts, which captions are encoded with, are not there."""
+        ...
+
 
 @dataclass(frozen=True)
 class FolderComponents:
@@ -47,34 +52,39 @@ class FolderComponents:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        return _json(self.path / "model_index.json")
+        return json_table(self.path / "model_index.json")
 
     @property
     def scheduler(self) -> Mapping[str, Any]:
-        return _json(self.path / "scheduler" / "scheduler_config.json")
+        return json_table(self.path / "scheduler" / "scheduler_config.json")
 
     def config(self, name: str) -> Any:
         return self.index.get(name)
 
     def net(self, name: str) -> Any:
-        return self._part(name, None)
+        return self.part(name, None)
 
     def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
-        parts = {name: self._part(name, dtype) for name in MODULES if name not in nets and self._has(name)}
+        parts = {name: self.part(name, dtype) for name in MODULES if name not in nets and self.has(name)}
+        absent = {name: None for name, entry in self.index.items() if entry == [None, None]}  # which must be said
         try:
             kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
-            return kind.from_pretrained(self.path, **nets, **parts, local_files_only=True)
-        except UNREADABLE as error:
-            raise ValueError(f"cannot load {self.path}: {_line(error)}") from error
+            return kind.from_pretrained(self.path, **absent, **nets, **parts, local_files_only=True)
+        except (*UNREADABLE, ImportError) as error:  # some processors of captions need packages of their own
+            raise ValueError(f"cannot load {self.path}: {line(error)}") from error
 
-    def _has(self, name: str) -> bool:
+    def lacking(self, names: Sequence[str]) -> str:
+        return f"model must hold {' and '.join(names)} to encode captions, but it does not"
+
+    def has(self, name: str) -> bool:
+        """Whether the pipeline has such a part."""
         entry = self.index.get(name)
         return isinstance(entry, list) and None not in entry
 
-    def _part(self, name: str, dtype: torch.dtype | None) -> Any:
+    def part(self, name: str, dtype: torch.dtype | None) -> Any:
         """A part with weights; ValueError where it is missing or broken."""
         folder = self.path / name
-        if not self._has(name) or not folder.is_dir():
+        if not self.has(name) or not folder.is_dir():
             raise ValueError(f"{self.path} must hold {name}/, but it does not")
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -87,7 +97,7 @@ class FolderComponents:
                 local_files_only=True, output_loading_info=True,
             )  # fmt: skip
         except UNREADABLE as error:
-            raise ValueError(f"cannot load {folder}: {_line(error)}") from error
+            raise ValueError(f"cannot load {folder}: {line(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"cannot load {folder}: {len(missing)} tensors are missing, such as {missing[0]}")
@@ -119,8 +129,11 @@ class OpenComponents:
             setattr(twin, name, net)
         return twin
 
+    def lacking(self, names: Sequence[str]) -> str:
+        return f"model must hold {' and '.join(names)} to encode captions, but it does not"
 
-def _json(path: Path) -> dict[str, Any]:
+
+def json_table(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -128,7 +141,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a table, got {content!r:.50}")
     return content
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

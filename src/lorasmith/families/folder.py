@@ -41,7 +41,7 @@ class Folder:
     def encoders(self, device: torch.device) -> Encoders:
         vae: Any = _part(AutoencoderKL, self.path, "vae", torch.float32)
         text_encoder: Any = _part(CLIPTextModel, self.path, "text_encoder", torch.float32)
-        return Encoders(vae.to(device), text_encoder.to(device), _tokenizer(self.path / "tokenizer"))
+        return Encoders(vae.to(device), text_encoder.to(device), tokenizer_in(self.path / "tokenizer"))
 
     def pipeline(self, unet: UNet2DConditionModel) -> Any:
         """Without the safety checker where the folder does not hold it, as with a model fetched from the hub."""
@@ -92,13 +92,14 @@ def _part(kind: type[Part], folder: Path, name: str, dtype: torch.dtype | None) 
 
 
 def stored_dtype(files: list[Path], variant: str | None) -> torch.dtype:
-    """The dtype of a tensor in the first of the files that are loaded."""
+    """The dtype of a tensor of floating point in the first of the files that are loaded; float32 where it has none."""
     chosen = (file for file in files if (match := WEIGHTS.fullmatch(file.name)) and match["variant"] == variant)
     with safe_open(next(chosen, files[0]), framework="pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
+        dtypes = (file.get_tensor(key).dtype for key in file.keys())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer_in(folder: Path) -> CLIPTokenizer:
     """ValueError where a file is missing, without which the library would make an empty vocabulary."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ValueError(f"{folder} must hold tokenizer.json or vocab.json, but it does not")

@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -13,13 +13,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from lorasmith.families.components import MODULES, json_table
 from lorasmith.families.folder import WEIGHTS, variant_of
 
 log = logging.getLogger(__name__)
 
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-PARTS = ("unet", "vae", "text_encoder")  # with weights
-SMALL = {"scheduler": (".json",), "tokenizer": (".json", ".txt"), **{part: (".json",) for part in PARTS}}
+INDEX = "model_index.json"
+TOKENIZER = re.compile(r"tokenizer(_\d)?")
+WORDS = (".json", ".txt", ".model", ".jinja")  # what tokenizers are kept in
 
 
 def is_id(model: str) -> bool:
@@ -27,13 +29,19 @@ def is_id(model: str) -> bool:
     return ID.fullmatch(model) is not None
 
 
-def fetched(model_id: str) -> Path:
-    """The folder in the hub's cache, made complete from the hub where it can be reached; ValueError where it is not."""
+def fetched(model_id: str, without: str | None = None) -> Path:
+    """The folder in the hub's cache, made complete from the hub where it can be reached; ValueError where it is not.
+
+    without: a part that is not needed.
+    """
     try:
-        files = HfApi().model_info(model_id).siblings or []  # one request; the list of files tries again for 20 s
-        return Path(snapshot_download(model_id, allow_patterns=needed([file.rfilename for file in files])))
+        info = HfApi().model_info(model_id)  # one request; the list of files tries again for 20 s
+        names = [file.rfilename for file in info.siblings or ()]
+        parts = _parts(Path(hf_hub_download(model_id, INDEX, revision=info.sha))) if INDEX in names else ()
+        wanted = needed(names, [part for part in parts if part != without])
+        return Path(snapshot_download(model_id, allow_patterns=wanted))
     except Exception as error:  # the HTTP client's own errors among them, which change with the library
-        folder, reason = _cached(model_id), _reason(error)
+        folder, reason = _cached(model_id, without), _reason(error)
         if folder is None:
             raise ValueError(
                 f"{model_id} must be a diffusers folder or the id of a model on the hub "
@@ -44,29 +52,36 @@ def fetched(model_id: str) -> Path:
         return folder
 
 
-def needed(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that are loaded: of each part's weights one variant, and no pickles."""
+def needed(names: Sequence[str], parts: Collection[str] = MODULES) -> list[str]:
+    """Of a repository's files those that are loaded: of each of these parts' weights one variant, and no pickles."""
     folders: dict[str, list[str]] = {}
     for name in names:
         path = PurePosixPath(name)
         folders.setdefault(str(path.parent), []).append(path.name)
-    chosen = [name for name in names if name == "model_index.json"]
-    for folder, suffixes in SMALL.items():
-        chosen += [f"{folder}/{file}" for file in folders.get(folder, []) if file.endswith(suffixes)]
-    for part in PARTS:
-        files = folders.get(part, [])
-        variant = variant_of(files)
-        chosen += [f"{part}/{file}" for file in files if (match := WEIGHTS.fullmatch(file)) and match[1] == variant]
+    chosen = [name for name in names if name == INDEX]
+    for folder, files in folders.items():
+        suffixes = WORDS if TOKENIZER.fullmatch(folder) else ".json" if folder in ("scheduler", *MODULES) else ()
+        chosen += [f"{folder}/{file}" for file in files if file.endswith(suffixes)]
+        if folder in parts:
+            variant = variant_of(files)
+            chosen += [f"{folder}/{file}" for file in files if (m := WEIGHTS.fullmatch(file)) and m[1] == variant]
     return chosen
 
 
-def _cached(model_id: str) -> Path | None:
-    """The snapshot in the cache if it holds weights for every part."""
+def _parts(index: Path) -> list[str]:
+    """The parts with weights that a pipeline has."""
+    content = json_table(index)
+    return [part for part in MODULES if isinstance(content.get(part), list) and None not in content[part]]
+
+
+def _cached(model_id: str, without: str | None) -> Path | None:
+    """The snapshot in the cache if it holds weights for every part that is needed."""
     try:
-        folder = Path(snapshot_download(model_id, local_files_only=True, allow_patterns=["model_index.json"]))
-    except LocalEntryNotFoundError:
+        folder = Path(snapshot_download(model_id, local_files_only=True, allow_patterns=[INDEX]))
+        parts = _parts(folder / INDEX)
+    except (LocalEntryNotFoundError, ValueError):
         return None
-    return folder if all(list((folder / part).glob("*.safetensors")) for part in PARTS) else None
+    return folder if all(list((folder / part).glob("*.safetensors")) for part in parts if part != without) else None
 
 
 def _reason(error: Exception) -> str:

@@ -32,8 +32,12 @@ def _text_width(header: Header) -> int:
     return header.shape(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
 
 
-def unet_config(header: Header) -> dict[str, Any]:
-    """A UNet2DConditionModel's config but for sample_size; ValueError where the tensors tell of no such UNet."""
+def unet_config(header: Header, *, heads_are_wide: bool | None = None) -> dict[str, Any]:
+    """A UNet2DConditionModel's config but for sample_size; ValueError where the tensors tell of no such UNet.
+
+    heads_are_wide: whether heads have one width, as in SD 2 and SDXL, not one number, as in SD 1; None: by the version.
+    """
+    heads_are_wide = version_of(header) == 2 if heads_are_wide is None else heads_are_wide
     in_channels = header.shape(f"{UNET}input_blocks.0.0.weight")[1]
     if in_channels != 4:
         kind = " (an inpainting model, which is not supported)" if in_channels == 9 else ""
@@ -50,8 +54,8 @@ def unet_config(header: Header) -> dict[str, Any]:
     if len(set(layers)) > 1 or not layers[0]:
         raise ValueError(f"{header.path} must hold equally many layers in each level of the UNet, got {layers}")
     widths = [level[0][0] for level in levels]
-    if version_of(header) == 2 and any(width % HEAD_SIZE_2 for width in widths):
-        raise ValueError(f"{header.path} must hold an SD 2 UNet of widths in {HEAD_SIZE_2}s, got {widths}")
+    if heads_are_wide and any(width % HEAD_SIZE_2 for width in widths):
+        raise ValueError(f"{header.path} must hold a UNet of widths in {HEAD_SIZE_2}s, got {widths}")
     ups = [f"{UNET}output_blocks.{i * (layers[0] + 1)}.1.proj_in.weight" in header.shapes for i in range(len(levels))]
     return {
         "in_channels": in_channels,
@@ -63,25 +67,25 @@ def unet_config(header: Header) -> dict[str, Any]:
         "cross_attention_dim": _text_width(header),
         "use_linear_projection": len(header.shape(f"{UNET}middle_block.1.proj_in.weight")) == 2,
         # what diffusers calls a head's size is the number of heads
-        "attention_head_dim": NUM_HEADS_1 if version_of(header) == 1 else [width // HEAD_SIZE_2 for width in widths],
+        "attention_head_dim": [width // HEAD_SIZE_2 for width in widths] if heads_are_wide else NUM_HEADS_1,
     }
 
 
-def vae_config(header: Header) -> dict[str, Any]:
-    """An AutoencoderKL's config."""
-    levels = header.count(f"{VAE}encoder.down.")
-    widths = [header.shape(f"{VAE}encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+def vae_config(header: Header, vae: str = VAE) -> dict[str, Any]:
+    """An AutoencoderKL's config; vae: what its tensors' names begin with."""
+    levels = header.count(f"{vae}encoder.down.")
+    widths = [header.shape(f"{vae}encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     return {
-        "in_channels": header.shape(f"{VAE}encoder.conv_in.weight")[1],
-        "out_channels": header.shape(f"{VAE}decoder.conv_out.weight")[0],
-        "latent_channels": header.shape(f"{VAE}decoder.conv_in.weight")[1],
+        "in_channels": header.shape(f"{vae}encoder.conv_in.weight")[1],
+        "out_channels": header.shape(f"{vae}decoder.conv_out.weight")[0],
+        "latent_channels": header.shape(f"{vae}decoder.conv_in.weight")[1],
         "block_out_channels": widths,
-        "layers_per_block": header.count(f"{VAE}encoder.down.0.block."),
+        "layers_per_block": header.count(f"{vae}encoder.down.0.block."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "mid_block_add_attention": header.holds(f"{VAE}encoder.mid.attn_1."),
-        "use_quant_conv": header.holds(f"{VAE}quant_conv."),
-        "use_post_quant_conv": header.holds(f"{VAE}post_quant_conv."),
+        "mid_block_add_attention": header.holds(f"{vae}encoder.mid.attn_1."),
+        "use_quant_conv": header.holds(f"{vae}quant_conv."),
+        "use_post_quant_conv": header.holds(f"{vae}post_quant_conv."),
         "scaling_factor": VAE_SCALE,
     }
 
@@ -89,26 +93,41 @@ def vae_config(header: Header) -> dict[str, Any]:
 def text_config(header: Header) -> dict[str, Any]:
     """A CLIPTextConfig's values. SD 2 reads the last layer but one, so that its last layer is left away."""
     if version_of(header) == 1:
-        model = f"{CLIP}text_model." if header.holds(f"{CLIP}text_model.") else CLIP
-        words, places = f"{model}embeddings.token_embedding.weight", f"{model}embeddings.position_embedding.weight"
-        layers, mlp = header.count(f"{model}encoder.layers."), f"{model}encoder.layers.0.mlp.fc1.weight"
-    else:
-        words, places = f"{OPEN_CLIP}token_embedding.weight", f"{OPEN_CLIP}positional_embedding"
-        layers, mlp = (
-            header.count(f"{OPEN_CLIP}transformer.resblocks."),
-            f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight",
-        )
-        layers -= layers != OPEN_CLIP_LAYERS - 1  # files made of diffusers folders lack the last layer already
-    num_words, width = header.shape(words)
+        return clip_config(header, CLIP)
+    config = open_clip_config(header, OPEN_CLIP)
+    layers = config["num_hidden_layers"]
+    # files made of diffusers folders lack the last layer already
+    return config | {"num_hidden_layers": layers - (layers != OPEN_CLIP_LAYERS - 1)}
+
+
+def clip_config(header: Header, prefix: str) -> dict[str, Any]:
+    """A CLIPTextConfig's values for CLIP under transformers' names, some of which lack the level text_model."""
+    model = f"{prefix}text_model." if header.holds(f"{prefix}text_model.") else prefix
+    return _text_config(
+        header.shape(f"{model}embeddings.token_embedding.weight"),
+        header.shape(f"{model}embeddings.position_embedding.weight"),
+        header.shape(f"{model}encoder.layers.0.mlp.fc1.weight"),
+    ) | {"num_hidden_layers": header.count(f"{model}encoder.layers."), "hidden_act": "quick_gelu"}
+
+
+def open_clip_config(header: Header, prefix: str) -> dict[str, Any]:
+    """A CLIPTextConfig's values for OpenCLIP under its own names."""
+    return _text_config(
+        header.shape(f"{prefix}token_embedding.weight"),
+        header.shape(f"{prefix}positional_embedding"),
+        header.shape(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"),
+    ) | {"num_hidden_layers": header.count(f"{prefix}transformer.resblocks."), "hidden_act": "gelu"}
+
+
+def _text_config(words: tuple[int, ...], places: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    num_words, width = words
     return {
         "vocab_size": num_words,
         "hidden_size": width,
         "projection_dim": width,
-        "intermediate_size": header.shape(mlp)[0],
-        "num_hidden_layers": layers,
+        "intermediate_size": mlp[0],
         "num_attention_heads": max(1, width // HEAD_SIZE_CLIP),
-        "max_position_embeddings": header.shape(places)[0],
-        "hidden_act": "quick_gelu" if version_of(header) == 1 else "gelu",
+        "max_position_embeddings": places[0],
         "bos_token_id": num_words - 2,
         "eos_token_id": num_words - 1,
     }
@@ -135,18 +154,22 @@ def _resolution(header: Header) -> int | None:
     return int(stated[1]) if stated and stated[1] == stated[2] else None
 
 
-def _prediction(header: Header) -> str:
-    """The scheduler's prediction_type: as the file states it, else by diffusers' rule, which is logged for SD 2."""
+def stated_prediction(header: Header) -> str | None:
+    """The scheduler's prediction_type where the file states it; ValueError where it states another."""
     if "v_pred" in header.shapes:
         return "v_prediction"
     stated = header.metadata.get("modelspec.prediction_type")
-    if stated is not None:
-        known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-        if stated not in known:
-            raise ValueError(f"modelspec.prediction_type of {header.path} must be epsilon or v, got {stated!r}")
-        return known[stated]
-    if version_of(header) == 1:
-        return "epsilon"
+    known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    if stated is not None and stated not in known:
+        raise ValueError(f"modelspec.prediction_type of {header.path} must be epsilon or v, got {stated!r}")
+    return None if stated is None else known[stated]
+
+
+def _prediction(header: Header) -> str:
+    """As the file states it, else by diffusers' rule, which is logged for SD 2."""
+    stated = stated_prediction(header)
+    if stated is not None or version_of(header) == 1:
+        return stated or "epsilon"
     base = _global_step(header) == STEPS_2_BASE or _resolution(header) == SIDE_EPS * 8
     log.warning(
         "%s does not say what it predicts: %s is assumed; a metadata entry modelspec.prediction_type, epsilon or v, "

@@ -1,16 +1,19 @@
 """What families share that are pipelines of diffusers: their parts, flow, autoencoder and texts.
 
-B batch, C channels, h w latent sides, H W pixels.
+B batch, C channels, f h w latent frames and sides, F H W frames and pixels, L tokens.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from lorasmith.families.components import Components, OpenComponents
+from lorasmith.families.components import MODULES, Components, OpenComponents
+from lorasmith.families.texts import Texts
 from lorasmith.noise import Flow, TokenShift
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -21,7 +24,9 @@ class PipelineFamily:
     """A family: components -> denoiser, codec, and a pipeline around a changed denoiser."""
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
-    """The parts that turn pictures and captions into latents and conditioning."""
+    """The parts that pictures and captions cannot be encoded without."""
+    TEXTS: ClassVar[Texts | None] = None
+    """How its text encoders are trained; None: not at all."""
 
     def __init__(self, components: Components) -> None:
         """ValueError where a part is missing or of another kind."""
@@ -39,16 +44,19 @@ class PipelineFamily:
         pipe = self.components.pipeline(self.denoiser.nets)
         missing = [name for name in self.ENCODERS if getattr(pipe, name, None) is None]
         if missing:
-            raise ValueError(f"model must hold {' and '.join(missing)} to encode captions, but it does not")
+            raise ValueError(self.components.lacking(missing))
         if not isinstance(self.components, OpenComponents):
             pipe.vae.float()
-            for name in self.ENCODERS:
-                getattr(pipe, name).to(device)
+            for name in MODULES:
+                if name not in self.denoiser.nets and getattr(pipe, name, None) is not None:
+                    getattr(pipe, name).to(device)
         return self.codec_of(pipe)
 
     def pipeline(self, denoiser: Denoiser) -> Any:
         """A diffusers pipeline that predicts with this copy of the denoiser; the source's own stays as it is."""
-        return self.components.pipeline(denoiser.nets, dtype_of(next(iter(denoiser.nets.values()))))
+        weights = next(iter(denoiser.nets.values())).parameters()
+        widest = max(weights, key=lambda weight: weight.numel())  # small ones may be kept in float32
+        return self.components.pipeline(denoiser.nets, widest.dtype)
 
     def metadata(self) -> dict[str, str]:
         """What other tools read of a base model: modelspec and kohya's keys."""
@@ -61,11 +69,12 @@ class PictureCodec:
     PATCH: ClassVar[int] = 2
     """Latent pixels along a token's side."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, resolution: int | None = None) -> None:
+        """resolution: the side of the pictures that the model was made for, where the pipeline does not state it."""
         self.pipe, self.vae = pipe, pipe.vae
         self.factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         self.multiple = self.factor * self.PATCH
-        self.resolution: int = pipe.default_sample_size * self.factor
+        self.resolution: int = resolution or pipe.default_sample_size * self.factor
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -89,6 +98,31 @@ class PictureCodec:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class VideoAutoencoder:
+    """Wan's autoencoder, or one made after it: each channel has its mean and deviation, a picture is a frame."""
+
+    vae: Any  # an AutoencoderKLWan or AutoencoderKLQwenImage
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of a latent pixel."""
+        return self.vae.spatial_compression_ratio
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """videos [B,3,F,H,W] in -1 to 1 -> the posterior's mean, normalised: [B,C,f,h,w], float32."""
+        mean = self.vae.encode(videos.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        return (mean - self._by_channel("latents_mean", mean)) / self._by_channel("latents_std", mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B,C,f,h,w] -> videos [B,3,F,H,W] in -1 to 1, float32."""
+        latents = latents * self._by_channel("latents_std", latents) + self._by_channel("latents_mean", latents)
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
+
+    def _by_channel(self, name: str, like: Tensor) -> Tensor:
+        return torch.tensor(self.vae.config[name], device=like.device).view(-1, 1, 1, 1)
+
+
 def dtype_of(net: nn.Module) -> torch.dtype:
     """What a net's inputs must be; its first parameter's, as diffusers' own property walks all modules."""
     return next(net.parameters()).dtype
@@ -108,17 +142,64 @@ def flow_of(scheduler: Mapping[str, Any], patch: int = 2) -> Flow:
 
 def warn_of_cuts(texts: Sequence[str], tokenizer: Any, length: int) -> None:
     """Logs which texts are longer than the tokens that are read of them."""
-    for text in texts:
-        num_tokens = len(tokenizer(text).input_ids)
+    warn_of_counts(texts, [len(tokenizer(text).input_ids) for text in texts], length)
+
+
+def warn_of_counts(texts: Sequence[str], nums_tokens: Sequence[int], length: int) -> None:
+    """The same, of texts that are so many tokens long with what is put around them."""
+    for text, num_tokens in zip(texts, nums_tokens, strict=True):
         if num_tokens > length:
             log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
 
 
-def packed(latents: Tensor) -> Tensor:
-    """latents [B,C,h,w] -> tokens [B,h/2 w/2,4C], each a square of 2 x 2; ValueError where a side is odd."""
-    batch, channels, height, width = latents.shape
+def num_chat_tokens(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, bool]) -> int:
+    """The tokens of one conversation in a tokenizer's chat template, with these of the template's options."""
+    chats = tokenizer.apply_chat_template([messages], tokenize=True, return_dict=True, **options)
+    return len(chats["input_ids"][0])
+
+
+def masked(texts: Sequence[Tensor]) -> Cond:
+    """B texts [L_i,D] without padding -> {"text": [B,L,D], "mask": [B,L]}, float32, padded to the longest."""
+    masks = [text.new_ones(len(text), dtype=torch.float32) for text in texts]
+    return {
+        "text": pad_sequence([text.float() for text in texts], batch_first=True),
+        "mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def read_tokens(cond: Cond) -> Tensor:
+    """Which tokens are read, bool [B,L]: all of them where conditioning has no "mask".
+
+    ValueError where the mask is of another length than the text.
+    """
+    text = cond["text"]
+    if "mask" not in cond:
+        return text.new_ones(text.shape[:2], dtype=torch.bool)
+    mask = cond["mask"] > 0
+    if mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"positive must hold a mask as long as text, {list(text.shape[1:2])}, got {list(mask.shape[1:])}"
+        )
+    return mask
+
+
+def mask_of(cond: Cond) -> Tensor | None:
+    """The tokens that are read, bool [B,L]; None where all are, as attention is faster without a mask."""
+    mask = read_tokens(cond)
+    return None if mask.all() else mask
+
+
+def refuse_odd(latents: Tensor) -> None:
+    """ValueError where latents [B,C,h,w] cannot be cut into squares of 2 x 2."""
+    height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(f"latents must have even sides for this model, got {[height, width]}")
+
+
+def packed(latents: Tensor) -> Tensor:
+    """latents [B,C,h,w] -> tokens [B,h/2 w/2,4C], each a square of 2 x 2; ValueError where a side is odd."""
+    refuse_odd(latents)
+    batch, channels, height, width = latents.shape
     squares = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
@@ -130,10 +211,10 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
 
 
-def check_inputs(x_t: Tensor, cond: Cond, *, channels: int, widths: Mapping[str, int]) -> None:
-    """ValueError where latents [B,C,h,w] or conditioning of these widths are another model's."""
-    if x_t.ndim != 4 or x_t.shape[1] != channels:
-        raise ValueError(f"latents must be [N,{channels},h,w] for this model, got {[len(x_t), *x_t.shape[1:]]}")
+def check_inputs(x_t: Tensor, cond: Cond, *, channels: int, widths: Mapping[str, int], axes: str = "h,w") -> None:
+    """ValueError where latents [B,C,*axes] or conditioning of these widths are another model's."""
+    if x_t.ndim != 2 + len(axes.split(",")) or x_t.shape[1] != channels:
+        raise ValueError(f"latents must be [N,{channels},{axes}] for this model, got {[len(x_t), *x_t.shape[1:]]}")
     for name, width in widths.items():
         if name not in cond or cond[name].shape[-1] != width:
             shape = f"[L,{width}]" if name == "text" else f"[{width}]"

@@ -4,13 +4,14 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from lorasmith.families.texts import Texts, tokens
 from lorasmith.noise import Diffusion
 from lorasmith.types import Cond, Denoiser
 
@@ -67,8 +68,15 @@ class StableDiffusionDenoiser:
         return f"lora_{path}".replace(".", "_")
 
 
+def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
+    """{"text_encoder": CLIPTextModel}, {"ids": [B,L]} -> {"text": [B,L,D]}."""
+    return {"text": encoders["text_encoder"](cond["ids"]).last_hidden_state}
+
+
 class StableDiffusionCodec:
     """The autoencoder, the CLIP text encoder and its tokenizer."""
+
+    keeps_tokens = False
 
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]) -> None:
         """vae: an AutoencoderKL; text_encoder: a CLIPTextModel; unet: the UNet's config."""
@@ -95,17 +103,17 @@ class StableDiffusionCodec:
         return mean.float() * self.vae.config["scaling_factor"]
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {"text": [B,L,D]}, float32; texts beyond the encoder's length are cut, which is logged."""
+        """B texts -> {"text": [B,L,D]}, float32, or their tokens; what is too long is cut, which is logged."""
         length = self.num_tokens
         for text in texts:
             num_tokens = len(self.tokenizer(text).input_ids)
             if num_tokens > length:
                 log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
-        return {"text": hidden.float()}
+        found = tokens(texts, {"text_encoder": self.tokenizer}, {"text_encoder": length})
+        if self.keeps_tokens:
+            return found
+        ids = {name: value.to(self.text_encoder.device) for name, value in found.items()}
+        return {name: value.float() for name, value in text_of({"text_encoder": self.text_encoder}, ids).items()}
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B,4,h,w] -> images [B,3,H,W] in about -1 to 1, float32."""
@@ -173,6 +181,8 @@ class OpenPipeline:
 class StableDiffusion:
     """The family: a source -> denoiser, codec, and a pipeline around a changed denoiser."""
 
+    TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te"}, text_of, lambda encoders: ())
+
     def __init__(self, source: Source) -> None:
         self.denoiser = StableDiffusionDenoiser(source.unet, diffusion(source.scheduler))
         self.source = source
@@ -183,8 +193,11 @@ class StableDiffusion:
 
     def pipeline(self, denoiser: Denoiser) -> Any:
         """A diffusers pipeline that predicts with this copy of the denoiser; the source's own stays as it is."""
-        assert isinstance(denoiser, StableDiffusionDenoiser)
-        return self.source.pipeline(denoiser.unet)
+        unet: Any = denoiser.nets["unet"]
+        pipe = self.source.pipeline(unet)
+        for name in denoiser.nets.keys() - {"unet"}:
+            setattr(pipe, name, denoiser.nets[name])
+        return pipe
 
     def metadata(self) -> dict[str, str]:
         """What other tools read of a base model: modelspec and kohya's keys."""

@@ -1,8 +1,8 @@
 """Stable Diffusion XL (Podell et al. 2023), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorasmith.families.components import Components
 from lorasmith.families.pipeline import PictureCodec, PipelineFamily, check_inputs, dtype_of, warn_of_cuts
 from lorasmith.families.sd import PREDICTION_NAMES, diffusion
+from lorasmith.families.texts import Texts, tokens
 from lorasmith.noise import Diffusion
 from lorasmith.types import Cond
 
@@ -47,20 +48,42 @@ class SDXLDenoiser:
         return f"lora_{path}".replace(".", "_")
 
 
+def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
+    """Both encoders, {"ids": [B,L], "ids_2": [B,L]} -> {"text": [B,L,D], "pooled": [B,P]}.
+
+    Tokens are read before the last layer, the pooled vector after the second encoder's (Podell et al. 2023, 2.1).
+    """
+    first = encoders["text_encoder"](cond["ids"], output_hidden_states=True)
+    second = encoders["text_encoder_2"](cond["ids_2"], output_hidden_states=True)
+    text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return {"text": text, "pooled": second.text_embeds}
+
+
+def last_layer(encoders: Mapping[str, Any]) -> tuple[str, ...]:
+    """The first encoder's, which is not read."""
+    return (f"text_encoder.encoder.layers.{encoders['text_encoder'].config.num_hidden_layers - 1}.",)
+
+
 class SDXLCodec(PictureCodec):
     """The autoencoder and both text encoders."""
 
+    keeps_tokens = False
+
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
+        self.tokenizers = {"text_encoder": pipe.tokenizer, "text_encoder_2": pipe.tokenizer_2}
         self.multiple = self.factor * 2 ** (len(pipe.unet.config["block_out_channels"]) - 1)
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {"text": [B,L,D], "pooled": [B,P]}, float32."""
+        """B texts -> {"text": [B,L,D], "pooled": [B,P]}, float32, or their tokens."""
         warn_of_cuts(texts, self.pipe.tokenizer, self.pipe.tokenizer.model_max_length)
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            list(texts), device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
-        )
-        return {"text": text.float(), "pooled": pooled.float()}
+        lengths = {name: tokenizer.model_max_length for name, tokenizer in self.tokenizers.items()}
+        found = tokens(texts, self.tokenizers, lengths)
+        if self.keeps_tokens:
+            return found
+        encoders = {name: getattr(self.pipe, name) for name in self.tokenizers}
+        ids = {name: value.to(self.pipe.text_encoder.device) for name, value in found.items()}
+        return {name: value.float() for name, value in text_of(encoders, ids).items()}
 
     def encode_size(self, original: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Cond:
         """(W, H) of the picture as it was, (x, y) of its crop, and (W, H) of the crop -> {"sizes": [6]}."""
@@ -72,6 +95,9 @@ class SDXL(PipelineFamily):
     """The base model; the refiner, which is told other things, is refused."""
 
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+    TEXTS: ClassVar[Texts | None] = Texts(
+        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}, text_of, last_layer
+    )
 
     def denoiser_of(self, components: Components) -> SDXLDenoiser:
         if components.config("requires_aesthetics_score"):

@@ -5,8 +5,9 @@ B batch, H heads, N queries, M keys, D width of a head.
 
 import ctypes
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ MAX_WIDTH = 256
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, lse = attended(q, k, v, scale)
+        out, lse = _RUNS.results_of(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         return out
@@ -34,7 +35,47 @@ class _Attention(torch.autograd.Function):
         return *gradients(grad, q, k, v, out, lse, ctx.scale), None
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+Results = tuple[Tensor, Tensor]
+"""What attended gives."""
+
+
+class _Runs(threading.local):
+    """What the first run of a checkpoint computed, for its second run. Nobody can write into it: autograd forbids."""
+
+    kept: deque[Results] | None = None
+    is_second = False
+
+    def results_of(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Results:
+        if self.kept and self.is_second:
+            return self.kept.popleft()
+        out, lse = attended(q, k, v, scale)
+        if self.kept is not None and not self.is_second:
+            self.kept.append((out.detach(), lse))
+        return out, lse
+
+    @contextmanager
+    def using(self, kept: deque[Results], *, is_second: bool) -> Iterator[None]:
+        before = self.kept, self.is_second
+        self.kept, self.is_second = kept, is_second
+        try:
+            yield
+        finally:
+            self.kept, self.is_second = before
+
+
+_RUNS = _Runs()
+
+
+def kept_results() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of both runs of a checkpoint, whose second one takes attention's results from the first.
+
+    They are the costliest to compute again, and as small as what a block is given.
+    """
+    kept: deque[Results] = deque()
+    return _RUNS.using(kept, is_second=False), _RUNS.using(kept, is_second=True)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Results:
     """q [B,H,N,D], k and v [B,H,M,D] -> the attention's result [B,H,N,D] and lse [B,H,N].
 
     The result lies as [B,N,H,D]; lse, in float32, is the logarithm of each query's sum of exponentials. By tiles (Dao

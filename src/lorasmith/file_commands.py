@@ -1,0 +1,169 @@
+"""The commands for files: convert, merge, resize, extract, metadata. What they need is imported when they run."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Overwrite = Annotated[bool, Parameter(negative="")]
+
+
+def resize(
+    file: Path, /, *, output: Path, rank: int | None = None, keep: float | None = None, overwrite: Overwrite = False
+) -> int:
+    """Make a LoRA's rank smaller, and say what is lost.
+
+    Parameters
+    ----------
+    file: LoRA file
+    output: safetensors file to write
+    rank: rank of every layer; those of less stay as they are
+    keep: instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
+    overwrite: write over a file that is there
+    """
+    from lorasmith.files.resizing import resize
+    from lorasmith.files.truncation import Cut
+
+    _prepare()
+    losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=_shown("resizing"))
+    _show_losses(losses)
+    print(output)
+    return 0
+
+
+def merge(
+    loras: list[str], /, *, output: Path, model: Path | None = None, rank: int | None = None,
+    dtype: Dtype | None = None, overwrite: Overwrite = False,
+) -> int:  # fmt: skip
+    """Add LoRAs up, each as FILE or FILE:WEIGHT, in one LoRA file or into a model.
+
+    Parameters
+    ----------
+    loras: LoRA files with weights, such as a.safetensors:0.7
+    output: safetensors file to write; for a model in a folder, the folder
+    model: model to merge them into, a diffusers folder or a safetensors file; none: into one LoRA
+    rank: rank of the sum, cut off there; needed where not all are LoRA
+    dtype: of the LoRA that is written; none: the widest of the sources
+    overwrite: write over a file that is there
+    """
+    from lorasmith.files.merging import Source, merge
+
+    _prepare()
+    sources = [Source.parsed(text) for text in loras]
+    if model is None:
+        losses = merge(
+            sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=_shown("merging")
+        )  # fmt: skip
+        _show_losses(losses)
+    else:
+        from lorasmith.files.merging_into import merge_into
+
+        if rank is not None or dtype is not None:
+            raise ValueError("rank and dtype are those of a LoRA: give them without --model")
+        report = merge_into(_path(model), sources, output, overwrite=overwrite, shown=_shown("merging"))
+        print(f"{report} weights changed")
+    print(output)
+    return 0
+
+
+def extract(
+    base: Path, tuned: Path, /, *, output: Path, rank: int | None = None, keep: float | None = None,
+    dtype: Dtype = "bf16", overwrite: Overwrite = False,
+) -> int:  # fmt: skip
+    """Make a LoRA of the difference between two models, and say what it leaves out.
+
+    Parameters
+    ----------
+    base: model, a diffusers folder or a safetensors file
+    tuned: the same model after training, of the same kind
+    output: safetensors file to write
+    rank: rank of every layer
+    keep: instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
+    dtype: of the LoRA
+    overwrite: write over a file that is there
+    """
+    from lorasmith.files.extraction import extract
+    from lorasmith.files.truncation import Cut
+
+    _prepare()
+    own = _dtype(dtype)
+    assert own is not None
+    cut = Cut(rank=rank, keep=keep)
+    losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=_shown("extracting"))
+    _show_losses(losses)
+    print(output)
+    return 0
+
+
+def metadata(
+    file: Path, /, *, set: Annotated[list[str] | None, Parameter(negative="")] = None,
+    strip: Annotated[bool, Parameter(negative="")] = False, output: Path | None = None, overwrite: Overwrite = False,
+) -> int:  # fmt: skip
+    """Show what a safetensors file says of itself, or write it with other metadata and the same tensors.
+
+    Parameters
+    ----------
+    file: safetensors file
+    set: key=value to write; may be given several times
+    strip: leave out what tells of captions, prompts, folders, people and times
+    output: safetensors file to write; only with set or strip
+    overwrite: write over a file that is there
+    """
+    from lorasmith.console import show_table
+    from lorasmith.files.metadata import changes_of, rewrite, shown
+    from lorasmith.header import Header
+
+    if not set and not strip:
+        if output is not None:
+            raise ValueError("output is written only with --set or --strip")
+        show_table(shown(Header.of(file).metadata))
+        return 0
+    if output is None:
+        raise ValueError("output must be given with --set or --strip; the file itself only with --overwrite")
+    found, removed = rewrite(file, output, changes=changes_of(set or []), strip=strip, overwrite=overwrite)
+    show_table([("left out", key) for key in removed])
+    show_table(shown(found))
+    print(output)
+    return 0
+
+
+def _prepare() -> None:
+    from lorasmith.console import quiet_libraries, set_up_logging
+
+    set_up_logging()
+    quiet_libraries()
+
+
+def _path(model: Path) -> Path:
+    """The name demo stands for the embedded model."""
+    from lorasmith.demo import BASE
+
+    return Path(str(BASE)) if str(model) == "demo" else model
+
+
+def _dtype(name: Dtype | None) -> Any:
+    import torch
+
+    return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _shown(what: str) -> Any:
+    """Runs through names with a progress bar."""
+    from lorasmith.console import tracked
+
+    def through(names: Sequence[str]) -> Iterable[str]:
+        return tracked(names, what)
+
+    return through
+
+
+def _show_losses(losses: Any) -> None:
+    from lorasmith.console import show_table
+    from lorasmith.files.outputs import table_of
+
+    show_table(table_of(losses), ("layer", "rank", "relative error"))
+
+
+COMMANDS = (merge, resize, extract, metadata)

@@ -1,0 +1,1 @@
+"""What can be done with LoRA files and models without training: merged, resized, extracted, described."""

@@ -1,0 +1,108 @@
+"""The tensors of a LoRA file by layer, checked as far as that goes without a model.
+
+r rank, k… a kernel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from lorasmith import lorafile
+from lorasmith.adapters import kind_of
+from lorasmith.adapters.layer import Layer, alpha_of, fitting
+from lorasmith.header import Header
+from lorasmith.kernels.convolution import ConvShape
+from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
+from lorasmith.looks import is_lora, lora_family, model_family
+from lorasmith.lorafile import DTYPE_NAMES
+
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA file; its tensors are views of the file, which is read where they are used."""
+
+    path: Path
+    layers: Mapping[str, Parts]  # {layer as the file calls it: {part: tensor}}
+    keys: Mapping[str, Mapping[str, str]]  # {layer: {part: the file's own key}}
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def opened(cls, path: Path) -> "LoRAFile":
+        """ValueError where it is no sound LoRA file, or a key means nothing."""
+        header = Header.of(path)
+        if not is_lora(header.shapes):
+            what = f"a model of {model_family(header.shapes)}" if header.shapes else "no tensors"
+            raise ValueError(f"{path} must be a LoRA, got {what}")
+        state, metadata = lorafile.read(path)
+        layers, keys = by_layer(state), _keys_by_layer(header)
+        for layer, parts in layers.items():
+            if "" in parts:
+                raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
+        return cls(path, layers, keys, metadata)
+
+    @property
+    def family(self) -> str:
+        return lora_family(self.layers)
+
+    def algorithm(self, layer: str) -> str | None:
+        """None where it only adds differences."""
+        kind = kind_of(self.layers[layer])
+        return kind.algorithm if kind else None
+
+    def refuse_strange_parts(self) -> None:
+        """ValueError that names parts that no algorithm knows beside the others of its layer, or of a strange dtype."""
+        for layer, parts in self.layers.items():
+            kind = kind_of(parts)
+            left = sorted(parts.keys() - (kind.SUFFIXES if kind else {"alpha"}) - OFFSETS.keys())
+            if left:
+                raise ValueError(f"{self.path}: {layer} must hold known parts alone, got {', '.join(left)}")
+            odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]
+            if odd:
+                raise ValueError(f"{self.path}: {layer} must be of float64, 32 or 16 or bfloat16, got {', '.join(odd)}")
+
+    def key(self, layer: str, part: str) -> str:
+        """The file's own key of a part; for one that it does not hold, as kohya writes it."""
+        return self.keys[layer].get(part, f"{layer}.{part}")
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor, float]:
+        """up [n_out, r] or [n_out, r, 1…], down [r, n_in] or [r, n_in, k…], and alpha / rank; ValueError if unsound."""
+        try:
+            return read_factors(self.layers[layer])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {layer}: {error}") from error
+
+
+def read_factors(parts: Parts) -> tuple[Tensor, Tensor, float]:
+    """up, down and alpha / rank; ValueError where they do not fit together or are not finite."""
+    down = parts.get(DOWN)
+    if down is None or down.ndim < 2:
+        raise ValueError(f"{DOWN} must be a matrix or a kernel, got {'none' if down is None else list(down.shape)}")
+    rank = len(down)
+    up = parts.get(UP)
+    num_out = len(up) if up is not None and up.ndim else 0
+    up = fitting(parts, UP, (num_out, rank, *[1] * (down.ndim - 2)))
+    return up, fitting(parts, DOWN, tuple(down.shape)), alpha_of(parts, rank) / rank
+
+
+def _keys_by_layer(header: Header) -> dict[str, dict[str, str]]:
+    """{layer: {part: the file's own key}}."""
+    return cast(Any, by_layer(cast(Any, {key: key for key in header.shapes})))
+
+
+def without_prefixes(name: str) -> list[str]:
+    """A layer's name, with underscores for points, and what is left without what programs put before it, bit by bit."""
+    names = [name]
+    while prefix := next((prefix for prefix in PREFIXES if names[-1].startswith(prefix)), None):
+        names.append(names[-1].removeprefix(prefix))
+    return names
+
+
+def layer_of(n_out: int, n_in: int, kernel: tuple[int, ...]) -> Layer:
+    """A layer of these sizes; what else a convolution has does not matter for its weight."""
+    ones = (1,) * len(kernel)
+    return Layer(n_in, n_out, kernel, ConvShape(ones, (0,) * len(kernel), ones, 1) if kernel else None)

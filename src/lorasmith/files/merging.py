@@ -1,0 +1,280 @@
+"""LoRAs together in one: exactly, side by side, or through their deltas at a rank that is asked for."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.layer import Layer, size_of
+from lorasmith.files.factors import LoRAFile, layer_of, without_prefixes
+from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
+from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
+from lorasmith.layouts import DOWN, OFFSETS, UP, normal
+from lorasmith.tensor_file import Named, write_streamed
+
+VAGUE = ("an unknown model", "a UNet of the Stable Diffusion kind", "a text encoder")
+ORIGINAL, DIFFUSERS = re.compile(r"(input|output|middle)_block"), re.compile(r"(down|up|mid)_block")
+CONVOLUTION = re.compile(r"conv|sampler|(in|out)_layers|skip_connection|_op$")
+TEXT_ENCODER = re.compile(r"^te(1|2|3)?_")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA and its weight in the sum."""
+
+    lora: LoRAFile
+    weight: float
+
+    @classmethod
+    def parsed(cls, text: str) -> "Source":
+        """`FILE` or `FILE:WEIGHT`; ValueError where the weight is not a finite number other than 0."""
+        name, colon, tail = text.rpartition(":")
+        try:
+            weight = float(tail) if colon and name and not Path(text).exists() else None
+        except ValueError:
+            weight = None
+        if weight is not None and (not math.isfinite(weight) or not weight):
+            raise ValueError(f"the weight of {name} must be a finite number other than 0, got {tail}")
+        return cls(LoRAFile.opened(Path(text if weight is None else name)), 1.0 if weight is None else weight)
+
+    def __str__(self) -> str:
+        return f"{self.lora.path.name} * {self.weight:g}"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One source's part in a layer."""
+
+    source: Source
+    layer: str
+
+    @property
+    def algorithm(self) -> str | None:
+        return self.source.lora.algorithm(self.layer)
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        return self.source.lora.layers[self.layer]
+
+
+def merge(
+    sources: Sequence[Source], output: Path, *, rank: int | None = None, dtype: torch.dtype | None = None,
+    overwrite: bool = False, shown: Shown = plain,
+) -> Losses:  # fmt: skip
+    """Writes the weighted sum of LoRAs; LoRA beside LoRA is exact, with the sum of the ranks.
+
+    rank: every layer's at most; needed where another algorithm is among them. dtype: of the weights; None: the widest
+    of the sources. ValueError where they are for different models, or need the model's own weights to be added.
+    """
+    refuse_output(output, overwrite=overwrite)
+    if len(sources) < 2:
+        raise ValueError(f"merge needs two LoRAs or more, or a model to merge one into, got {len(sources)}")
+    cut = None if rank is None else Cut(rank=rank)
+    shares = _by_layer(sources)
+    _refuse_what_cannot_be_added(shares, rank)
+    losses = Losses()
+    what = f"merge of {', '.join(map(str, sources))}" + (f" at {cut}" if cut else "")
+    write_streamed(
+        output,
+        (named for layer in shown(sorted(shares)) for named in _added(shares[layer], cut, dtype, losses)),
+        lambda: {
+            **derived(_agreed([source.lora.metadata for source in sources]), what),
+            **network_dim(losses.ranks.values()),
+            "ss_network_alpha": network_dim(losses.ranks.values())["ss_network_dim"],
+            "modelspec.merged_from": ", ".join(source.lora.path.name for source in sources),
+        },
+    )
+    return losses
+
+
+def _agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What all of them say alike."""
+    first, *others = metadata
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def canonical(layer: str) -> str:
+    """A layer's name without the prefixes of programs, text encoders' as kohya numbers them: te_, te2_, te3_."""
+    name = without_prefixes(normal(layer.replace(".processor.", ".")))[-1]
+    name = re.sub(r"^text_encoder(_[23])?_", lambda match: f"te{(match[1] or '').lstrip('_')}_", name)
+    return TEXT_ENCODER.sub(lambda match: f"te{'' if match[1] in (None, '1') else match[1]}_", name)
+
+
+def _by_layer(sources: Sequence[Source]) -> dict[str, list[_Share]]:
+    """{canonical name: who has a part in it}; ValueError where they are not for one and the same model."""
+    families = {source.lora.family: source.lora.path for source in sources if source.lora.family not in VAGUE}
+    if len(families) > 1:
+        raise ValueError(
+            "the LoRAs must be for the same model, but look made for "
+            + " and ".join(f"{family} ({path})" for family, path in families.items())
+        )
+    shares: dict[str, list[_Share]] = {}
+    for number, source in enumerate(sources):
+        source.lora.refuse_strange_parts()
+        for layer in source.lora.layers:
+            found = shares.setdefault(canonical(layer), [])
+            if any(share.source is source for share in found):
+                raise ValueError(f"{source.lora.path}: {layer} must be named once, but another name means the same")
+            found.append(_Share(source, layer))
+        if number and _spelling(source) != _spelling(sources[0]):
+            raise ValueError(
+                f"{sources[0].lora.path} and {source.lora.path} must name layers alike, got names of the original code "
+                "in one and diffusers' in the other: convert one of them first"
+            )
+    return shares
+
+
+def _spelling(source: Source) -> tuple[bool, bool]:
+    """Whether there are names of the original code, and of diffusers."""
+    names = [normal(layer) for layer in source.lora.layers]
+    return any(ORIGINAL.search(name) for name in names), any(DIFFUSERS.search(name) for name in names)
+
+
+def _refuse_what_cannot_be_added(shares: Mapping[str, Sequence[_Share]], rank: int | None) -> None:
+    for share in (share for found in shares.values() for share in found):
+        if share.algorithm in ("DoRA", "OFT"):
+            raise ValueError(
+                f"{share.source.lora.path} holds {share.algorithm}, which depends on the model's weights: "
+                "merge it into the model, with --model"
+            )
+        if share.algorithm not in ("LoRA", None) and rank is None:
+            raise ValueError(
+                f"{share.source.lora.path} holds {share.algorithm}, which adds to others only through its delta: "
+                "give --rank, at which the sum is cut off"
+            )
+
+
+def _added(shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype | None, losses: Losses) -> Iterator[Named]:
+    """The tensors of the sum, under the first source's names; the scale is 1."""
+    first = shares[0]
+    own = dtype or _widest(shares)
+    trained = [share for share in shares if share.algorithm is not None]
+    try:
+        if trained:
+            up, down = _sum(trained, cut, losses, first.layer)
+            yield _key(first, UP), up.to(own)
+            yield _key(first, DOWN), down.to(own)
+            if "alpha" in first.source.lora.keys[first.layer]:
+                yield _key(first, "alpha"), torch.tensor(len(down), dtype=torch.float32)
+        for part in OFFSETS:
+            found = [share for share in shares if part in share.parts]
+            if found:
+                yield _key(first, part), _offset(found, part).to(own)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{first.layer}: {error}") from error
+
+
+def _key(share: _Share, part: str) -> str:
+    return share.source.lora.key(share.layer, part)
+
+
+def _widest(shares: Sequence[_Share]) -> torch.dtype:
+    """The dtype that holds the weights of all."""
+    found = [t.dtype for share in shares for part, t in share.parts.items() if part != "alpha"]
+    widest = found[0] if found else torch.float32
+    for one in found:
+        widest = torch.promote_types(widest, one)
+    return widest
+
+
+def _sum(shares: Sequence[_Share], cut: Cut | None, losses: Losses, layer: str) -> tuple[Tensor, Tensor]:
+    """up [n_out, R] or [n_out, R, 1…], down [R, n_in] or [R, n_in, k…] of the weighted sum."""
+    if all(share.algorithm == "LoRA" for share in shares):
+        up, down = _side_by_side(shares)
+        if cut is None or cut.rank is None or len(down) <= cut.rank:
+            pair = up.flatten(1), down.flatten(1)
+            losses.add(layer, len(down), 0.0, squared_error(pair, pair)[1])
+            return up, down
+        whole, shape = Decomposition.of_product(up.flatten(1), down.flatten(1)), down.shape[1:]
+    else:
+        assert cut is not None
+        delta = _delta(shares)
+        whole, shape = Decomposition.of_matrix(delta.flatten(1)), delta.shape[1:]
+    rank = cut.kept(whole.values)
+    losses.add(layer, rank, float(whole.values[rank:].square().sum()), float(whole.values.square().sum()))
+    new_up, new_down = whole.factors(rank)
+    return new_up.view(-1, rank, *[1] * (len(shape) - 1)), new_down.view(rank, *shape)
+
+
+def _side_by_side(shares: Sequence[_Share]) -> tuple[Tensor, Tensor]:
+    """[w1 s1 up1 | w2 s2 up2 …], [down1; down2; …], float32: their product is the weighted sum."""
+    found = [(share, *share.source.lora.factors(share.layer)) for share in shares]
+    _refuse_other_shapes([(share, (len(up), *down.shape[1:])) for share, up, down, _ in found])
+    up = torch.cat([share.source.weight * scale * up.float() for share, up, _, scale in found], dim=1)
+    return up, torch.cat([down.float() for _, _, down, _ in found])
+
+
+def _refuse_other_shapes(found: Sequence[tuple[_Share, tuple[int, ...]]]) -> None:
+    (first, shape), *others = found
+    for share, other in others:
+        if other != shape:
+            raise ValueError(
+                f"must be of one shape in {first.source.lora.path} and {share.source.lora.path}, "
+                f"got {list(shape)} and {list(other)}"
+            )
+
+
+def _delta(shares: Sequence[_Share]) -> Tensor:
+    """The weighted sum of what all add to the weight [n_out, n_in, k…], float32."""
+    kernels = {tuple(share.parts[DOWN].shape[2:]) for share in shares if share.algorithm == "LoRA"}
+    kernel = kernels.pop() if len(kernels) == 1 else None
+    found = [(share, _own_delta(share, kernel)) for share in shares]
+    _refuse_other_shapes([(share, tuple(delta.shape)) for share, delta in found])
+    return sum((share.source.weight * delta for share, delta in found[1:]), found[0][0].source.weight * found[0][1])
+
+
+def _own_delta(share: _Share, kernel: tuple[int, ...] | None) -> Tensor:
+    layer = _sizes(share, kernel)
+    parts = {part: tensor for part, tensor in share.parts.items() if part not in OFFSETS}
+    with torch.no_grad():
+        return adapter_from_file(layer, parts).merged(torch.zeros(layer.weight_shape))
+
+
+def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
+    """The layer that the parts are for; ValueError for a LoHa or LoKr that does not say whether it has a kernel."""
+    parts = share.parts
+    if share.algorithm == "LoRA":
+        up, down, _ = share.source.lora.factors(share.layer)
+        return layer_of(len(up), down.shape[1], tuple(down.shape[2:]))
+    if "lokr_w2" in parts:
+        kernel = tuple(parts["lokr_w2"].shape[2:])
+    if kernel is None and CONVOLUTION.search(normal(share.layer)):
+        raise ValueError(
+            f"{share.source.lora.path} does not say the kernel of this layer's {share.algorithm}: "
+            "merge it into the model, with --model"
+        )
+    kernel = kernel or ()
+    if "lokr_w2" in parts:
+        return layer_of(*_sizes_of_product(parts), kernel)
+    n_out, columns = (
+        (size_of(parts, "hada_w1_a", 0), size_of(parts, "hada_w1_b", -1))
+        if share.algorithm == "LoHa"
+        else _sizes_of_product(parts)
+    )
+    return layer_of(n_out, columns // max(1, math.prod(kernel)), kernel)
+
+
+def _sizes_of_product(parts: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Outputs and inputs of a LoKr, the inputs times the kernel where its second half is decomposed."""
+    sizes = [
+        (
+            size_of(parts, half if half in parts else f"{half}_a", 0),
+            size_of(parts, half if half in parts else f"{half}_b", 1),
+        )
+        for half in ("lokr_w1", "lokr_w2")
+    ]
+    return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
+
+
+def _offset(shares: Sequence[_Share], part: str) -> Tensor:
+    """The weighted sum of differences, float32."""
+    _refuse_other_shapes([(share, tuple(share.parts[part].shape)) for share in shares])
+    total = torch.zeros(shares[0].parts[part].shape)
+    for share in shares:
+        total += share.source.weight * share.parts[part].float()
+    return total

@@ -1,0 +1,55 @@
+"""Where the tools write, and what their files say of themselves."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lorasmith import __version__
+from lorasmith.files.truncation import Losses
+from lorasmith.peft_config import HEADER
+
+HISTORY = "lorasmith.history"
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", HEADER)
+"""What a file says of its tensors, which are others now; PEFT's configuration states ranks and alphas."""
+Shown = Callable[[Sequence[str]], Iterable[str]]
+"""Runs through names and shows how far it is."""
+
+
+def plain(names: Sequence[str]) -> Iterable[str]:
+    """Shows nothing."""
+    return names
+
+
+def refuse_output(output: Path, *, overwrite: bool) -> None:
+    """ValueError unless a safetensors file can be written there; over another only where that is asked for."""
+    if output.suffix.lower() != ".safetensors":
+        raise ValueError(f"output must be a .safetensors file, got {output}")
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {output}")
+    if output.is_dir():
+        raise ValueError(f"output must be a file, got the folder {output}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output must not be there yet without --overwrite, got {output}")
+
+
+def derived(metadata: Mapping[str, str], what: str) -> dict[str, str]:
+    """A source's metadata without what is no longer true, and one more line of its history."""
+    try:
+        history = json.loads(metadata.get(HISTORY, "[]"))
+    except ValueError:
+        history = [metadata[HISTORY]]
+    entry = f"{what} (lorasmith {__version__})"
+    kept = {key: value for key, value in metadata.items() if key not in STALE}
+    return {**kept, HISTORY: json.dumps([*history, entry] if isinstance(history, list) else [entry])}
+
+
+def network_dim(ranks: Iterable[int]) -> dict[str, str]:
+    """The ranks as kohya's tools read them."""
+    found = set(ranks)
+    return {"ss_network_dim": str(next(iter(found))) if len(found) == 1 else "Dynamic"}
+
+
+def table_of(losses: Losses) -> list[tuple[str, ...]]:
+    """What was lost: all together, then the worst layers."""
+    rows = [("all layers", "", f"{losses.overall:.3g}")]
+    return [*rows, *((layer, str(losses.ranks[layer]), f"{error:.3g}") for layer, error in losses.worst())]
