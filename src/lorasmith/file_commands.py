@@ -129,6 +129,28 @@ def metadata(
     return 0
 
 
+def convert(
+    file: Path, /, *, model: str, to: Literal["kohya", "diffusers", "comfyui", "lycoris"], output: Path,
+    overwrite: Overwrite = False,
+) -> int:  # fmt: skip
+    """Write a LoRA under the names that another program reads.
+
+    Parameters
+    ----------
+    file: LoRA file
+    model: the model that it is for, as train takes it
+    to: whose names
+    output: safetensors file to write
+    overwrite: write over a file that is there
+    """
+    from lorasmith.files.conversion import convert
+
+    _prepare()
+    print(f"{convert(file, output, _model(model), to, overwrite=overwrite)} layers")
+    print(output)
+    return 0
+
+
 def _prepare() -> None:
     from lorasmith.console import quiet_libraries, set_up_logging
 
@@ -136,11 +158,15 @@ def _prepare() -> None:
     quiet_libraries()
 
 
-def _path(model: Path) -> Path:
+def _model(model: str) -> str:
     """The name demo stands for the embedded model."""
     from lorasmith.demo import BASE
 
-    return Path(str(BASE)) if str(model) == "demo" else model
+    return str(BASE) if model == "demo" else model
+
+
+def _path(model: Path) -> Path:
+    return Path(_model(str(model)))
 
 
 def _dtype(name: Dtype | None) -> Any:
@@ -166,4 +192,4 @@ def _show_losses(losses: Any) -> None:
     show_table(table_of(losses), ("layer", "rank", "relative error"))
 
 
-COMMANDS = (merge, resize, extract, metadata)
+COMMANDS = (convert, merge, resize, extract, metadata)

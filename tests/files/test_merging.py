@@ -66,7 +66,7 @@ def test_loras_side_by_side_are_peft_s(tmp_path: Path) -> None:
     net.add_weighted_adapter(["a", "b"], [0.7, -0.3], "c", combination_type="cat")
     a, b = written(tmp_path, states)
     losses = merge(sources((a, 0.7), (b, -0.3)), tmp_path / "c.safetensors")
-    assert losses.overall == 0 and set(losses.ranks.values()) == {5}
+    assert losses.overall < 1e-6 and not losses.worst() and set(losses.ranks.values()) == {5}
     merged = load_file(tmp_path / "c.safetensors")
     assert merged.keys() == states["a"].keys()
     for layer in ("to_q", "conv"):

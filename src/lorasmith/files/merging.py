@@ -156,9 +156,9 @@ def _added(shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype | None,
     trained = [share for share in shares if share.algorithm is not None]
     try:
         if trained:
-            up, down = _sum(trained, cut, losses, first.layer)
-            yield _key(first, UP), up.to(own)
-            yield _key(first, DOWN), down.to(own)
+            up, down = _sum(trained, cut, own, losses, first.layer)
+            yield _key(first, UP), up
+            yield _key(first, DOWN), down
             if "alpha" in first.source.lora.keys[first.layer]:
                 yield _key(first, "alpha"), torch.tensor(len(down), dtype=torch.float32)
         for part in OFFSETS:
@@ -182,23 +182,32 @@ def _widest(shares: Sequence[_Share]) -> torch.dtype:
     return widest
 
 
-def _sum(shares: Sequence[_Share], cut: Cut | None, losses: Losses, layer: str) -> tuple[Tensor, Tensor]:
-    """up [n_out, R] or [n_out, R, 1…], down [R, n_in] or [R, n_in, k…] of the weighted sum."""
+def _sum(
+    shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype, losses: Losses, layer: str
+) -> tuple[Tensor, Tensor]:
+    """up [n_out, R] or [n_out, R, 1…], down [R, n_in] or [R, n_in, k…] of the weighted sum, in this dtype."""
     if all(share.algorithm == "LoRA" for share in shares):
-        up, down = _side_by_side(shares)
-        if cut is None or cut.rank is None or len(down) <= cut.rank:
-            pair = up.flatten(1), down.flatten(1)
-            losses.add(layer, len(down), 0.0, squared_error(pair, pair)[1])
-            return up, down
-        whole, shape = Decomposition.of_product(up.flatten(1), down.flatten(1)), down.shape[1:]
-    else:
-        assert cut is not None
-        delta = _delta(shares)
-        whole, shape = Decomposition.of_matrix(delta.flatten(1)), delta.shape[1:]
-    rank = cut.kept(whole.values)
-    losses.add(layer, rank, float(whole.values[rank:].square().sum()), float(whole.values.square().sum()))
-    new_up, new_down = whole.factors(rank)
-    return new_up.view(-1, rank, *[1] * (len(shape) - 1)), new_down.view(rank, *shape)
+        whole = _side_by_side(shares)
+        up, down = whole
+        if cut is not None and cut.rank is not None and len(down) > cut.rank:
+            parts = Decomposition.of_product(up.flatten(1), down.flatten(1))
+            up, down = _shaped(*parts.factors(cut.kept(parts.values)), down.shape[1:])
+        up, down = up.to(dtype), down.to(dtype)
+        pairs = [(one.flatten(1), other.flatten(1)) for one, other in (whole, (up, down))]
+        losses.add(layer, len(down), *squared_error(*pairs))
+        return up, down
+    assert cut is not None
+    delta = _delta(shares)
+    parts = Decomposition.of_matrix(delta.flatten(1))
+    up, down = (factor.to(dtype) for factor in parts.factors(cut.kept(parts.values)))
+    error = delta.flatten(1).double() - up.double() @ down.double()
+    losses.add(layer, len(down), float(error.square().sum()), float(delta.double().square().sum()))
+    return _shaped(up, down, delta.shape[1:])
+
+
+def _shaped(up: Tensor, down: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Matrices -> factors for a layer whose weight is [n_out, *shape]."""
+    return up.view(*up.shape, *[1] * (len(shape) - 1)), down.view(len(down), *shape)
 
 
 def _side_by_side(shares: Sequence[_Share]) -> tuple[Tensor, Tensor]:

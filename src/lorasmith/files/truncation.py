@@ -95,8 +95,8 @@ class Losses:
         return math.sqrt(errors / norms) if norms else 0.0
 
     def worst(self, number: int = 5) -> Sequence[tuple[str, float]]:
-        """The layers that lose most, and their relative errors."""
-        relative = [(layer, math.sqrt(e / n) if n else 0.0) for layer, (e, n) in self.layers.items()]
+        """The layers that lose most, and their relative errors; none that lose nothing."""
+        relative = [(layer, math.sqrt(e / n)) for layer, (e, n) in self.layers.items() if e > 1e-12 * n > 0]
         return sorted(relative, key=lambda pair: (-pair[1], pair[0]))[:number]
 
 
