@@ -270,7 +270,9 @@ def hold_the_third_step(home: Path) -> None:
 def test_two_runs_that_begin_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of the second comes to be while it loads its model."""
     model = run.opened
-    monkeypatch.setattr(run, "opened", lambda *names, **given: (made(home / "run", "not ours"), model(*names, **given))[1])
+    monkeypatch.setattr(
+        run, "opened", lambda *names, **given: (made(home / "run", "not ours"), model(*names, **given))[1]
+    )
     assert re.fullmatch(r"output must be a folder that does not exist yet.*, got run", told(trained(home)))
     assert listing(home / "run") == {"0.png", "0.txt"}
 

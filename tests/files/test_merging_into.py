@@ -11,7 +11,7 @@ import torch
 from commands import lorasmith
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import TINY, made
+from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
 from lorasmith import dora_scales, lorafile
@@ -74,16 +74,11 @@ def test_the_model_is_the_one_that_diffusers_fuses(tmp_path: Path, family: Stabl
 
 
 def prediction(family: Any, name: str) -> Tensor:
-    """On noise and random conditioning."""
-    generator = torch.Generator().manual_seed(1)
+    """On noise, for a prompt."""
+    latents = torch.randn(1, *TINY[name].latent, generator=torch.Generator().manual_seed(1))
     denoiser = family.denoiser
-    latents = torch.randn(1, *TINY[name].latent, generator=generator)
-    net = next(iter(denoiser.nets.values()))
-    width = net.config.get("joint_attention_dim") or net.config["cross_attention_dim"]
-    cond = {
-        "text": torch.randn(1, 7, width, generator=generator), "pooled": torch.randn(1, 16, generator=generator),
-    }  # fmt: skip
     with torch.no_grad():
+        cond = family.codec(torch.device("cpu")).encode_texts([PROMPTS[0]])
         return denoiser.predict(latents, denoiser.process.time(torch.tensor([0.5])), cond)
 
 
