@@ -35,8 +35,9 @@ LOKR_IN_DIFFUSERS = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
 
 
 def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
-    """That which most programs read of these adapters; None: the denoiser's own names."""
-    if not any(class_in_diffusers(net) in TRANSFORMERS for net in denoiser.nets.values()):
+    """That which most programs read of these adapters; None: the denoiser's own names, where it has some."""
+    is_plain = all(denoiser.file_key(path) == path for path in adapters.adapters)
+    if not is_plain or not any(class_in_diffusers(net) in TRANSFORMERS for net in denoiser.nets.values()):
         return None
     return "diffusers" if set(adapters.algorithms) <= {"LoRA", "DoRA"} and not adapters.offsets else "lycoris"
 
