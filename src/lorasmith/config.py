@@ -1,9 +1,9 @@
 """The one schema of a run: every setting with its range, its default and its help."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
@@ -97,14 +97,6 @@ class TextEncoder(Component):
     learning_rate: float | None = Field(
         default=None, ge=1e-7, le=1.0, allow_inf_nan=False, description="their own rate; none: learning_rate"
     )
-
-    @model_validator(mode="after")
-    def _rate_is_used(self) -> Self:
-        if self.learning_rate is not None and not self.train:
-            raise ValueError(
-                f"must train where it has a learning_rate, which nothing would use, got {self.learning_rate}"
-            )
-        return self
 
 
 class Config(Component):

@@ -73,6 +73,8 @@ class Job:
         assert config.steps is not None
         if config.non_finite.returns and config.checkpoints.steps is None:  # by the clock it could be another step
             raise ValueError("checkpoints.steps must be set where non_finite.returns is, got none")
+        if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
+            raise ValueError("text_encoder.train must be true where text_encoder.learning_rate is set, got false")
         path = config.existing_lora
         if path is None:
             adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0

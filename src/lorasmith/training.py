@@ -95,7 +95,7 @@ def train(
                 _leave_out(denoiser, adapters, group, config, state=state, losses=losses)
                 continue
             loss, lr = sum(losses) / len(losses), _rate(config.learning_rate, config, counters)
-            _update(state, config, loss=loss, grad_norm=grad_norm)
+            _update(state, config, loss=loss, grad_norm=grad_norm, lr=lr)
             yield Step(done + counters.step, loss, lr, grad_norm, time.perf_counter() - began)
             began = time.perf_counter()
     if unseen and not any(grad_norm for _, _, grad_norm in state.record):
@@ -201,12 +201,11 @@ def _rate(rate: float, config: Config, counters: Counters) -> float:
     return rate * counters.rate * config.schedule.factor(counters.step, config.steps)
 
 
-def _update(state: State, config: Config, *, loss: float, grad_norm: float) -> None:
+def _update(state: State, config: Config, *, loss: float, grad_norm: float, lr: float) -> None:
     """One step of the optimizer, on gradients scaled together down to max_grad_norm (0: as they are)."""
     masters, max_norm = state.masters, config.max_grad_norm
     if max_norm:
         masters.scale(min(1.0, max_norm / (grad_norm + 1e-6)))  # as torch's own clipping has it
-    lr = _rate(config.learning_rate, config, state.counters)
     state.is_sound = False
     state.step(lambda rate: _rate(rate, config, state.counters))
     state.counters.step += 1
