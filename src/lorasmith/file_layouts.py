@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters import kind_of
 from lorasmith.adapters.dora import SCALE, VECTOR
@@ -25,7 +25,8 @@ from lorasmith.layouts import (
     originals,
 )
 from lorasmith.original_names import TRANSFORMERS
-from lorasmith.types import Denoiser
+from lorasmith.targets import TEXT_NETS
+from lorasmith.types import Aliased, Denoiser
 
 State = dict[str, Tensor]
 """{key in a LoRA file: tensor}."""
@@ -73,15 +74,34 @@ def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
     layers = {path: parts for key, parts in named.items() if (path := names.path(key))}
     assert len(layers) == len(named)
     try:
-        return dict(sorted(WRITERS[layout](layers, denoiser).items()))
+        nets = {path: parts for path, parts in layers.items() if not path.startswith(TEXT_NETS)}
+        texts = {path: parts for path, parts in layers.items() if path.startswith(TEXT_NETS)}
+        named_texts = _diffusers_texts if layout == "diffusers" else _own_texts
+        return dict(sorted((WRITERS[layout](nets, denoiser) | named_texts(texts, denoiser)).items()))
     except ValueError as error:
         raise ValueError(f"file_layout {layout}: {error}") from error
+
+
+def _own_texts(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """Text encoders' layers as kohya names them, and so does ComfyUI."""
+    return {f"{denoiser.file_key(path)}.{part}": tensor for path, own in layers.items() for part, tensor in own.items()}
+
+
+def _diffusers_texts(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
+    """By the names that diffusers has for them, whatever transformers calls them."""
+    names = {path: name for name, path in denoiser.aliases().items()} if isinstance(denoiser, Aliased) else {}
+    return _diffusers({names.get(path, path): parts for path, parts in layers.items()}, denoiser)
+
+
+def _nets(denoiser: Denoiser) -> dict[str, nn.Module]:
+    """All but the text encoders."""
+    return {name: net for name, net in denoiser.nets.items() if not name.startswith(TEXT_NETS)}
 
 
 def _kohya(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
     """Of UNets by diffusers' names, of transformers by the original ones."""
     state: State = {}
-    for name, net in denoiser.nets.items():
+    for name, net in _nets(denoiser).items():
         if class_in_diffusers(net) in UNETS:
             state |= _underscored({path: parts for path, parts in layers.items() if path.startswith(f"{name}.")})
         else:
@@ -95,7 +115,7 @@ def _underscored(layers: Mapping[str, Parts], prefix: str = "lora_") -> State:
 
 def _comfyui(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
     """By the original names."""
-    wholes = [whole for name in denoiser.nets for whole in _wholes(layers, denoiser, name)]
+    wholes = [whole for name in _nets(denoiser) for whole in _wholes(layers, denoiser, name)]
     return {f"diffusion_model.{layer}.{part}": tensor for layer, parts in wholes for part, tensor in parts.items()}
 
 

@@ -1,7 +1,7 @@
 """Text encoders that are trained: as PEFT trains them, files that diffusers draws with, exact resuming."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -12,14 +12,18 @@ from tiny import PROMPTS, made
 from torch import Tensor
 
 from lorasmith import lorafile
+from lorasmith.adapters import Algorithm
+from lorasmith.adapters.dora import DoRA
+from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
-from lorasmith.config import Config, TextEncoder
+from lorasmith.config import Config, LayoutName, TextEncoder
 from lorasmith.contract import train_lora
 from lorasmith.data.cache import Dataset, batch_of
 from lorasmith.demo import BASE
 from lorasmith.draws import Purpose, normal
 from lorasmith.families import opened
+from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.job import Job
 from lorasmith.loading import adapters_from
 from lorasmith.memory import checkpointed, shared_copy
@@ -203,15 +207,19 @@ def test_resuming_is_exact(model: str, rate: float | None) -> None:
 
 
 @models
-def test_diffusers_draws_the_same_with_the_file(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, tmp_path: Path) -> None:
     family: Any = opened(source(model), with_texts=True)
     denoiser, codec = shared_copy(family.denoiser, CPU, torch.float32), family.codec(CPU)
     adapters = adapters_of(denoiser, Targets(exclude=(r"text_projection",)))
     path = tmp_path / "lora.safetensors"
-    state = adapters.file_state(denoiser, torch.float32)
+    state = in_layout(adapters, denoiser, torch.float32, layout)
     lorafile.write(path, state, {})
-    prefixes = {key.split("_text_model")[0] for key in state if "_text_model" in key}
-    assert prefixes == ({"lora_te"} if model == "demo" else {"lora_te1", "lora_te2"})
+    assert any(".lora_A." in key for key in state) == (layout == "diffusers") != any(".alpha" in key for key in state)
+    prefixes = {key.split("text_model")[0][:-1] for key in state if "text_model" in key}
+    kohya, diffusers = ("lora_te", "lora_te1", "lora_te2"), ("text_encoder", "text_encoder", "text_encoder_2")
+    names = diffusers if layout == "diffusers" else kohya
+    assert prefixes == set(names[:1] if model == "demo" else names[1:])
 
     def drawn_with(net: str) -> Tensor:
         chosen = AdapterSet({path: a for path, a in adapters.adapters.items() if path.startswith(net)})
@@ -231,6 +239,19 @@ def test_diffusers_draws_the_same_with_the_file(model: str, tmp_path: Path) -> N
     ).images[0]  # fmt: skip
     torch.testing.assert_close((with_lora + 1) / 2, theirs, atol=2e-3, rtol=0)
     assert (with_lora - with_unet).abs().max() > 0.01
+
+
+@models
+@pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2), DoRA(rank=2)], ids=str)
+def test_every_layout_holds_text_encoders(model: str, algorithm: Algorithm) -> None:
+    family: Any = opened(source(model), with_texts=True)
+    adapters = AdapterSet.new(family.denoiser, algorithm, Targets(), 0)
+    expected = adapters.file_state(family.denoiser, torch.float32)
+    layouts: tuple[LayoutName, ...] = get_args(LayoutName)
+    for layout in layouts if algorithm.name != "LoHa" else ("kohya", "comfyui", "lycoris"):
+        state = in_layout(adapters, family.denoiser, torch.float32, layout)
+        again = adapters_from(state, family.denoiser, metadata_of(adapters, family.denoiser, layout))
+        torch.testing.assert_close(again.file_state(family.denoiser, torch.float32), expected, rtol=1e-5, atol=1e-6)
 
 
 @models
