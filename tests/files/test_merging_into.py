@@ -22,6 +22,7 @@ from lorasmith.attach import AdapterSet, attached
 from lorasmith.demo import BASE
 from lorasmith.families import opened
 from lorasmith.families.sd import StableDiffusion
+from lorasmith.file_layouts import in_layout
 from lorasmith.files.merging import Source
 from lorasmith.files.merging_into import merge_into
 from lorasmith.files.models import Model
@@ -83,7 +84,7 @@ def prediction(family: Any, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: f"{a.name}-{a.rank}")
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
 def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, name: str, algorithm: Any) -> None:
     made(name).save_pretrained(tmp_path / "base")
     family = opened(tmp_path / "base")
@@ -96,6 +97,25 @@ def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, name: str, algor
     found = prediction(opened(tmp_path / "out"), name)
     assert (expected - before).abs().max() > 1e-3
     assert (found - expected).abs().max() < 1e-2 * (expected - before).abs().max()
+
+
+@pytest.mark.parametrize("layout", [None, "diffusers"])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_family_s_layers_are_found_by_their_names(tmp_path: Path, name: str, layout: Any) -> None:
+    """In the layout that training writes, and in diffusers' own; nothing else changes."""
+    made(name).save_pretrained(tmp_path / "base")
+    family = opened(tmp_path / "base")
+    adapters = trained(family, preset="attention+mlp")
+    lorafile.write(tmp_path / "a.safetensors", in_layout(adapters, family.denoiser, torch.float32, layout), {})
+    merge_into(tmp_path / "base", [Source.parsed(str(tmp_path / "a.safetensors"))], tmp_path / "out")
+    merged = opened(tmp_path / "out").denoiser.nets
+    for part, net in family.denoiser.nets.items():
+        for key, before in net.state_dict().items():
+            after, path = merged[part].state_dict()[key], f"{part}.{key.removesuffix('.weight')}"
+            if path in adapters.adapters and key.endswith(".weight"):
+                with torch.no_grad():
+                    before = adapters.adapters[path].merged(before)
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_with_comfyui_s_lengths_is_the_same_model(tmp_path: Path, family: StableDiffusion) -> None:
