@@ -13,12 +13,14 @@ import torch
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
+from lorasmith import lorafile
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
-from lorasmith.config import Config
+from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import batch_of
 from lorasmith.draws import Purpose, normal
 from lorasmith.families import FAMILIES, Family, opened
+from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
 from lorasmith.sampling import picture_of
@@ -137,6 +139,29 @@ def test_predictions_follow_the_prompt(name: str) -> None:
             for sample in (first, *others)
         )
     assert all((pred - other).abs().mean() > 1e-4 * pred.abs().mean() for other in preds)
+
+
+@families
+@pytest.mark.parametrize(("layout", "left_out"), [(None, "add_embedding"), ("diffusers", "none")])
+def test_diffusers_predicts_the_same_with_the_file(
+    name: str, layout: LayoutName | None, left_out: str, tmp_path: Path
+) -> None:
+    """Of every layer, but for those that diffusers leaves out where SDXL's have kohya's names."""
+    family, _ = opened_family(name)
+    chosen = {path: adapter for path, adapter in adapters_of(family).adapters.items() if left_out not in path}
+    adapters = AdapterSet(chosen)
+    state = in_layout(adapters, family.denoiser, torch.float32, layout)
+    lorafile.write(tmp_path / "a.safetensors", state, metadata_of(adapters, family.denoiser, layout))
+    pipe = made(name)
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    batch = batch_of(samples(name)[:1], (0,))
+    with torch.no_grad():
+        before = sample_losses(family.denoiser, batch, Config())
+        theirs = sample_losses(opened(pipe).denoiser, batch, Config())
+        with attached(family.denoiser, adapters):
+            ours = sample_losses(family.denoiser, batch, Config())
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+    assert float((ours - before).abs()) > 1e-3
 
 
 @families
