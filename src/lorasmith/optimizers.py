@@ -151,7 +151,7 @@ class Masters:
             part.copy_(param.detach())
             param.data = part
         self.vector = self.own.to(torch.promote_types(self.own.dtype, torch.float32)).requires_grad_()
-        self.own_grad = torch.zeros_like(self.own, requires_grad=False)
+        self.own_grad = torch.zeros_like(self.own)
         self._grads = self.parts(self.own_grad)
         self.groups = self._groups(counts) if len(counts) > 1 else [self.vector]
 
