@@ -52,6 +52,17 @@ def packed_in(denoiser: Denoiser) -> list[str]:
     return [path for net in denoiser.nets.values() for path, m in net.named_modules() if isinstance(m, Packed)]
 
 
+def test_the_first_convolution_is_plain_and_what_comes_out_has_its_channels_last() -> None:
+    denoiser = Plain(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1)).requires_grad_(False))
+    net, x = denoiser.net, torch.randn(2, 4, 6, 5)
+    before, weight = net(x), net[0].weight  # pyright: ignore[reportIndexIssue]
+    pack(denoiser, "all")
+    first = net[0](x)  # pyright: ignore[reportIndexIssue]
+    assert packed_in(denoiser) == ["1"] and first.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(net[0].weight, weight) and weight.is_contiguous()  # pyright: ignore[reportIndexIssue]
+    torch.testing.assert_close(net(x), before)
+
+
 def test_a_weight_that_is_changed_is_plain_wherever_it_is_used() -> None:
     layers = [nn.Conv2d(4, 4, 1) for _ in range(3)]
     layers[1].weight = layers[2].weight

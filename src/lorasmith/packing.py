@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 from lorasmith.devices import has_packed_products
@@ -20,17 +21,19 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
     """Packs the frozen layers of this kind ("none", "conv" or "all"), says what they take, and returns how many.
 
     Layers stay as they are on other devices, in dtypes that oneDNN has no fast products for, where they are more than
-    plain layers, where an offset, given by the path of its parameter, changes their weight, and where their weight is a
-    net's first parameter, by which models tell their device and dtype.
+    plain layers, and where an offset, given by the path of its parameter, changes their weight. A net's first
+    parameter, by which models tell their device and dtype, stays a plain weight with its channels last.
     """
-    needed = {
-        id(parameter)
-        for name, net in denoiser.nets.items()
-        for number, (path, parameter) in enumerate(net.named_parameters(name, remove_duplicate=False))
-        if number == 0 or path in offsets
-    }
+    parameters = [[*net.named_parameters(name, remove_duplicate=False)] for name, net in denoiser.nets.items()]
+    first = {id(own[0][1]) for own in parameters if own}
+    changed = {id(parameter) for own in parameters for path, parameter in own if path in offsets}
     layers = {id(m): m for net in denoiser.nets.values() for m in net.modules() if type(m) in LAYERS[what]}
-    free = [layer for layer in layers.values() if _is_plain(layer) and id(layer.weight) not in needed]
+    plain = [layer for layer in layers.values() if _is_plain(layer) and id(layer.weight) not in changed]
+    free = [layer for layer in plain if id(layer.weight) not in first]
+    for layer in plain:
+        if id(layer.weight) in first and isinstance(layer, nn.Conv2d):
+            last = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+            layer.weight = nn.Parameter(last, requires_grad=False)
     num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in free)
     if free:
         log.info("%d layers packed for this processor: %.1f MB in blocks (pack)", len(free), num_bytes / 1e6)

@@ -41,23 +41,25 @@ class _Decomposed(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         gain = (lengths + change.detach() - norms) / norms  # m / n - 1, which a dtype of 16 bits holds as it is small
         ctx.base, x, y = run_of(base, x)
-        ctx.save_for_backward(x, y, bias, norms, gain, down, up, change)
         ctx.operation, ctx.scale = operation, scale
         weights = down.detach(), _scaled(up.detach(), scale * (1 + gain))
-        return with_run(gained(y, gain, bias, _axis(up)), operation, x, weights, 1.0)
+        out, kept = with_run(gained(y, gain, bias, _axis(up)), operation, x, weights, 1.0)
+        ctx.save_for_backward(x, y, kept, bias, norms, gain, down, up, change)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, y, bias, norms, gain, down, up, change = ctx.saved_tensors
+        x, y, kept, bias, norms, gain, down, up, change = ctx.saved_tensors
         scales = ctx.scale * (1 + gain)
         if ctx.base is not None:
             grad = ctx.base.arranged(grad)
         grad_y, total = gained_gradients(grad, y, gain, bias, _axis(up))
         grad_x = ctx.base.input_gradient(grad_y, x.shape) if ctx.base is not None and ctx.needs_input_grad[0] else None
         grad_x, (grad_down, grad_up) = with_gradients(
-            grad_x, ctx.operation, grad, x, (down.detach(), _scaled(up.detach(), scales)), 1.0, ctx.needs_input_grad[0]
-        )
+            grad_x, ctx.operation, grad, x, (down.detach(), _scaled(up.detach(), scales)), 1.0,
+            ctx.needs_input_grad[0], kept,
+        )  # fmt: skip
         # what m / n multiplies, times the gradient: the update's part is up's gradient, already summed
         total += ctx.scale * (grad_up.to(total.dtype) * up.detach()).flatten(1).sum(1)
         factors = grad_down, _scaled(grad_up, scales), (total / norms).to(change.dtype)

@@ -76,7 +76,7 @@ class Kronecker(Operation):
             rows = F.linear(rows.view(-1, factors.up.shape[1]), factors.up)
         return self._image(rows.view(*h.shape[:-1], -1))
 
-    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
+    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> Tensor | None:
         if not self._lies_in_rows(y):
             return super().add_run(y, x, weights, scale)
         factors = _Factors(weights, scale)
@@ -100,10 +100,12 @@ class Kronecker(Operation):
         grad_down = grad_kernels.unflatten(0, (factors.num_groups, -1)).sum(0)
         return grad_x, (*grads, summed(grad_down, factors.m_below))
 
-    def add_gradients(self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> Weights:
+    def add_gradients(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None = None
+    ) -> Weights:
         factors = _Factors(weights, scale)
         if not (self._is_pointwise(factors) and self._lies_in_rows(grad_x)):
-            return super().add_gradients(grad_x, grad, x, weights, scale)
+            return super().add_gradients(grad_x, grad, x, weights, scale, kept)
         grad_h, grads = self._outer_gradients(grad, x, factors)
         grad_below, rows = self._below_gradient(grad_h, x, factors)
         self._rows(grad_x, factors.down.shape[1]).addmm_(rows, factors.down.flatten(1))

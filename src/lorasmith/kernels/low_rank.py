@@ -1,7 +1,7 @@
 """Products with a weight up down of low rank, in two steps. r rank, g groups, k… the kernel's axes.
 
-The inner product h = down(x) is computed again in the backward pass: at rank r it costs r / n_out of the layer's own
-product. Products are arranged so that the rank comes first, which matrix libraries are fast at.
+The inner product h = down(x) is kept for the backward pass where it is small beside x, and computed again where it is
+not. Products are arranged so that the rank comes first, which matrix libraries are fast at.
 """
 
 from dataclasses import dataclass
@@ -23,22 +23,26 @@ class LowRankLinear(Operation):
         down, up = weights
         return F.linear(F.linear(x, down), up)
 
-    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
+    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> Tensor | None:
         if not y.is_contiguous():
             return super().add_run(y, x, weights, scale)
         down, up = weights
-        _rows(y).addmm_(F.linear(_rows(x), down), up.t(), alpha=scale)
+        h = F.linear(_rows(x), down)
+        _rows(y).addmm_(h, up.t(), alpha=scale)
+        return _small(h, x)
 
     def gradients(
         self, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
     ) -> tuple[Tensor | None, Weights]:
-        grad_h, grads = _inner_gradient(_rows(grad), _rows(x), weights, scale)
+        grad_h, grads = _inner_gradient(_rows(grad), _rows(x), weights, scale, None)
         return grad_h @ weights[0] if wants_x else None, grads
 
-    def add_gradients(self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> Weights:
+    def add_gradients(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None = None
+    ) -> Weights:
         if not grad_x.is_contiguous():
-            return super().add_gradients(grad_x, grad, x, weights, scale)
-        grad_h, grads = _inner_gradient(_rows(grad), _rows(x), weights, scale)
+            return super().add_gradients(grad_x, grad, x, weights, scale, kept)
+        grad_h, grads = _inner_gradient(_rows(grad), _rows(x), weights, scale, kept)
         _rows(grad_x).addmm_(grad_h, weights[0])
         return grads
 
@@ -47,10 +51,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _inner_gradient(grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Weights]:
-    """grad [N, n_out], x [N, n_in] -> the gradients of h [N, r] and of down and up."""
+def _small(h: Tensor, x: Tensor) -> Tensor | None:
+    """h, where it is small enough beside x to be kept."""
+    return h if h.numel() * SMALL <= x.numel() else None
+
+
+def _inner_gradient(
+    grad: Tensor, x: Tensor, weights: Weights, scale: float, h: Tensor | None
+) -> tuple[Tensor, Weights]:
+    """grad [N, n_out], x [N, n_in], h [N, r] or None -> the gradients of h and of down and up."""
     down, up = weights
-    grad_h, grad_up = _through_up(grad, F.linear(x, down), up, scale)
+    grad_h, grad_up = _through_up(grad, F.linear(x, down) if h is None else h, up, scale)
     return grad_h, (_gathered(grad_h, x), grad_up)
 
 
@@ -67,6 +78,9 @@ def _gathered(h: Tensor, rows: Tensor) -> Tensor:
 
 WIDE = 1024
 """From how many columns on a product is faster by more than it takes to transpose its thin factor first."""
+
+SMALL = 16
+"""How many times x's numbers must be an inner product's for that to be kept."""
 
 MOST_SPREAD = 2**19
 """The most numbers that a gradient is copied to for one product: as many as stay in a processor's cache."""
@@ -91,18 +105,20 @@ class LowRankConv(Operation):
         delta = self._up_rows(up) @ h.reshape(len(x), self.shape.groups, h.shape[1], -1)
         return delta.view(len(x), -1, *h.shape[2:])
 
-    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
+    def add_run(self, y: Tensor, x: Tensor, weights: Weights, scale: float) -> Tensor | None:
         if not (self._has_rows(x) and has_channels_last(y)):
             return super().add_run(y, x, weights, scale)
         down, up = weights
-        rows_of(y).addmm_(self._inner(x, down).flatten(0, -2), up.flatten(1).t(), alpha=scale)
+        h = self._inner(x, down)
+        rows_of(y).addmm_(h.flatten(0, -2), up.flatten(1).t(), alpha=scale)
+        return _small(h, x)
 
     def gradients(
         self, grad: Tensor, x: Tensor, weights: Weights, scale: float, wants_x: bool
     ) -> tuple[Tensor | None, Weights]:
         down, up = weights
         if self._has_rows(x):
-            grad_h, grad_up = self._row_gradients(grad, x, weights, scale)
+            grad_h, grad_up = self._row_gradients(grad, x, weights, scale, None)
             grad_x, grad_down = self.shape.gradients(image_of(grad_h), x, down, wants_x)
             return grad_x, (grad_down, grad_up)
         groups, split = self.shape.groups, self._split(x)
@@ -113,12 +129,14 @@ class LowRankConv(Operation):
         grad_x, grad_down = self.shape.gradients(grad_h, split, down, wants_x)
         return grad_x, (grad_down, grad_up)
 
-    def add_gradients(self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> Weights:
+    def add_gradients(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None = None
+    ) -> Weights:
         down = weights[0]
         taps = Taps(self.shape, tuple(down.shape[2:]), tuple(x.shape[2:]))
         if not (self._has_rows(x) and has_channels_last(grad_x)) or len(down) * taps.reach(x) > MOST_SPREAD:
-            return super().add_gradients(grad_x, grad, x, weights, scale)
-        grad_h, grad_up = self._row_gradients(grad, x, weights, scale)
+            return super().add_gradients(grad_x, grad, x, weights, scale, kept)
+        grad_h, grad_up = self._row_gradients(grad, x, weights, scale, kept)
         spread = taps.spread(grad_h)
         rows_of(grad_x).addmm_(spread, taps.matrix_of(down))
         return taps.kernel_of(_gathered(spread, rows_of(x)), down.shape), grad_up
@@ -133,10 +151,12 @@ class LowRankConv(Operation):
         h = self.shape.run(x, down.contiguous(memory_format=torch.channels_last) if down.ndim == 4 else down)
         return h.movedim(1, -1).contiguous()
 
-    def _row_gradients(self, grad: Tensor, x: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor]:
-        """The gradients of h [B, …, r] and up."""
+    def _row_gradients(
+        self, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of h [B, …, r], which may be kept, and up."""
         down, up = weights
-        h = self._inner(x, down)
+        h = self._inner(x, down) if kept is None else kept
         grad_h, grad_up = _through_up(rows_of(grad), h.flatten(0, -2), up.flatten(1), scale)
         return grad_h.view(h.shape), grad_up.view(up.shape)
 
