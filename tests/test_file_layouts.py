@@ -114,7 +114,9 @@ def test_the_best_layout() -> None:
     """UNets keep kohya's names, to the byte; what is not diffusers' keeps its own."""
     for family, algorithm, expected in (
         ("SD", "LoRA", None), ("SDXL", "LoKr", None), ("Flux.1", "LoRA", "diffusers"), ("Wan", "DoRA", "diffusers"),
-        ("Z-Image", "LoKr", "lycoris"), ("SD 3", "OFT", "lycoris"),
+        ("Z-Image", "LoKr", "diffusers"), ("Flux.2", "LoKr", "diffusers"), ("SD 3", "OFT", "lycoris"),
+        ("Wan", "LoRA", "comfyui"), ("Wan", "LoKr", "comfyui"), ("Lumina 2", "OFT", "comfyui"),
+        ("Lumina 2", "LoHa", "comfyui"), ("Lumina 2", "LoKr", "lycoris"), ("Lumina 2", "LoRA", "diffusers"),
     ):  # fmt: skip
         holder = holder_of(family)
         adapters = adapted(holder, algorithm)
@@ -132,6 +134,30 @@ def test_the_best_layout() -> None:
             ValueError, match=f"file_layout {layout}: the original names are known of .*not of Sequential"
         ):
             in_layout(adapters, other, torch.float32, layout)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_diffusers_and_comfyui_read_the_best_layout_if_they_read_one(family: str) -> None:
+    def num_users(programs: tuple[str, ...]) -> int:
+        return len({"diffusers", "ComfyUI"}.intersection(programs))
+
+    holder = holder_of(family)
+    for algorithm in PLAIN:
+        best = best_layout(adapted(holder, algorithm), holder)
+        assert best is not None
+        programs = [READS.get((family, algorithm, layout), ()) for layout in LAYOUTS]
+        assert num_users(READS[family, algorithm, best]) == max(map(num_users, programs)), algorithm
+
+
+def test_what_cannot_be_joined_keeps_the_names_of_its_own_layers() -> None:
+    """Lumina 2's q has more outputs than k and v, so that its blocks may be of another size."""
+    holder = holder_of("Lumina 2", hidden_size=24, num_attention_heads=3, num_kv_heads=1)
+    adapters = AdapterSet.new(holder, OFT(rank=3), Targets(), 0)
+    sizes = {adapter.file_tensors(torch.float32)["oft_blocks"].shape[-1] for adapter in adapters.adapters.values()}
+    assert len(sizes) > 1
+    with pytest.raises(ValueError, match="OFT's blocks must be of one size for layers that become one"):
+        in_layout(adapters, holder, torch.float32, "comfyui")
+    assert best_layout(adapters, holder) == "lycoris"
 
 
 def test_the_metadata_say_the_layout_and_the_lengths() -> None:

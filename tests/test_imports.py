@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component"),
-    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests"),
+    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests", "experts"),
     (
         "noise",
         "losses",

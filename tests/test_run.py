@@ -129,8 +129,7 @@ def saved(run: AbstractContextManager[Run]) -> Path:
     """Trains to the end; returns the path of the LoRA."""
     with run as trained:
         list(trained.steps())
-        path = trained.save()
-    assert path is not None
+        (path,) = trained.save()
     return path
 
 

@@ -108,6 +108,15 @@ class AdapterSet:
             state[f"{denoiser.file_key(module_path)}.{parts[name]}"] = offset
         return dict(sorted(state.items()))
 
+    def moved(self, nets: Mapping[str, str]) -> "AdapterSet":
+        """Those on these nets alone, on nets of other names: {name: its new one}."""
+
+        def own(values: Mapping[str, Any]) -> dict[str, Any]:
+            parted = ((path.partition("."), value) for path, value in values.items())
+            return {f"{nets[net]}.{rest}": value for (net, _, rest), value in parted if net in nets}
+
+        return AdapterSet(own(self.adapters), own(self.offsets))
+
     def freeze(self) -> "AdapterSet":
         """Makes the parameters constants; returns itself."""
         for parameter in self.parameters():

@@ -207,9 +207,9 @@ def _save(run: Any) -> None:
     """Keeps the LoRA of the steps done, if any, and says where."""
     from lorasmith.console import console
 
-    path = run.save()
-    if path is not None:
-        console.print(f"LoRA of {run.num_done} steps: {path}", soft_wrap=True)
+    for number, path in enumerate(run.save()):
+        whole = f"LoRA of {run.num_done} steps"
+        console.print(f"{'its part for one expert' if number else whole}: {path}", soft_wrap=True)
 
 
 def _save_if_possible(run: Any) -> None:

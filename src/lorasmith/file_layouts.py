@@ -11,6 +11,7 @@ from lorasmith.adapters.layer import alpha_of
 from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui
+from lorasmith.experts import experts
 from lorasmith.fused import RIGHT, Member, Parts, joined
 from lorasmith.layouts import (
     DOWN,
@@ -35,12 +36,43 @@ LOKR_IN_DIFFUSERS = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
 """The classes that diffusers reads LoKr for."""
 
 
+BEST: Mapping[str, LayoutName] = {
+    "LoRA": "diffusers", "DoRA": "diffusers", "LoHa": "lycoris", "LoKr": "lycoris", "OFT": "lycoris",
+}  # fmt: skip
+"""{algorithm: the layout that most programs read of a transformer's}."""
+BEST_OF: Mapping[str, Mapping[str, LayoutName]] = {
+    "WanTransformer3DModel": {algorithm: "comfyui" for algorithm in ("LoRA", "LoHa", "LoKr", "OFT")},
+    "Lumina2Transformer2DModel": {"LoHa": "comfyui", "OFT": "comfyui"},
+    "Flux2Transformer2DModel": {"LoKr": "diffusers"},
+    "ZImageTransformer2DModel": {"LoKr": "diffusers"},
+}
+"""{class in diffusers: what is otherwise for it}."""
+
+
 def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
-    """That which most programs read of these adapters; None: the denoiser's own names, where it has some."""
+    """That which most programs read of these adapters; None: the denoiser's own names, where it has some.
+
+    A file of several experts has their own, which tell them apart.
+    """
+    kinds = [kind for net in denoiser.nets.values() if (kind := class_in_diffusers(net)) in TRANSFORMERS]
     is_plain = all(denoiser.file_key(path) == path for path in adapters.adapters)
-    if not is_plain or not any(class_in_diffusers(net) in TRANSFORMERS for net in denoiser.nets.values()):
+    if not is_plain or not kinds or experts(denoiser):
         return None
-    return "diffusers" if set(adapters.algorithms) <= {"LoRA", "DoRA"} and not adapters.offsets else "lycoris"
+    best = BEST | (BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {})
+    wanted = {best[algorithm] for algorithm in adapters.algorithms}
+    layout = wanted.pop() if len(wanted) == 1 else "lycoris"
+    if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
+        return "lycoris"
+    return layout
+
+
+def _are_joined(adapters: AdapterSet, denoiser: Denoiser) -> bool:
+    """Whether they can become those of the original code's layers, as blocks of several sizes cannot."""
+    try:
+        _named(adapters.file_state(denoiser, torch.bfloat16), denoiser, "comfyui")
+    except ValueError:
+        return False
+    return True
 
 
 def in_layout(adapters: AdapterSet, denoiser: Denoiser, dtype: torch.dtype, layout: LayoutName | None) -> State:
@@ -49,9 +81,9 @@ def in_layout(adapters: AdapterSet, denoiser: Denoiser, dtype: torch.dtype, layo
     ValueError where the layout has no names for a layer, or no way to hold an adapter.
     """
     state = adapters.file_state(denoiser, dtype)
+    layout = layout or best_layout(adapters, denoiser)
     if layout == "comfyui":
         state = for_comfyui(state, denoiser)
-    layout = layout or best_layout(adapters, denoiser)
     return state if layout is None else _named(state, denoiser, layout)
 
 
@@ -63,8 +95,8 @@ def refuse_impossible(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutNa
 
 def metadata_of(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName | None) -> dict[str, str]:
     """What a file in a layout says of its names, and of its lengths of DoRA."""
-    lengths = (COMFYUI if layout == "comfyui" else PAPER) if "DoRA" in adapters.algorithms else {}
     chosen = layout or best_layout(adapters, denoiser)
+    lengths = (COMFYUI if chosen == "comfyui" else PAPER) if "DoRA" in adapters.algorithms else {}
     return {**lengths, **({LAYOUT: chosen} if chosen else {})}
 
 
@@ -75,11 +107,20 @@ def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
     assert len(layers) == len(named)
     try:
         nets = {path: parts for path, parts in layers.items() if not path.startswith(TEXT_NETS)}
+        if layout != "diffusers":
+            _refuse_several(nets)
         texts = {path: parts for path, parts in layers.items() if path.startswith(TEXT_NETS)}
         named_texts = _diffusers_texts if layout == "diffusers" else _own_texts
         return dict(sorted((WRITERS[layout](nets, denoiser) | named_texts(texts, denoiser)).items()))
     except ValueError as error:
         raise ValueError(f"file_layout {layout}: {error}") from error
+
+
+def _refuse_several(layers: Mapping[str, Parts]) -> None:
+    """ValueError where layers of two nets would have one name."""
+    nets = sorted({path.partition(".")[0] for path in layers})
+    if len(nets) > 1:
+        raise ValueError(f"its names are of one net, got layers of {' and '.join(nets)}: each needs a file of its own")
 
 
 def _own_texts(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:

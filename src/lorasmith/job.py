@@ -19,9 +19,10 @@ from lorasmith.adapters.oft import OFTAdapter
 from lorasmith.attach import AdapterSet, attached, targeted
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.checkpoints import Checkpoint
-from lorasmith.config import Config
+from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
+from lorasmith.experts import Expert, experts
 from lorasmith.file_layouts import in_layout, metadata_of, refuse_impossible
 from lorasmith.loading import adapters_from
 from lorasmith.low_bit import low_bit_copy, refuse_needs_of_whole_weights
@@ -81,7 +82,9 @@ class Job:
         else:
             adapters, done, first = _continued(path, denoiser, dataset.order.group_size, config)
             _warn_of_differences(config, adapters, denoiser)
-        refuse_impossible(adapters, denoiser, config.file_layout)
+        shares = [(share, expert.denoiser) for expert, share in _shares(adapters, denoiser)]
+        for share, own in shares or [(adapters, denoiser)]:
+            refuse_impossible(share, own, config.file_layout)
         if config.base_dtype != "none":
             refuse_needs_of_whole_weights(config, adapters)
         if config.offloading:
@@ -170,7 +173,29 @@ class Job:
 
     def lora(self) -> dict[str, Tensor]:
         """The adapters as a file holds them."""
-        return in_layout(self.adapters, self.base, DTYPES[self.config.lora_dtype], self.config.file_layout)
+        return in_layout(self.adapters, self.base, DTYPES[self.config.lora_dtype], self._layout)
+
+    @property
+    def _layout(self) -> LayoutName | None:
+        """Of the whole LoRA; other programs read those of experts, if there are some."""
+        return None if experts(self.base) else self.config.file_layout
+
+    @property
+    def trained_experts(self) -> list[Expert]:
+        """Those that have a file of their own."""
+        return [expert for expert, _ in _shares(self.adapters, self.base)]
+
+    def loras_of_experts(self) -> Iterator[tuple[Expert, dict[str, Tensor], dict[str, str]]]:
+        """Each trained expert with the tensors and the metadata of its file."""
+        dtype, layout = DTYPES[self.config.lora_dtype], self.config.file_layout
+        for expert, share in _shares(self.adapters, self.base):
+            metadata = {
+                **self.file_metadata(),
+                **metadata_of(share, expert.denoiser, layout),
+                **expert.metadata,
+                "lorasmith.algorithm": "+".join(share.algorithms),
+            }
+            yield expert, in_layout(share, expert.denoiser, dtype, layout), metadata
 
     def file_metadata(self) -> dict[str, str]:
         """What the file says of itself; nothing that differs between equal runs."""
@@ -198,7 +223,13 @@ class Job:
             "ss_mixed_precision": config.training_dtype,
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
-        return {**own, **metadata_of(self.adapters, self.base, config.file_layout), **self.metadata}
+        return {**own, **metadata_of(self.adapters, self.base, self._layout), **self.metadata}
+
+
+def _shares(adapters: AdapterSet, denoiser: Denoiser) -> list[tuple[Expert, AdapterSet]]:
+    """The experts that have some of the adapters, each with its own."""
+    found = ((expert, adapters.moved(expert.alone)) for expert in experts(denoiser))
+    return [(expert, share) for expert, share in found if share.adapters or share.offsets]
 
 
 def _continued(path: Path, denoiser: Denoiser, group_size: int, config: Config) -> tuple[AdapterSet, int, int]:

@@ -10,6 +10,7 @@ from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
 from lorasmith.dora_scales import as_in_the_paper, warn_of_doubt
+from lorasmith.experts import stated_expert
 from lorasmith.fused import by_modules
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import lora_family
@@ -31,9 +32,13 @@ def adapters_from(
     """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
 
     Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
-    metadata: those of its file, which say what its dora_scale is (`dora_scales`).
+    metadata: those of its file, which say what its dora_scale is (`dora_scales`), and of which expert it is (`experts`).
     ignore_unknown: layers that the model does not have are left out, and logged.
     """
+    expert = stated_expert(denoiser, metadata or {})
+    if expert is not None:
+        alone = adapters_from(state, expert.denoiser, metadata, ignore_unknown=ignore_unknown)
+        return alone.moved(expert.beside)
     warn_of_doubt(state, metadata or {})
     found_in_file = by_layer(state)
     by_path, misfits = by_modules(state, denoiser)

@@ -150,19 +150,23 @@ class Run:
         name = (config.output or config.data.folder.resolve()).name
         return name.encode(errors="replace").decode()  # folders may have names that no text file can hold
 
-    def save(self) -> Path | None:
-        """Writes the LoRA of the last sound step and returns its path; None where there is no such step.
+    def save(self) -> list[Path]:
+        """Writes the LoRA of the last sound step, and what each expert has of it; returns the paths, the whole's first.
 
-        OSError that names the file where it cannot be written.
+        None where there is no such step. OSError that names the file where it cannot be written.
         """
         if not self.job.state.is_sound and not self.keeper.resumed():
-            return None
+            return []
         if self.folder is None or not self.num_done:
-            return None
+            return []
         self.keeper.restored()
-        metadata = {**self.job.file_metadata(), "modelspec.title": self.title}
-        lorafile.write(self.folder.lora_path, self.job.lora(), metadata)
-        return self.folder.lora_path
+        title = {"modelspec.title": self.title}
+        paths = [self.folder.lora_path]
+        lorafile.write(paths[0], self.job.lora(), {**self.job.file_metadata(), **title})
+        for expert, lora, metadata in self.job.loras_of_experts():
+            paths.append(self.folder.expert_path(expert.name))
+            lorafile.write(paths[-1], lora, {**metadata, **title})
+        return paths
 
     def finish(self) -> list[tuple[str, str]]:
         """Draws and measures without and with the LoRA, writes plots and page; returns the summary, label and text.
@@ -204,6 +208,9 @@ class Run:
             ),
             ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
         ]
+        if self.folder is not None and job.trained_experts:
+            paths = [self.folder.expert_path(expert.name) for expert in job.trained_experts]
+            rows.append(("files of experts", ", ".join(path.name for path in paths)))
         for name in before:
             change = Measured.of(after[name] - before[name])
             values = f"{Measured.of(before[name])} before, {Measured.of(after[name])} after: {change:+}"

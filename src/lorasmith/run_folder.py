@@ -32,6 +32,10 @@ class RunFolder:
     def lora_path(self) -> Path:
         return self.path / "lora.safetensors"
 
+    def expert_path(self, name: str) -> Path:
+        """Of what one expert has of the LoRA."""
+        return self.path / f"lora_{name}.safetensors"
+
     @property
     def toml_path(self) -> Path:
         return self.path / "run.toml"

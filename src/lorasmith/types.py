@@ -174,6 +174,15 @@ class PartlyRead(Protocol):
         ...
 
 
+@runtime_checkable
+class Divided(Protocol):
+    """A denoiser whose nets are models of their own to other programs, each with a LoRA file of its own."""
+
+    def experts(self) -> Mapping[str, Denoiser]:
+        """{an expert's name: the denoiser that it is alone, of one of this one's nets}."""
+        ...
+
+
 def unread(denoiser: Denoiser) -> Collection[str]:
     """The paths of the layers that no prediction depends on."""
     return denoiser.unread() if isinstance(denoiser, PartlyRead) else ()

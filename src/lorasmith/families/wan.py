@@ -69,6 +69,10 @@ class WanExperts:
     def process(self) -> Flow:
         return self.noisy.process
 
+    def experts(self) -> dict[str, WanDenoiser]:
+        """By the names that their LoRA files have."""
+        return {"high_noise": self.noisy, "low_noise": self.clean}
+
     def routes(self, t: Tensor) -> list[str]:
         """t [B] -> the net of each sample."""
         return ["transformer" if time >= self.boundary else "transformer_2" for time in t.tolist()]

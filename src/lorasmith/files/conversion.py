@@ -10,6 +10,7 @@ from lorasmith import lorafile
 from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.config import LayoutName
 from lorasmith.dora_scales import KEY
+from lorasmith.experts import named_part
 from lorasmith.families import opened
 from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.files.factors import LoRAFile
@@ -31,6 +32,7 @@ def convert(source: Path, output: Path, model: str | Path, layout: LayoutName, *
     lora = LoRAFile.opened(source)
     lora.refuse_strange_parts()
     denoiser = opened(model, with_texts=any(TEXT.search(normal(layer)) for layer in lora.layers)).denoiser
+    denoiser = named_part(denoiser, lora.layers, lora.metadata)
     state = {f"{layer}.{part}": tensor for layer, parts in lora.layers.items() for part, tensor in parts.items()}
     adapters = adapters_from(state, denoiser, lora.metadata)
     dtypes = [tensor.dtype for parts in lora.layers.values() for part, tensor in parts.items() if part not in LENGTHS]
