@@ -1,9 +1,12 @@
 """Modules that run our kernels for a while."""
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from lorasmith.families.sd import StableDiffusion
@@ -51,3 +54,30 @@ def test_subclasses_and_replaced_forward_passes_stay(family: StableDiffusion) ->
         assert ["forward" in vars(module) for module in net] == [False, True, True]
         assert replaced.forward is before
     assert ["forward" in vars(module) for module in net] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"out_channels": 16}, {"time_embedding_norm": "scale_shift"}, {"down": True}, {"up": True},
+        {"output_scale_factor": 2.0}, {"temb_channels": None}, {"skip_time_act": True}, {"non_linearity": "gelu"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_residual_blocks_of_every_kind(family: StableDiffusion, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    block = ResnetBlock2D(**{"in_channels": 8, "temb_channels": 12, "groups": 4, **options})
+    exact, x = copy.deepcopy(block), torch.randn(2, 8, 6, 4, requires_grad=True)
+    block = block.bfloat16().requires_grad_(False).to(memory_format=torch.channels_last)
+    temb = None if "temb_channels" in options else torch.randn(2, 12)
+
+    def results(block: Any, dtype: torch.dtype) -> list[Tensor]:
+        own = x.to(dtype, memory_format=torch.channels_last)
+        out = block(own, None if temb is None else temb.to(dtype))
+        return [out.float(), *torch.autograd.grad(out.float().square().sum(), x)]
+
+    plain = results(block, torch.bfloat16)
+    with fused(replace(family.denoiser, unet=nn.ModuleList([block]))):
+        ours = results(block, torch.bfloat16)
+    for own, before, right in zip(ours, plain, results(exact, torch.float32), strict=True):
+        assert own.shape == right.shape and (own - right).norm() <= 1.3 * (before - right).norm()

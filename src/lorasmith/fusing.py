@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from lorasmith.kernels.geglu import geglu
@@ -22,12 +24,36 @@ def _normed(module: Any, x: Tensor) -> Tensor:
     return group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
 
 
-FUSED: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {GEGLU: _gated, nn.GroupNorm: _normed}
+def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, has_silu=True)
+
+
+def _residual(module: Any, x: Tensor, temb: Tensor) -> Tensor:
+    """x [B,C,h,w], temb [B,D] -> [B,C',h,w]: two convolutions behind norm and SiLU each, beside a shortcut."""
+    if not _is_plain(module):
+        return type(module).forward(module, x, temb)
+    h = module.conv1(_activated(module.norm1, x))
+    h = module.conv2(_activated(module.norm2, h + module.time_emb_proj(F.silu(temb))[:, :, None, None]))
+    return (x if module.conv_shortcut is None else module.conv_shortcut(x)) + h
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a residual block is as UNets of the Stable Diffusion kind have it."""
+    has_dropout = block.training and block.dropout.p > 0
+    resizes = block.upsample is not None or block.downsample is not None
+    has_time = block.time_emb_proj is not None and block.time_embedding_norm == "default" and not block.skip_time_act
+    norms = type(block.norm1) is type(block.norm2) is nn.GroupNorm and type(block.nonlinearity) is nn.SiLU
+    return has_time and norms and not resizes and not has_dropout and block.output_scale_factor == 1
+
+
+FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    GEGLU: _gated, nn.GroupNorm: _normed, ResnetBlock2D: _residual,
+}  # fmt: skip
 
 
 @contextmanager
 def fused(denoiser: Denoiser) -> Iterator[None]:
-    """The denoiser's GEGLUs and group norms run our kernels as long as this is open, where there are any.
+    """The denoiser's GEGLUs, group norms and residual blocks run our kernels as long as this is open, if there are any.
 
     Subclasses stay as they are, and so do modules whose forward pass was replaced, by offloading for instance.
     """

@@ -153,7 +153,7 @@ class Run:
     def save(self) -> list[Path]:
         """Writes the LoRA of the last sound step, and what each expert has of it; returns the paths, the whole's first.
 
-        None where there is no such step. OSError that names the file where it cannot be written.
+        Nothing where there is no such step. OSError that names the file where it cannot be written.
         """
         if not self.job.state.is_sound and not self.keeper.resumed():
             return []

@@ -65,6 +65,17 @@ def test_encoded_is_what_diffusers_encodes(tmp_path: Path, codec: StableDiffusio
     assert [tuple(sample.latent.shape) for sample in found] == [(4, 20, 12), (4, 16, 16)]
 
 
+def test_pictures_that_are_enlarged_are_said(
+    tmp_path: Path, codec: StableDiffusionCodec, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"large": (200, 100), "exact": (64, 64), "low": (70, 40), "small": (32, 32)}
+    list(encoded([made(tmp_path / f"{name}.png", *size) for name, size in sizes.items()], codec, 64))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        "pictures smaller than they are trained at, and enlarged for that (resolution 64): 2 (low.png, small.png)"
+    )
+
+
 def test_examples_are_encoded_one_by_one(tmp_path: Path, codec: StableDiffusionCodec) -> None:
     samples = encoded([made(tmp_path / "a.png", 64, 64), Example(tmp_path / "missing.png", "")], codec, 64)
     assert next(samples).name == "a.png"

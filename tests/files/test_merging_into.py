@@ -3,6 +3,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from lorasmith.files.merging_into import merge_into
 from lorasmith.files.models import Model
 from lorasmith.ldm_names import ldm_names
 from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.types import Cond, Denoiser
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PLAIN = LoRA(rank=4, alpha=2)
@@ -75,27 +79,47 @@ def test_the_model_is_the_one_that_diffusers_fuses(tmp_path: Path, family: Stabl
     assert type(opened(tmp_path / "out").denoiser).__name__ == "StableDiffusionDenoiser"
 
 
-def prediction(family: Any, name: str) -> Tensor:
-    """On noise, for a prompt."""
-    latents = torch.randn(1, *TINY[name].latent, generator=torch.Generator().manual_seed(1))
-    denoiser = family.denoiser
-    with torch.no_grad():
-        cond = family.codec(torch.device("cpu")).encode_texts([PROMPTS[0]])
-        return denoiser.predict(latents, denoiser.process.time(torch.tensor([0.5])), cond)
+@dataclass(frozen=True)
+class Base:
+    """A tiny pipeline in a folder, opened, and its encoding of a prompt."""
+
+    folder: Path
+    family: Any
+    cond: Cond
+
+    def prediction(self, name: str, denoiser: Denoiser) -> Tensor:
+        """On noise."""
+        latents = torch.randn(1, *TINY[name].latent, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return denoiser.predict(latents, denoiser.process.time(torch.tensor([0.5])), self.cond)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """Each is made once."""
+
+    @cache
+    def base(name: str) -> Base:
+        folder = tmp_path_factory.mktemp("bases") / "base"
+        made(name).save_pretrained(folder)
+        family = opened(folder)
+        with torch.no_grad():
+            return Base(folder, family, family.codec(torch.device("cpu")).encode_texts([PROMPTS[0]]))
+
+    return base
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: f"{a.name}-{a.rank}")
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
-def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, name: str, algorithm: Any) -> None:
-    made(name).save_pretrained(tmp_path / "base")
-    family = opened(tmp_path / "base")
-    adapters = trained(family, algorithm, "attention+mlp", 0.3)
-    source = written(tmp_path / "a.safetensors", family, adapters)
-    merge_into(tmp_path / "base", [source], tmp_path / "out")
-    before = prediction(family, name)
-    with attached(family.denoiser, adapters):
-        expected = prediction(family, name)
-    found = prediction(opened(tmp_path / "out"), name)
+def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, bases: Any, name: str, algorithm: Any) -> None:
+    base = bases(name)
+    adapters = trained(base.family, algorithm, "attention+mlp", 0.3)
+    source = written(tmp_path / "a.safetensors", base.family, adapters)
+    merge_into(base.folder, [source], tmp_path / "out")
+    before = base.prediction(name, base.family.denoiser)
+    with attached(base.family.denoiser, adapters):
+        expected = base.prediction(name, base.family.denoiser)
+    found = base.prediction(name, opened(tmp_path / "out").denoiser)
     assert (expected - before).abs().max() > 1e-3
     assert (found - expected).abs().max() < 1e-2 * (expected - before).abs().max()
 
@@ -107,21 +131,22 @@ def layouts(name: str) -> list[LayoutName | None]:
 
 
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in sorted(TINY) for layout in layouts(name)])
-def test_every_family_s_layers_are_found_by_their_names(tmp_path: Path, name: str, layout: Any) -> None:
+def test_every_family_s_layers_are_found_by_their_names(tmp_path: Path, bases: Any, name: str, layout: Any) -> None:
     """Nothing else changes."""
-    made(name).save_pretrained(tmp_path / "base")
-    family = opened(tmp_path / "base")
-    adapters = trained(family, preset="attention+mlp")
-    lorafile.write(tmp_path / "a.safetensors", in_layout(adapters, family.denoiser, torch.float32, layout), {})
-    merge_into(tmp_path / "base", [Source.parsed(str(tmp_path / "a.safetensors"))], tmp_path / "out")
-    merged = opened(tmp_path / "out").denoiser.nets
-    for part, net in family.denoiser.nets.items():
+    base = bases(name)
+    denoiser = base.family.denoiser
+    adapters = trained(base.family, preset="attention+mlp")
+    lorafile.write(tmp_path / "a.safetensors", in_layout(adapters, denoiser, torch.float32, layout), {})
+    merge_into(base.folder, [Source.parsed(str(tmp_path / "a.safetensors"))], tmp_path / "out")
+    for part, net in denoiser.nets.items():
+        after = weights_of(tmp_path / "out", part)
+        assert after.keys() == net.state_dict().keys()
         for key, before in net.state_dict().items():
-            after, path = merged[part].state_dict()[key], f"{part}.{key.removesuffix('.weight')}"
+            path = f"{part}.{key.removesuffix('.weight')}"
             if path in adapters.adapters and key.endswith(".weight"):
                 with torch.no_grad():
                     before = adapters.adapters[path].merged(before)
-            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after[key], before, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_with_comfyui_s_lengths_is_the_same_model(tmp_path: Path, family: StableDiffusion) -> None:

@@ -31,19 +31,21 @@ def tensors(shape: tuple[int, ...], mean: float = 0.0) -> list[Tensor]:
 )
 @pytest.mark.parametrize("mean", [0, 10])
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("has_silu", [False, True])
 def test_result_and_gradient_are_as_exact_as_pytorchs(
-    shape: tuple[int, ...], groups: int, mean: float, threads: int
+    shape: tuple[int, ...], groups: int, mean: float, threads: int, has_silu: bool
 ) -> None:
+    behind = F.silu if has_silu else torch.Tensor.clone
     x, weight, bias, grad = tensors(shape, mean)
     exact = x.double().requires_grad_()
-    y = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
+    y = behind(F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5))
     right = [y, *torch.autograd.grad(y, exact, grad.double())]
     x.requires_grad_()
-    y = F.group_norm(x, groups, weight, bias, 1e-5)
+    y = behind(F.group_norm(x, groups, weight, bias, 1e-5))
     pytorchs = [y, *torch.autograd.grad(y, x, grad)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    y = group_norm(x, groups, weight, bias, 1e-5)
+    y = group_norm(x, groups, weight, bias, 1e-5, has_silu=has_silu)
     found = [y, *torch.autograd.grad(y, x, grad)]
     torch.set_num_threads(before)
     for own, others, expected in zip(found, pytorchs, right, strict=True):
@@ -60,7 +62,17 @@ def test_what_is_not_ours_is_pytorchs() -> None:
         (x, None, None),
         (x.flatten(2), weight, bias),
     ):
-        assert torch.equal(group_norm(args[0], 4, *args[1:], 1e-6), F.group_norm(args[0], 4, *args[1:], 1e-6))
+        normed = F.group_norm(args[0], 4, *args[1:], 1e-6)
+        assert torch.equal(group_norm(args[0], 4, *args[1:], 1e-6), normed)
+        assert torch.equal(group_norm(args[0], 4, *args[1:], 1e-6, has_silu=True), F.silu(normed))
+
+
+def test_extreme_numbers_before_silu() -> None:
+    x, weight, bias, grad = tensors((2, 20, 3, 3))
+    wide = (weight.float().abs() + 1) * 1e4
+    y = group_norm(x.requires_grad_(), 4, wide.bfloat16(), bias, 1e-5, has_silu=True)
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert y.isfinite().all() and found.isfinite().all() and (y >= -0.28).all()
 
 
 def test_a_gradient_in_another_layout_gives_the_same() -> None:

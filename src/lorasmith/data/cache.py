@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, corner_of, fitted
-from lorasmith.data.folder import picture
+from lorasmith.data.folder import picture, warn_of
 from lorasmith.digests import digest
 from lorasmith.types import Batch, Cached, Codec, Example, SizeCodec
 
@@ -29,16 +30,20 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def encoded(examples: Sequence[Example], codec: Codec, resolution: int) -> Iterator[Cached]:
-    """Every example through the model's own encoders, one by one."""
+    """Every example through the model's own encoders, one by one; logs which pictures are enlarged for it."""
+    enlarged: list[Path] = []
     for example in examples:
         image = picture(example.image_path)
         size = bucket_size(image.width, image.height, resolution, codec.multiple)
+        if image.width < size[0] or image.height < size[1]:
+            enlarged.append(Path(example.image_path.name))
         with torch.inference_mode():
             latent = codec.encode_images(_pixels(image, size)[None])[0]
             cond = {name: value[0] for name, value in codec.encode_texts([example.caption]).items()}
         if isinstance(codec, SizeCodec):
             cond |= codec.encode_size(image.size, corner_of(image.size, size), size)
         yield checked(Cached(example.image_path.name, latent.clone(), {k: v.clone() for k, v in cond.items()}))
+    warn_of(f"pictures smaller than they are trained at, and enlarged for that (resolution {resolution})", enlarged)
 
 
 def checked(sample: Cached) -> Cached:

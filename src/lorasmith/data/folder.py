@@ -68,8 +68,8 @@ def examples(folder: Path) -> list[Example]:
         found_examples.append(Example(folder / path, caption, repeats))
 
     stems = {path.with_suffix("") for path in pictures}
-    _warn("pictures without a caption", without_caption)
-    _warn("caption files without a picture", [path for path in caption_files if path.with_suffix("") not in stems])
+    warn_of("pictures without a caption", without_caption)
+    warn_of("caption files without a picture", [path for path in caption_files if path.with_suffix("") not in stems])
     return found_examples
 
 
@@ -149,8 +149,8 @@ def _inventory(files: list[Path], num_folders: int) -> str:
     return ", ".join(parts)
 
 
-def _warn(what: str, paths: list[Path]) -> None:
-    """One line with the count and the first three names; nothing for no paths."""
+def warn_of(what: str, paths: list[Path]) -> None:
+    """Logs one line with the count and the first three names; nothing for no paths."""
     if paths:
         names = ", ".join(path.as_posix() for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         logging.getLogger(__name__).warning("%s: %d (%s)", what, len(paths), names)
