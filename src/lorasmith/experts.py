@@ -34,7 +34,7 @@ class Expert:
 
 
 def experts(denoiser: Denoiser) -> list[Expert]:
-    """None where all of its nets belong into one file."""
+    """Empty where all of its nets belong into one file."""
     found = []
     for name, alone in denoiser.experts().items() if isinstance(denoiser, Divided) else ():
         ((own, net),) = alone.nets.items()
