@@ -110,22 +110,36 @@ def test_names_as_the_programs_write_them() -> None:
     assert "lycoris_transformer_blocks_0_attn_to_q" in layers("Flux.1", "lycoris")
 
 
-def test_the_best_layout() -> None:
-    """UNets keep kohya's names, to the byte; what is not diffusers' keeps its own."""
-    for family, algorithm, expected in (
-        ("SD", "LoRA", None), ("SDXL", "LoKr", None), ("Flux.1", "LoRA", "diffusers"), ("Wan", "DoRA", "diffusers"),
-        ("Z-Image", "LoKr", "diffusers"), ("Flux.2", "LoKr", "diffusers"), ("SD 3", "OFT", "lycoris"),
-        ("Wan", "LoRA", "comfyui"), ("Wan", "LoKr", "comfyui"), ("Lumina 2", "OFT", "comfyui"),
-        ("Lumina 2", "LoHa", "comfyui"), ("Lumina 2", "LoKr", "lycoris"), ("Lumina 2", "LoRA", "diffusers"),
-    ):  # fmt: skip
+def documented() -> dict[tuple[str, str], str]:
+    """{family, algorithm: the best layout}, as docs/files.md says."""
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text("utf-8")
+    _, _, below = text.partition("| family | LoRA | DoRA | LoHa, OFT | LoKr |\n|---|---|---|---|---|\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in below.partition("\n\n")[0].splitlines()]
+    columns = (("LoRA",), ("DoRA",), ("LoHa", "OFT"), ("LoKr",))
+    return {
+        (family, algorithm): cell.strip("`")
+        for families, *cells in rows
+        for cell, algorithms in zip(cells, columns, strict=True)
+        for family, algorithm in itertools.product(families.split(", "), algorithms)
+    }
+
+
+def test_the_best_layout_is_the_documented_one() -> None:
+    """UNets keep kohya's names, to the byte."""
+    table = documented()
+    assert table.keys() == set(itertools.product(NETS, PLAIN))
+    for (family, algorithm), expected in table.items():
         holder = holder_of(family)
         adapters = adapted(holder, algorithm)
-        assert best_layout(adapters, holder) == expected
+        assert best_layout(adapters, holder) == (None if expected == "kohya" else expected), (family, algorithm)
         best, own = in_layout(adapters, holder, torch.float32, None), adapters.file_state(holder, torch.float32)
-        assert (best.keys() == own.keys()) == (expected is None)
-        if expected is None:
+        assert (best.keys() == own.keys()) == (expected == "kohya")
+        if expected == "kohya":
             kohya = in_layout(adapters, holder, torch.float32, "kohya")
             assert kohya.keys() == own.keys() and all(torch.equal(kohya[key], own[key]) for key in own)
+
+
+def test_what_is_not_diffusers_keeps_its_own_names() -> None:
     other = Holder(nn.Sequential(nn.Linear(2, 2)), "net")
     adapters = AdapterSet.new(other, LoRA(rank=1), Targets(preset="all"), 0)
     assert best_layout(adapters, other) is None

@@ -21,9 +21,12 @@ from tiny_nets import NETS, Holder, holder_of, pipeline_of
 from torch import Tensor, nn
 
 from lorasmith import lorafile
+from lorasmith.adapters import LoRA
+from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.file_layouts import metadata_of
 from lorasmith.layouts import by_layer
+from lorasmith.targets import Targets
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
@@ -155,3 +158,12 @@ def test_diffusers_reads_fused_layers_of_the_real_width(family: str, layout: Lay
             assert not b.any() and layer.endswith("proj_mlp"), "a part of linear1 that has no adapter"
         torch.testing.assert_close(b[:64] @ a, expected, atol=1e-5, rtol=1e-4)
     assert layers.keys() <= by_layer(converted).keys()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+def test_diffusers_refuses_wan_s_layers_outside_its_blocks(layout: LayoutName, tmp_path: Path) -> None:
+    holder = holder_of("Wan")
+    everywhere = AdapterSet.new(holder, LoRA(rank=2), Targets(preset="all"), 0)
+    lorafile.write(tmp_path / "a.safetensors", written(everywhere, holder, layout), {})
+    with pytest.raises((ValueError, IndexError), match="`state_dict` should be empty|list index out of range"):
+        by_diffusers(tmp_path / "a.safetensors", holder, "Wan")

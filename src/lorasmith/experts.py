@@ -49,9 +49,9 @@ def stated_expert(denoiser: Denoiser, metadata: Mapping[str, str]) -> Expert | N
 
 def named_part(denoiser: Denoiser, layers: Iterable[str], metadata: Mapping[str, str]) -> Denoiser:
     """What a file's layers are named for: the expert that it states, or the first where it names no other's net."""
-    first, *others = experts(denoiser) or [None]
-    stated = stated_expert(denoiser, metadata)
-    if first is None or stated is not None:
-        return stated.denoiser if stated else denoiser
-    names_another = any(layer.startswith(f"{other.net}.") for layer in layers for other in others)
-    return denoiser if names_another else first.denoiser
+    found, stated = experts(denoiser), stated_expert(denoiser, metadata)
+    if stated is not None:
+        return stated.denoiser
+    if not found or any(layer.startswith(f"{other.net}.") for layer in layers for other in found[1:]):
+        return denoiser
+    return found[0].denoiser

@@ -41,7 +41,7 @@ BEST: Mapping[str, LayoutName] = {
 }  # fmt: skip
 """{algorithm: the layout that most programs read of a transformer's}."""
 BEST_OF: Mapping[str, Mapping[str, LayoutName]] = {
-    "WanTransformer3DModel": {algorithm: "comfyui" for algorithm in ("LoRA", "LoHa", "LoKr", "OFT")},
+    "WanTransformer3DModel": {"LoRA": "comfyui", "LoHa": "comfyui", "LoKr": "comfyui", "OFT": "comfyui"},
     "Lumina2Transformer2DModel": {"LoHa": "comfyui", "OFT": "comfyui"},
     "Flux2Transformer2DModel": {"LoKr": "diffusers"},
     "ZImageTransformer2DModel": {"LoKr": "diffusers"},
@@ -58,8 +58,8 @@ def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
     is_plain = all(denoiser.file_key(path) == path for path in adapters.adapters)
     if not is_plain or not kinds or experts(denoiser):
         return None
-    best = BEST | (BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {})
-    wanted = {best[algorithm] for algorithm in adapters.algorithms}
+    own = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
+    wanted = {own.get(algorithm, BEST[algorithm]) for algorithm in adapters.algorithms}
     layout = wanted.pop() if len(wanted) == 1 else "lycoris"
     if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
         return "lycoris"

@@ -32,7 +32,7 @@ def adapters_from(
     """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
 
     Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
-    metadata: those of its file, which say what its dora_scale is (`dora_scales`), and of which expert it is (`experts`).
+    metadata: those of its file, which say what its dora_scale is (`dora_scales`) and which expert it is of (`experts`).
     ignore_unknown: layers that the model does not have are left out, and logged.
     """
     expert = stated_expert(denoiser, metadata or {})

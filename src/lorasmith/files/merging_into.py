@@ -14,10 +14,12 @@ from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.dora import SCALE, DoRAAdapter
 from lorasmith.adapters.layer import Adapter, fitting
 from lorasmith.dora_scales import COMFYUI, KEY
-from lorasmith.files.factors import layer_of
+from lorasmith.experts import NET
+from lorasmith.files.factors import Parts, layer_of
 from lorasmith.files.merging import Source
 from lorasmith.files.models import Model, Place, place_of
 from lorasmith.files.outputs import Shown, derived, plain, refuse_output
+from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
 from lorasmith.loading import MAX_LISTED
@@ -33,17 +35,17 @@ class _Share:
 
     source: Source
     layer: str
+    parts: Parts  # what the file holds for the module
 
     @property
-    def trained(self) -> Mapping[str, Tensor]:
+    def trained(self) -> Parts:
         """The parts that make an adapter, none where there are only differences (and an alpha that scales nothing)."""
-        parts = {part: t for part, t in self.source.lora.layers[self.layer].items() if part not in OFFSETS}
+        parts = {part: t for part, t in self.parts.items() if part not in OFFSETS}
         return {} if parts.keys() == {"alpha"} else parts
 
     def offset(self, part: str, shape: tuple[int, ...]) -> Tensor | None:
         """A difference [shape], float32; None where there is none; ValueError where it does not fit."""
-        parts = self.source.lora.layers[self.layer]
-        return fitting(parts, part, shape).float() if part in parts else None
+        return fitting(self.parts, part, shape).float() if part in self.parts else None
 
 
 Plan = Mapping[Place, Sequence[_Share]]
@@ -88,15 +90,13 @@ def _planned(model: Model, sources: Sequence[Source]) -> Plan:
     for source in sources:
         misfits: list[str] = []
         for layer in source.lora.layers:
-            place = model.place(layer)
             try:
-                if place is None:
-                    raise ValueError("the model has no such layer")
-                share = _Share(source, layer)
-                if any(other.source is source for other in plan.get(place, [])):
-                    raise ValueError("another name means the same layer")
-                _check(model, place, share)
-                plan.setdefault(place, []).append(share)
+                for place, parts in _placed(model, source, layer):
+                    share = _Share(source, layer, parts)
+                    if any(other.source is source for other in plan.get(place, [])):
+                        raise ValueError("another name means the same layer")
+                    _check(model, place, share)
+                    plan.setdefault(place, []).append(share)
             except (ValueError, RuntimeError) as error:
                 misfits.append(f"{layer}: {error}")
         if misfits or not source.lora.layers:
@@ -108,9 +108,27 @@ def _planned(model: Model, sources: Sequence[Source]) -> Plan:
     return plan
 
 
+def _placed(model: Model, source: Source, layer: str) -> list[tuple[Place, Parts]]:
+    """The modules that a LoRA's layer means, each with its parts; ValueError where there are none or it cannot be cut.
+
+    Of a file for one net of several, those of that net.
+    """
+    parts, stated = source.lora.layers[layer], source.lora.metadata.get(NET)
+    net = stated if model.has(stated) else None
+    place = model.place(layer, net)
+    if place is not None:
+        return [(place, parts)]
+    whole = model.whole(layer, net)
+    if whole is None:
+        raise ValueError("the model has no such layer")
+    members = [Member(_Base(torch.zeros(1).expand(model.shape(place)))) for place in whole.places]
+    cut = zip(whole.places, parted(parts, members, swapped=whole.swapped), strict=True)
+    return [(place, own) for place, own in cut if own]
+
+
 def _check(model: Model, place: Place, share: _Share) -> None:
     """ValueError where a LoRA's layer does not fit the module's shapes, found before anything is written."""
-    parts = share.source.lora.layers[share.layer]
+    parts = share.parts
     for part, parameter in (*OFFSETS.items(), *((("", "weight"),) if share.trained else ())):
         headers = [*model.headers(place, parameter)] if not part or part in parts else []
         if not headers and (not part or part in parts):
@@ -176,8 +194,7 @@ def _changed(part: str, header: Header, plan: Plan) -> set[str]:
     for key in header.shapes:
         parameter = key.rpartition(".")[2]
         for share in plan.get(place_of(part, key), ()):
-            parts = share.source.lora.layers[share.layer]
-            is_offset = any(name == parameter and offset in parts for offset, name in OFFSETS.items())
+            is_offset = any(name == parameter and offset in share.parts for offset, name in OFFSETS.items())
             if is_offset or (parameter == "weight" and share.trained):
                 found.add(key)
     return found

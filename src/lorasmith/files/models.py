@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +16,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import normal
 from lorasmith.ldm_names import ldm_names
 from lorasmith.looks import is_lora
+from lorasmith.original_names import TRANSFORMERS, Original, original_layers
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)
 ENCODERS = {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",), "text_encoder_3": ("te3",)}
@@ -36,6 +37,16 @@ class Place(NamedTuple):
     stem: str  # the name of its tensors without `.weight` or `.bias`
 
 
+class Whole(NamedTuple):
+    """A layer of the original code that is several modules of a model, or has its halves the other way round."""
+
+    places: tuple[Place, ...]
+    swapped: bool
+
+
+Found = TypeVar("Found", Place, Whole)
+
+
 @dataclass(frozen=True)
 class Model:
     """A diffusers folder or a single file."""
@@ -44,6 +55,7 @@ class Model:
     files: Sequence[tuple[str, Header]]  # of a folder each with its part; of a single file ""
     originals: Mapping[str, str]  # {stem: the other name that the UNet's module goes by}, original for diffusers'
     known: Mapping[str, frozenset[Place]]
+    wholes: Mapping[str, frozenset[Whole]]
 
     @classmethod
     def opened(cls, path: Path) -> "Model":
@@ -55,15 +67,26 @@ class Model:
             for place in {place_of(part, key) for key in header.shapes}:
                 for alias in _aliases(place, originals):
                     known.setdefault(normal(alias), set()).add(place)
-        return cls(path, files, originals, {name: frozenset(places) for name, places in known.items()})
+        wholes: dict[str, set[Whole]] = {}
+        for part, layer in _layers_of_transformers(path, files):
+            places = tuple(Place(part, stem) for stem in layer.paths)
+            if len(places) == 1 and not layer.swapped:
+                known.setdefault(normal(layer.name), set()).add(places[0])
+            else:
+                wholes.setdefault(normal(layer.name), set()).add(Whole(places, layer.swapped))
+        return cls(path, files, originals, _frozen(known), _frozen(wholes))
 
-    def place(self, layer: str) -> Place | None:
-        """The module that a LoRA's layer means; None where there is none, or more than one."""
-        for name in without_prefixes(normal(layer.replace(".processor.", "."))):
-            found = self.known.get(name, frozenset())
-            if len(found) == 1:
-                return next(iter(found))
-        return None
+    def place(self, layer: str, part: str | None = None) -> Place | None:
+        """The module that a LoRA's layer means, of one part where it is given; None where there is not just one."""
+        return _only_one(self.known, layer, lambda place: part in (None, place.part))
+
+    def whole(self, layer: str, part: str | None = None) -> Whole | None:
+        """The same, of layers of the original code that are no single module."""
+        return _only_one(self.wholes, layer, lambda whole: part in (None, whole.places[0].part))
+
+    def has(self, part: str | None) -> bool:
+        """Whether this is a folder with such a part."""
+        return any(part == own for own, _ in self.files)
 
     def headers(self, place: Place, parameter: str) -> Iterator[Header]:
         """The files with a parameter of a module: several where a folder holds variants."""
@@ -71,6 +94,10 @@ class Model:
             key = f"{place.stem}.{parameter}"
             if key in header.shapes and place_of(part, key) == place:
                 yield header
+
+    def shape(self, place: Place) -> tuple[int, ...]:
+        """Of the module's weight."""
+        return next(self.headers(place, "weight")).shapes[f"{place.stem}.weight"]
 
     def lora_name(self, place: Place) -> str:
         """What a LoRA calls the module: kohya of UNets and text encoders, else diffusers or the original code."""
@@ -100,6 +127,30 @@ def _single(path: Path) -> Header:
     if is_lora(header.shapes):
         raise ValueError(f"{path} must be a model, got a LoRA")
     return header
+
+
+def _frozen(found: Mapping[str, set[Found]]) -> dict[str, frozenset[Found]]:
+    return {name: frozenset(values) for name, values in found.items()}
+
+
+def _only_one(known: Mapping[str, frozenset[Found]], layer: str, fits: Callable[[Found], bool]) -> Found | None:
+    for name in without_prefixes(normal(layer.replace(".processor.", "."))):
+        found = [value for value in known.get(name, ()) if fits(value)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _layers_of_transformers(path: Path, files: Sequence[tuple[str, Header]]) -> Iterator[tuple[str, Original]]:
+    """The original code's layers of the parts of a folder that it has other names for, each with its part."""
+    for part in sorted({part for part, _ in files if part}):
+        try:
+            kind = json.loads((path / part / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        except BROKEN:  # of a part that is no model of diffusers
+            continue
+        if kind in TRANSFORMERS:
+            stems = {place_of(part, key).stem for own, header in files if own == part for key in header.shapes}
+            yield from ((part, layer) for layer in original_layers(kind, stems))
 
 
 def place_of(part: str, key: str) -> Place:
