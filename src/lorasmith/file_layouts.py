@@ -76,10 +76,19 @@ def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
     try:
         nets = {path: parts for path, parts in layers.items() if not path.startswith(TEXT_NETS)}
         texts = {path: parts for path, parts in layers.items() if path.startswith(TEXT_NETS)}
+        if layout != "diffusers":
+            _refuse_several_nets(nets)
         named_texts = _diffusers_texts if layout == "diffusers" else _own_texts
         return dict(sorted((WRITERS[layout](nets, denoiser) | named_texts(texts, denoiser)).items()))
     except ValueError as error:
         raise ValueError(f"file_layout {layout}: {error}") from error
+
+
+def _refuse_several_nets(layers: Mapping[str, Parts]) -> None:
+    """ValueError where names that leave out the net's would mean two layers."""
+    names = sorted({path.partition(".")[0] for path in layers})
+    if len(names) > 1:
+        raise ValueError(f"layers must be of one net, whose name it leaves out, got {' and '.join(names)}")
 
 
 def _own_texts(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
