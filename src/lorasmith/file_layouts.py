@@ -59,8 +59,8 @@ def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
     if not is_plain or not kinds or experts(denoiser):
         return None
     own = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
-    wanted = {own.get(algorithm, BEST[algorithm]) for algorithm in adapters.algorithms}
-    layout = wanted.pop() if len(wanted) == 1 else "lycoris"
+    wanted: set[LayoutName] = {own.get(algorithm) or BEST[algorithm] for algorithm in adapters.algorithms}
+    layout: LayoutName = wanted.pop() if len(wanted) == 1 else "lycoris"
     if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
         return "lycoris"
     return layout
