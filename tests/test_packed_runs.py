@@ -281,5 +281,5 @@ def test_settings_that_change_nothing_are_told_as_such(
     train_lora(denoiser, latents, list(texts), **values, checkpoint_folder=tmp_path)
     caplog.clear()
     train_lora(denoiser, latents, list(texts), **values, pack="none", native_kernels=False, resume_from=tmp_path)
-    assert "without effect on the weights: native_kernels True -> False, pack all -> none" in caplog.text
+    assert "without effect on the weights: pack all -> none, native_kernels True -> False" in caplog.text
     assert "never interrupted" not in caplog.text

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from lorasmith.adapters.base import loaded
 from lorasmith.adapters.dora import SCALE, DoRAAdapter
 from lorasmith.adapters.layer import Layer
 from lorasmith.layouts import ModuleNames, by_layer
@@ -51,9 +52,9 @@ def _changed(
         path = names.path(layer)
         if SCALE not in parts or path not in adaptable:
             continue
-        base = adaptable[path]
+        base = loaded(adaptable[path])
         try:
-            adapter = DoRAAdapter.from_file(Layer.of(path, base), parts, base)
+            adapter = DoRAAdapter.from_file(Layer.of(path, adaptable[path]), parts, base)
         except ValueError:  # which whoever makes adapters of them says, with all the others
             continue
         adapter.to(next(base.parameters()).device)

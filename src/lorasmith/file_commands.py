@@ -130,7 +130,7 @@ def metadata(
 
 
 def convert(
-    file: Path, /, *, model: str, to: Literal["kohya", "diffusers", "comfyui", "lycoris"], output: Path,
+    file: Path, /, *, to: Literal["kohya", "diffusers", "comfyui", "lycoris"], output: Path, model: str | None = None,
     overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
     """Write a LoRA under the names that another program reads.
@@ -138,15 +138,15 @@ def convert(
     Parameters
     ----------
     file: LoRA file
-    model: the model that it is for, as train takes it
     to: whose names
     output: safetensors file to write
+    model: the model that it is for, as train takes it, of which no weights are loaded; none: the published one it fits
     overwrite: write over a file that is there
     """
     from lorasmith.files.conversion import convert
 
     _prepare()
-    print(f"{convert(file, output, _model(model), to, overwrite=overwrite)} layers")
+    print(f"{convert(file, output, None if model is None else _model(model), to, overwrite=overwrite)} layers")
     print(output)
     return 0
 

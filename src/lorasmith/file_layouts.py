@@ -58,9 +58,9 @@ def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
     is_plain = all(denoiser.file_key(path) == path for path in adapters.adapters)
     if not is_plain or not kinds or experts(denoiser):
         return None
-    own: Mapping[str, LayoutName] = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
-    wanted: set[LayoutName] = {own.get(algorithm, BEST[algorithm]) for algorithm in adapters.algorithms}
-    layout = wanted.pop() if len(wanted) == 1 else "lycoris"
+    own = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
+    wanted: set[LayoutName] = {own.get(algorithm) or BEST[algorithm] for algorithm in adapters.algorithms}
+    layout: LayoutName = wanted.pop() if len(wanted) == 1 else "lycoris"
     if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
         return "lycoris"
     return layout

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import kind_of
-from lorasmith.adapters.base import row_squares
+from lorasmith.adapters.base import loaded, row_squares
 from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.adapters.layer import alpha_of, fitting, size_of
 from lorasmith.adapters.oft import limited
@@ -130,7 +130,7 @@ def _join_pairs(members: Sequence[Member]) -> dict[str, Tensor]:
 
 def _own_lengths(member: Member) -> Tensor:
     """DoRA's lengths [n, 1] that change nothing."""
-    return lengths_of(row_squares(member.base)).view(-1, 1).float()
+    return lengths_of(row_squares(loaded(member.base))).view(-1, 1).float()
 
 
 def _part_pairs(parts: Parts, members: Sequence[Member]) -> list[dict[str, Tensor]]:
@@ -147,10 +147,9 @@ def _part_pairs(parts: Parts, members: Sequence[Member]) -> list[dict[str, Tenso
     scale = alpha_of(parts, rank) / rank
     live = [any(piece.any() for piece in pieces) for pieces in zip(*cut, strict=True)]
     if lengths is not None:
-        own = [_own_lengths(member).flatten() for member in members]
         live = [
-            is_live or not torch.allclose(piece.flatten().float(), same, rtol=1e-6)
-            for is_live, piece, same in zip(live, lengths, own, strict=True)
+            is_live or not torch.allclose(piece.flatten().float(), _own_lengths(member).flatten(), rtol=1e-6)
+            for is_live, piece, member in zip(live, lengths, members, strict=True)
         ]
     spans = _spans(cut, live if any(live) else [True] * len(rows), rank)
     found: list[dict[str, Tensor]] = [{} for _ in members]

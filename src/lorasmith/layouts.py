@@ -77,7 +77,7 @@ class ModuleNames:
                 self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
                 for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out")):
                     self._add(alias, f"{name}.{path}")
-            for layer in _originals(net):
+            for layer in known_originals(net):
                 members = tuple(f"{name}.{path}" for path in layer.paths)
                 if len(members) > 1 or layer.swapped:
                     whole = Original(layer.name, members, layer.swapped)
@@ -154,7 +154,7 @@ def originals(net: nn.Module) -> list[Original]:
     return [Original(name, (path,)) for path, name in UNETS[kind](config).items()]
 
 
-def _originals(net: nn.Module) -> list[Original]:
+def known_originals(net: nn.Module) -> list[Original]:
     """Those that are known; a net may be of a kind that the original code never made."""
     try:
         return originals(net)

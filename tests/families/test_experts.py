@@ -189,6 +189,18 @@ def test_files_are_converted(tmp_path: Path) -> None:
         convert(unsaid, back, base, "comfyui", overwrite=True)
 
 
+@pytest.mark.parametrize("metadata", [{}, *({EXPERT: name, NET: net} for name, net in NETS.items())])
+def test_a_file_is_converted_for_the_published_model_too(metadata: dict[str, str], tmp_path: Path) -> None:
+    """As one for Wan 2.1's 14B, which has the same layers."""
+    state = {"lora_down.weight": numbers(1, 5120), "lora_up.weight": numbers(5120, 1), "alpha": torch.tensor(1.0)}
+    file = {f"diffusion_model.blocks.0.self_attn.q.{part}": tensor for part, tensor in state.items()}
+    lorafile.write(tmp_path / "a.safetensors", file, metadata)
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", None, "diffusers") == 1
+    converted, said = lorafile.read(tmp_path / "b.safetensors")
+    assert converted.keys() == {f"transformer.blocks.0.attn1.to_q.lora_{side}.weight" for side in "AB"}
+    assert metadata.items() <= said.items()
+
+
 def test_a_run_writes_and_tells_them(tmp_path: Path) -> None:
     made("Wan 2.2").save_pretrained(tmp_path / "base")
     pictures(tmp_path / "cats", "a cat", "a black cat")

@@ -4,6 +4,8 @@ The one place that reads a frozen weight. A layer that keeps its own packed or q
 r rows, g the layer's groups, k… its kernel.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,36 @@ PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that products take as they are."""
 
 
+class Absent(nn.Parameter):
+    """A weight of which the shape alone is here, on the meta device; `loaded` reads the numbers where they are."""
+
+    read: Callable[[], Tensor]
+
+
+class NoWeights(Exception):
+    """The numbers of a weight are needed, and they are nowhere."""
+
+
+class _Read(nn.Module):
+    """What is asked of a layer whose weight was read."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def loaded(base: nn.Module) -> nn.Module:
+    """A layer that has its weight: itself, or what is read for it; NoWeights where there is none."""
+    return _Read(base.weight.read()) if isinstance(base.weight, Absent) else base
+
+
 def row_squares(base: nn.Module) -> Tensor:
-    """The squared lengths [n_out] of a layer's rows, 1e-30 at least, in float32 or wider, on the CPU."""
+    """The squared lengths [n_out] of a layer's rows, 1e-30 at least, in float32 or wider, on the CPU.
+
+    Of a weight that is absent the least: lengths that are told as a change of them are then kept as they are.
+    """
+    if isinstance(base.weight, Absent):
+        return torch.full(base.weight.shape[:1], SMALLEST, dtype=torch.float32)
     weight = _weight(base, torch.float32)
     lengths = torch.linalg.vector_norm(
         weight, dim=tuple(range(1, weight.ndim)), dtype=torch.promote_types(weight.dtype, torch.float32)

@@ -1,7 +1,7 @@
 """The model families, and how a model is opened."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched, is_id
 from lorasmith.families.lumina2 import Lumina2
-from lorasmith.families.originals import ORIGINALS
+from lorasmith.families.originals import ORIGINALS, Original
 from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.qwen_image import QwenImage
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
 from lorasmith.families.sd3 import SD3
 from lorasmith.families.sdxl import SDXL
+from lorasmith.families.sdxl_file import OriginalSDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
@@ -58,39 +59,55 @@ def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool =
 
 def _opened(model: Any, encoders: str | Path | None) -> Plain:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
-    if path is not None and (path.is_file() or (path.suffix in FILES and not path.exists())):
+    if path is not None and is_file(path):
         return _of_file(Header.of(path), encoders)
     if encoders is not None:
         raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
     if path is not None:
-        folder = _folder(model)
-        kind = _family(_pipeline_name(folder), folder)
+        folder = folder_of(model)
+        kind = family_of(pipeline_name(folder), folder)
         return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
-    kind = _family(type(model).__name__, model)
+    kind = family_of(type(model).__name__, model)
     return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
 
 
 def _of_file(header: Header, encoders: str | Path | None) -> Plain:
     """The family of a single file, beside a folder or hub id with what it lacks."""
+    original, family = original_of(header), model_family(header.shapes)
+    if original is None:
+        folder = _encoders(encoders, ("StableDiffusionPipeline",), family, without="unet")
+        return StableDiffusion(SingleFile.opened(header, folder))
+    supported = pipelines_of(original)
+    folder = _encoders(encoders, supported, family, without=original.part)
+    name = supported[0] if folder is None else pipeline_name(folder.path)
+    kind = FAMILIES[name]
+    assert issubclass(kind, PipelineFamily)
+    return kind(FileComponents(header, original, name, folder))
+
+
+def original_of(header: Header) -> Original | OriginalSDXL | None:
+    """What a single file is, None of Stable Diffusion 1.x and 2.x; ValueError where it is no model of a family here."""
     path, family = header.path, model_family(header.shapes)
     if is_lora(header.shapes):
         raise ValueError(f"{path} must be a model, got a LoRA: the model that it was trained on is needed")
     if family == FOLDER_PART:
         raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
     original = ORIGINALS.get(family)
-    if family in OF_LDM:
-        folder = _encoders(encoders, ("StableDiffusionPipeline",), family, without="unet")
-        return StableDiffusion(SingleFile.opened(header, folder))
-    supported = [name for name in original.pipelines if name in FAMILIES] if original else []
-    if original is None or not supported:
+    if family not in OF_LDM and (original is None or not pipelines_of(original)):
         known = ", ".join(("Stable Diffusion 1.x and 2.x", *(name for name in ORIGINALS)))
         what = f"tensors such as {next(iter(header.shapes), 'none')}" if family == "unknown" else family
         raise ValueError(f"{path} must be a model of a family among {known}, got {what}")
-    folder = _encoders(encoders, supported, family, without=original.part)
-    name = supported[0] if folder is None else _pipeline_name(folder.path)
-    kind = FAMILIES[name]
-    assert issubclass(kind, PipelineFamily)
-    return kind(FileComponents(header, original, name, folder))
+    return original
+
+
+def pipelines_of(original: Original | OriginalSDXL) -> list[str]:
+    """The pipelines with such a denoiser that there is a family for."""
+    return [name for name in original.pipelines if name in FAMILIES]
+
+
+def is_file(path: Path) -> bool:
+    """Whether a model's path means a single file."""
+    return path.is_file() or (path.suffix in FILES and not path.exists())
 
 
 def _encoders(
@@ -99,27 +116,27 @@ def _encoders(
     """The folder, of one of these pipelines, or what is fetched from the hub; without: the part that is not needed."""
     if encoders is None:
         return None
-    folder = _folder(encoders, without)
-    name = _pipeline_name(folder)
+    folder = folder_of(encoders, (without,))
+    name = pipeline_name(folder)
     if name not in pipelines:
         raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
     return FolderComponents(folder)
 
 
-def _folder(model: str | Path, without: str | None = None) -> Path:
-    """A folder here, or one that is fetched from the hub."""
+def folder_of(model: str | Path, without: Collection[str] = ()) -> Path:
+    """A folder here, or one that is fetched from the hub; without: parts whose weights are not needed there."""
     path = Path(model).expanduser()
     return fetched(model, without) if isinstance(model, str) and is_id(model) and not path.exists() else path
 
 
-def _family(name: str, source: Any) -> type[Plain]:
+def family_of(name: str, source: Any) -> type[Plain]:
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")
     return FAMILIES[name]
 
 
-def _pipeline_name(folder: Path) -> str:
+def pipeline_name(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         found = "a folder without it" if folder.exists() else "no such folder"

@@ -52,7 +52,7 @@ class FileComponents:
                 f"{self.header.path} holds one denoiser, but the pipeline of encoders has {name} too: "
                 f"give the whole folder as model"
             )
-        keys = self._keys()
+        keys = self.keys()
         net = self.original.net(self.header, keys, self._config(name))
         self._tell_of_the_rest(set(keys.values()))
         return net
@@ -75,7 +75,7 @@ class FileComponents:
             f"{self.header.path} must hold {' and '.join(names)} to encode captions, or encoders be a folder that does"
         )
 
-    def _keys(self) -> dict[str, str]:
+    def keys(self) -> dict[str, str]:
         """The denoiser's tensors: {name: key in the file}."""
         if self.header.holds(DENOISER):
             return below(self.header, DENOISER)

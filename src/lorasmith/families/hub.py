@@ -29,16 +29,16 @@ def is_id(model: str) -> bool:
     return ID.fullmatch(model) is not None
 
 
-def fetched(model_id: str, without: str | None = None) -> Path:
+def fetched(model_id: str, without: Collection[str] = ()) -> Path:
     """The folder in the hub's cache, made complete from the hub where it can be reached; ValueError where it is not.
 
-    without: a part that is not needed.
+    without: parts whose weights are not needed.
     """
     try:
         info = HfApi().model_info(model_id)  # one request; the list of files tries again for 20 s
         names = [file.rfilename for file in info.siblings or ()]
         parts = _parts(Path(hf_hub_download(model_id, INDEX, revision=info.sha))) if INDEX in names else ()
-        wanted = needed(names, [part for part in parts if part != without])
+        wanted = needed(names, [part for part in parts if part not in without])
         return Path(snapshot_download(model_id, allow_patterns=wanted))
     except Exception as error:  # the HTTP client's own errors among them, which change with the library
         folder, reason = _cached(model_id, without), _reason(error)
@@ -74,14 +74,14 @@ def _parts(index: Path) -> list[str]:
     return [part for part in MODULES if isinstance(content.get(part), list) and None not in content[part]]
 
 
-def _cached(model_id: str, without: str | None) -> Path | None:
+def _cached(model_id: str, without: Collection[str]) -> Path | None:
     """The snapshot in the cache if it holds weights for every part that is needed."""
     try:
         folder = Path(snapshot_download(model_id, local_files_only=True, allow_patterns=[INDEX]))
         parts = _parts(folder / INDEX)
     except (LocalEntryNotFoundError, ValueError):
         return None
-    return folder if all(list((folder / part).glob("*.safetensors")) for part in parts if part != without) else None
+    return folder if all(list((folder / part).glob("*.safetensors")) for part in parts if part not in without) else None
 
 
 def _reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from lorasmith.families.sizes import (
     wan,
     z_image,
 )
-from lorasmith.families.weights import UNFIT, dtype_in, fitted, line, tensors
+from lorasmith.families.weights import UNFIT, dtype_in, fitted, line, shaped, tensors
 from lorasmith.header import Header
 
 State = dict[str, Tensor]
@@ -89,17 +89,16 @@ class Original:
         base: a config whose values hold where no shape says otherwise. ValueError where a tensor is missing or has no
         place.
         """
-        kind: Any = getattr(importlib.import_module("diffusers"), self.kind)
         dtype = dtype_in(header, keys.values())
         read = tensors(header, keys.values())
         state = self._converted({name: read.pop(key) for name, key in keys.items()}, header)
-        try:
-            found = self.sizes({name: tuple(tensor.shape) for name, tensor in state.items()}, base)
-        except UNFIT as error:
-            raise ValueError(f"cannot load the {self.kind} of {header.path}: {line(error)}") from error
-        config = {**base, **found}
-        self._check_axes(header, kind, config)
-        return fitted(kind, config, state, dtype, path=header.path)
+        return fitted(self._class, self._config(header, state, base), state, dtype, path=header.path)
+
+    def shaped(self, header: Header, keys: Mapping[str, str]) -> Any:
+        """The same without weights, on the meta device: no tensor is read."""
+        dtype_in(header, keys.values())
+        empty = {name: torch.empty(header.shapes[key], device="meta") for name, key in keys.items()}
+        return shaped(self._class, self._config(header, self._converted(empty, header), {}), path=header.path)
 
     def scheduler(self, header: Header, base: Config | None) -> Config:
         """The base's, or as published; ValueError where published models differ."""
@@ -117,6 +116,23 @@ class Original:
 
     def encoders(self, header: Header, dtype: torch.dtype | None) -> dict[str, Any]:
         return {}
+
+    def shaped_encoders(self, header: Header) -> dict[str, Any]:
+        return {}
+
+    @property
+    def _class(self) -> Any:
+        return getattr(importlib.import_module("diffusers"), self.kind)
+
+    def _config(self, header: Header, state: State, base: Config) -> dict[str, Any]:
+        """The config of a transformer with these tensors."""
+        try:
+            found = self.sizes({name: tuple(tensor.shape) for name, tensor in state.items()}, base)
+        except UNFIT as error:
+            raise ValueError(f"cannot load the {self.kind} of {header.path}: {line(error)}") from error
+        config = {**base, **found}
+        self._check_axes(header, self._class, config)
+        return config
 
     def _converted(self, state: State, header: Header) -> State:
         """Under diffusers' names; what the conversion leaves keeps its own."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lorasmith.families.clip_words import NUM_WORDS, clip_tokenizer
 from lorasmith.families.ldm_parts import below, ldm_unet
@@ -19,7 +20,7 @@ from lorasmith.families.ldm_sizes import (
 )
 from lorasmith.families.sizes import Config
 from lorasmith.families.text_encoders import clip_encoder, open_clip_encoder
-from lorasmith.families.weights import dtype_in, fitted, line, tensors
+from lorasmith.families.weights import dtype_in, fitted, line, shaped, tensors
 from lorasmith.header import Header
 
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -65,18 +66,24 @@ class OriginalSDXL:
         base: a config whose values hold where no shape says otherwise. ValueError where a tensor is missing or has no
         place, or where it is the refiner.
         """
-        if header.holds(REFINER):
-            raise ValueError(f"{header.path} must be SDXL's base, got its refiner, which is told an aesthetic score")
-        if "edm_mean" in header.shapes:
-            raise ValueError(f"{header.path} must be an SDXL of noise or v prediction, got one of EDM's (edm_mean)")
+        _refuse_others(header)
         if "down_blocks.0.resnets.0.conv1.weight" in keys:
             return self._of_diffusers(header, keys, base)
+        return ldm_unet(header, keys, self._config(header, keys, base))
+
+    def shaped(self, header: Header, keys: Mapping[str, str]) -> Any:
+        """The same without weights, on the meta device: no tensor is read."""
+        from diffusers import UNet2DConditionModel
+
+        _refuse_others(header)
+        return shaped(UNet2DConditionModel, self._config(header, keys, {}), path=header.path)
+
+    def _config(self, header: Header, keys: Mapping[str, str], base: Config) -> dict[str, Any]:
         renamed = replace(header, shapes={f"{UNET}{name}": header.shapes[key] for name, key in keys.items()})
         try:
-            config = sdxl_unet_config(renamed, base)
+            return sdxl_unet_config(renamed, base)
         except IndexError as error:
             raise ValueError(f"cannot load the UNet2DConditionModel of {header.path}: {line(error)}") from error
-        return ldm_unet(header, keys, config)
 
     def _of_diffusers(self, header: Header, keys: Mapping[str, str], base: Config) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -106,8 +113,7 @@ class OriginalSDXL:
         if not self.holds_encoders(header):
             return {}
         dtype = dtype or dtype_in(header, below(header, OPEN_CLIP).values())
-        first, second = clip_config(header, CLIP), open_clip_config(header, OPEN_CLIP)
-        second["projection_dim"] = header.shape(f"{OPEN_CLIP}text_projection")[1]
+        first, second = _text_configs(header)
         for config in (first, second):
             if config["vocab_size"] != NUM_WORDS:
                 raise ValueError(
@@ -119,3 +125,27 @@ class OriginalSDXL:
             "tokenizer": clip_tokenizer(length=first["max_position_embeddings"]),
             "tokenizer_2": clip_tokenizer("!", second["max_position_embeddings"]),
         }
+
+    def shaped_encoders(self, header: Header) -> dict[str, Any]:
+        """Both text encoders without weights, on the meta device, where the file holds them."""
+        if not self.holds_encoders(header):
+            return {}
+        first, second = _text_configs(header)
+        return {
+            "text_encoder": shaped(CLIPTextModel, first, path=header.path),
+            "text_encoder_2": shaped(CLIPTextModelWithProjection, second, path=header.path),
+        }
+
+
+def _text_configs(header: Header) -> tuple[dict[str, Any], dict[str, Any]]:
+    """CLIPTextConfigs' values of both text encoders."""
+    second = open_clip_config(header, OPEN_CLIP)
+    return clip_config(header, CLIP), {**second, "projection_dim": header.shape(f"{OPEN_CLIP}text_projection")[1]}
+
+
+def _refuse_others(header: Header) -> None:
+    """ValueError where it is another kind of SDXL."""
+    if header.holds(REFINER):
+        raise ValueError(f"{header.path} must be SDXL's base, got its refiner, which is told an aesthetic score")
+    if "edm_mean" in header.shapes:
+        raise ValueError(f"{header.path} must be an SDXL of noise or v prediction, got one of EDM's (edm_mean)")

@@ -41,7 +41,7 @@ class SingleFile:
     @classmethod
     def opened(cls, header: Header, folder: FolderComponents | None = None) -> "SingleFile":
         """ValueError where the file is not such a model."""
-        _check_kind(header)
+        check_kind(header)
         config, scheduler = unet_config(header), scheduler_config(header)
         config["sample_size"] = sample_size(header, scheduler)
         return cls(header, ldm_unet(header, below(header, UNET), config), scheduler, folder)
@@ -96,7 +96,7 @@ class SingleFile:
         return self.header.holds(CLIP) or self.header.holds(OPEN_CLIP)
 
 
-def _check_kind(header: Header) -> None:
+def check_kind(header: Header) -> None:
     """ValueError where the file is not an SD 1.x or 2.x model in the original layout."""
     if not header.holds(f"{UNET}input_blocks."):
         got = next(iter(header.shapes), "none")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -64,6 +65,20 @@ def fitted(
         raise ValueError(f"cannot load the {kind.__name__} of {path}: {line(error)}") from error
     check_fit(path, kind.__name__, found.missing_keys, found.unexpected_keys)
     return net.eval()
+
+
+def shaped(kind: Any, config: Mapping[str, Any], *, path: Path | str) -> Any:
+    """A net of diffusers or transformers on the meta device, which has shapes alone; ValueError if config makes none.
+
+    path: what the config is of.
+    """
+    try:
+        with torch.device("meta"):
+            if issubclass(kind, ConfigMixin):
+                return kind.from_config(dict(config))
+            return kind(kind.config_class.from_dict(dict(config)))
+    except (*UNFIT, AssertionError) as error:
+        raise ValueError(f"cannot make the {kind.__name__} of {path}: {line(error)}") from error
 
 
 def check_fit(path: Path, what: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

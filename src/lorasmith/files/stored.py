@@ -1,0 +1,113 @@
+"""The weights of a skeleton's layers, read from a model's files where they are asked for, one at a time.
+
+The layer's name says where they are: diffusers' name, or the original one, of which the layer may be some rows.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import Absent, NoWeights
+from lorasmith.families.weights import dtype_in
+from lorasmith.files.models import Model
+from lorasmith.layouts import known_originals
+from lorasmith.targets import adaptable_layers
+from lorasmith.tensor_file import TensorFile
+from lorasmith.types import Denoiser
+
+OPEN_CLIP = {
+    "self_attn.q_proj": ("attn", "in_proj_weight", 0), "self_attn.k_proj": ("attn", "in_proj_weight", 1),
+    "self_attn.v_proj": ("attn", "in_proj_weight", 2), "self_attn.out_proj": ("attn.out_proj", "weight", 0),
+    "mlp.fc1": ("mlp.c_fc", "weight", 0), "mlp.fc2": ("mlp.c_proj", "weight", 0),
+}  # fmt: skip
+"""{a layer of CLIP in transformers: its module in OpenCLIP, the parameter there, and which of its parts it is}."""
+TEXT_LAYER = re.compile(r"text_encoder\w*\.(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
+
+
+def with_stored_weights(denoiser: Denoiser, path: Path | None) -> Denoiser:
+    """Makes the weights of a skeleton's layers ones that are read where they are asked for; returns the denoiser.
+
+    path: the folder or single file that holds them; None: whoever asks gets NoWeights.
+    """
+    stored = None if path is None else Stored(denoiser, path)
+    for layer, module in adaptable_layers(denoiser.nets).items():
+        assert isinstance(module.weight, Tensor)
+        module.weight = Absent(module.weight.data, requires_grad=False)
+        module.weight.read = partial(_none, layer) if stored is None else partial(stored.weight, layer, module)
+    return denoiser
+
+
+def _none(layer: str) -> Tensor:
+    raise NoWeights(layer)
+
+
+class Rows(NamedTuple):
+    """Where a layer's weight may be: rows of a parameter of a module."""
+
+    module: str  # as a LoRA would name it
+    parameter: str
+    begin: int = 0
+    swapped: bool = False  # whether its halves come the other way round
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The files of the model that a skeleton is of."""
+
+    denoiser: Denoiser
+    path: Path
+
+    @cached_property
+    def model(self) -> Model:
+        return Model.opened(self.path)
+
+    def weight(self, layer: str, module: nn.Module) -> Tensor:
+        """A layer's weight; ValueError where it is not there, of another shape, or quantised."""
+        shape = _shape(module)
+        for rows in self._places(layer, shape[0]):
+            tensor = self._read(rows)
+            if tensor is not None:
+                part = tensor[rows.begin : rows.begin + shape[0]]
+                if part.numel() != shape.numel():
+                    raise ValueError(
+                        f"{layer} of {self.path} must have a weight of {list(shape)}, got {list(part.shape)}"
+                    )
+                return part.reshape(shape)
+        raise ValueError(f"{self.path} must hold the weight of {layer}, whose lengths DoRA changes, but it does not")
+
+    def _places(self, layer: str, num_rows: int) -> Iterator[Rows]:
+        yield Rows(self.denoiser.file_key(layer), "weight")
+        if match := TEXT_LAYER.fullmatch(layer):
+            name, parameter, number = OPEN_CLIP[match[2]]
+            yield Rows(f"model.transformer.resblocks.{match[1]}.{name}", parameter, number * num_rows)
+        net, _, path = layer.partition(".")
+        for original in known_originals(self.denoiser.nets[net]):
+            if path in original.paths:
+                before = original.paths[: original.paths.index(path)]
+                begin = sum(_shape(self.denoiser.nets[net].get_submodule(member))[0] for member in before)
+                yield Rows(original.name, "weight", begin, original.swapped)
+
+    def _read(self, rows: Rows) -> Tensor | None:
+        """The whole parameter, the widest where a folder holds variants."""
+        place = self.model.place(rows.module)
+        headers = [] if place is None else list(self.model.headers(place, rows.parameter))
+        if place is None or not headers:
+            return None
+        key = f"{place.stem}.{rows.parameter}"
+        header = max(headers, key=lambda header: header.num_bytes(key))
+        dtype = dtype_in(header, [other for other in header.shapes if other.startswith(f"{place.stem}.")])
+        with TensorFile(header) as file:
+            tensor = file.tensor(key).to(dtype)
+        return torch.cat(tensor.chunk(2)[::-1]) if rows.swapped else tensor
+
+
+def _shape(module: nn.Module) -> torch.Size:
+    """Of its weight."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.shape
