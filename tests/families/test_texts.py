@@ -83,16 +83,17 @@ def test_tokens_predict_what_their_encoding_predicts(model: str) -> None:
 @models
 def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(model: str) -> None:
     family = opened(source(model), with_texts=True)
+    denoiser = shared_copy(family.denoiser, CPU, torch.float32)
     batch = batch_of(samples_of(family, (4, 16, 16)), (0, 1, 2, 3))
     found = []
     for depth in (None, 2):
-        adapters = adapters_of(family.denoiser)
-        with attached(family.denoiser, adapters):
+        adapters = adapters_of(denoiser)
+        with attached(denoiser, adapters):
             if depth is None:
-                sample_losses(family.denoiser, batch, Config()).sum().backward()
+                sample_losses(denoiser, batch, Config()).sum().backward()
             else:
-                with checkpointed(family.denoiser, depth):
-                    sample_losses(family.denoiser, batch, Config()).sum().backward()
+                with checkpointed(denoiser, depth):
+                    sample_losses(denoiser, batch, Config()).sum().backward()
         grads: list[Any] = [parameter.grad for parameter in adapters.parameters()]
         assert all(grad is not None and grad.any() for grad in grads)
         assert any(path.startswith("text_encoder.") for path in adapters.adapters)
