@@ -21,6 +21,7 @@ from lorasmith.cli import main
 from lorasmith.families import opened
 from lorasmith.families.file_components import FileComponents
 from lorasmith.families.originals import ORIGINALS, Original
+from lorasmith.families.skeletons import skeleton
 from lorasmith.families.weights import _Empty
 from lorasmith.header import Header
 from lorasmith.looks import model_family
@@ -140,7 +141,13 @@ def test_every_layout_gives_the_net(family: str, config: dict[str, Any], tmp_pat
     for number, (layout, prefix) in enumerate(
         ((state | unread, DENOISER), (state, ""), (net.state_dict(), ""), (net.state_dict(), DENOISER))
     ):
-        check_same(loaded(written(tmp_path / f"{number}.safetensors", layout, prefix), family), net)
+        path = written(tmp_path / f"{number}.safetensors", layout, prefix)
+        check_same(loaded(path, family), net)
+        (shaped,) = skeleton(path, with_texts=True)[0].nets.values()
+        assert {key: tensor.shape for key, tensor in shaped.state_dict().items()} == {
+            key: tensor.shape for key, tensor in net.state_dict().items()
+        }
+        assert type(shaped) is type(net) and all(parameter.is_meta for parameter in shaped.parameters())
 
 
 @pytest.mark.parametrize("family", sorted(SMALL))

@@ -1,5 +1,6 @@
 """SDXL in one file: all of it, a UNet alone, and files that lack a part, beside diffusers' own pipeline."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lorasmith.contract import train_lora
 from lorasmith.families import opened
 from lorasmith.families.clip_words import clip_tokenizer
+from lorasmith.families.skeletons import skeleton
 
 State = dict[str, Tensor]
 CPU = torch.device("cpu")
@@ -94,6 +96,18 @@ def check_same(family: Any) -> None:
     t = torch.tensor([3, 700])
     assert torch.equal(*(f.denoiser.predict(latents, t, cond) for f in (family, reference)))
     assert torch.equal(family.denoiser.process.alphas_cumprod, reference.denoiser.process.alphas_cumprod)
+
+
+def test_its_head_tells_of_all_layers(path: Path, tmp_path: Path) -> None:
+    expected = opened(path, with_texts=True).denoiser.nets
+    found = skeleton(path, with_texts=True)[0].nets
+    assert shapes(found) == shapes(expected) and len(found) == 3
+    alone = written(tmp_path / "unet.safetensors", "unet")
+    assert shapes(skeleton(alone, with_texts=True)[0].nets) == shapes({"unet": expected["unet"]})
+
+
+def shapes(nets: Mapping[str, torch.nn.Module]) -> dict[str, torch.Size]:
+    return {f"{name}.{key}": tensor.shape for name, net in nets.items() for key, tensor in net.state_dict().items()}
 
 
 def test_a_whole_file_needs_no_folder(path: Path) -> None:

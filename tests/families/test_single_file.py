@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lorasmith.contract import train_lora
 from lorasmith.families import opened
 from lorasmith.families.clip_words import clip_tokenizer
+from lorasmith.families.skeletons import skeleton
 from lorasmith.ldm_names import ldm_names
 
 State = dict[str, Tensor]
@@ -122,6 +123,14 @@ def test_every_part_computes_what_the_original_computes(model: Tiny, path: Path,
     for ours, theirs in ((family.denoiser.unet, model.unet), (encoders.vae, model.vae)):
         same = set(theirs.config) - {"sample_size", "_use_default_values"}
         assert {k: _listed(ours.config[k]) for k in same} == {k: _listed(theirs.config[k]) for k in same}
+
+
+def test_its_head_tells_of_all_layers(path: Path) -> None:
+    expected, found = opened(path, with_texts=True).denoiser, skeleton(path, with_texts=True)[0]
+    assert found.nets.keys() == expected.nets.keys() == {"unet", "text_encoder"}
+    for name, net in expected.nets.items():
+        shapes = {key: tensor.shape for key, tensor in found.nets[name].state_dict().items()}
+        assert shapes == {key: tensor.shape for key, tensor in net.state_dict().items()}
 
 
 def _listed(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """convert: every layout holds the same LoRA, there and back bit for bit; diffusers reads what is made for it."""
 
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from commands import lorasmith
 from diffusers import StableDiffusionPipeline
+from originals import original
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorasmith import lorafile
 from lorasmith.adapters import LoRA
@@ -16,8 +18,11 @@ from lorasmith.adapters.dora import DoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.demo import BASE
+from lorasmith.families import opened
 from lorasmith.families.sd import StableDiffusion
+from lorasmith.file_layouts import in_layout
 from lorasmith.files.conversion import convert
+from lorasmith.loading import adapters_from
 from lorasmith.targets import Targets
 
 STARTS = {"kohya": "lora_unet_", "diffusers": "unet.", "comfyui": "diffusion_model.", "lycoris": "lycoris_"}
@@ -56,6 +61,83 @@ def test_dora_s_lengths_survive_comfyui_s(tmp_path: Path, family: StableDiffusio
         torch.testing.assert_close(back[key], state[key], rtol=1e-4, atol=1e-5)
 
 
+def test_dora_needs_the_model_s_weights_for_comfyui_alone(tmp_path: Path, family: StableDiffusion) -> None:
+    model = shutil.copytree(BASE, tmp_path / "model")
+    state = written(tmp_path / "a.safetensors", family, DoRA(rank=4, alpha=4), torch.float32)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", model, "comfyui")
+    expected = in_layout(adapters_from(state, family.denoiser), family.denoiser, torch.float32, "comfyui")
+    found = load_file(tmp_path / "b.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
+    without_weights(model)
+    convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", model, "diffusers")
+    convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", model, "kohya")
+    back = load_file(tmp_path / "d.safetensors")
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    for name, layout in (("a", "comfyui"), ("b", "kohya")):
+        with pytest.raises(ValueError, match="model.safetensors must be a safetensors file, but it cannot be read"):
+            convert(tmp_path / f"{name}.safetensors", tmp_path / "e.safetensors", model, layout)
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def without_weights(model: Path) -> None:
+    for file in model.glob("*/*.safetensors"):
+        file.chmod(0o644)
+        file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+def test_no_weights_are_read(tmp_path: Path, family: StableDiffusion, kind: str) -> None:
+    """LoRA of both nets, for a folder whose files are cut off, and for a file whose numbers are not there."""
+    model = shutil.copytree(BASE, tmp_path / "model")
+    denoiser = opened(BASE, with_texts=True).denoiser
+    adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(), 0)
+    lorafile.write(tmp_path / "a.safetensors", adapters.file_state(denoiser, torch.float32), {})
+    if kind == "folder":
+        without_weights(model)
+    else:
+        model = tmp_path / "model.safetensors"
+        encoder: Any = denoiser.nets["text_encoder"]
+        texts = {f"cond_stage_model.transformer.text_model.{k}": t for k, t in encoder.state_dict().items()}
+        unet = {f"model.diffusion_model.{k}": t for k, t in original(family.denoiser.unet).items()}
+        save_file({key: torch.full_like(tensor, torch.nan) for key, tensor in (unet | texts).items()}, model)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", model, "diffusers")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", model, "kohya")
+    state, back = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "c.safetensors")
+    assert any(key.startswith("lora_te_") for key in state)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_without_a_model(tmp_path: Path) -> None:
+    def lora(name: str, layers: dict[str, tuple[int, int]], **extra: torch.Tensor) -> Path:
+        state = {f"{layer}.lora_up.weight": torch.ones(n_out, 1) for layer, (n_out, _) in layers.items()}
+        state |= {f"{layer}.lora_down.weight": torch.ones(1, n_in) for layer, (_, n_in) in layers.items()}
+        save_file(state | extra, tmp_path / name)
+        return tmp_path / name
+
+    output = tmp_path / "out.safetensors"
+    fits_none = "but fits no published model"
+    for layer, sizes, message in (
+        (
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", (8, 768),
+            f"looks like a LoRA for Stable Diffusion 1.x, {fits_none} of Stable Diffusion 1.5: --model must say which",
+        ),
+        ("lora_unet_something", (8, 8), f"looks like a LoRA for an unknown model, {fits_none}: --model must say which"),
+        ("transformer.transformer_blocks.0.attn.to_q", (3072, 3072), "fits FLUX.1 and Qwen-Image, whose names differ"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message) as raised:
+            convert(lora("a.safetensors", {layer: sizes}), output, None, "kohya")
+        assert "\n" not in str(raised.value) and not output.exists()
+    name = "lora_unet_double_blocks_0_img_mlp_0"
+    dora = lora("b.safetensors", {name: (12288, 3072)}, **{f"{name}.dora_scale": torch.ones(12288, 1)})
+    with pytest.raises(ValueError, match="holds DoRA, whose lengths depend on the model's weights .*: --model must"):
+        convert(dora, output, None, "comfyui")
+    convert(dora, output, None, "diffusers")
+    key = "transformer.transformer_blocks.0.ff.net.0.proj.lora_magnitude_vector"
+    assert torch.equal(load_file(output)[key], torch.ones(12288))
+
+
 def test_the_command_and_diffusers(tmp_path: Path, family: StableDiffusion) -> None:
     written(tmp_path / "a.safetensors", family, LoRA(rank=4, alpha=2), torch.float32)
     arguments = ("convert", "a.safetensors", "--model", "demo", "--to", "diffusers", "--output", "b.safetensors")
@@ -69,6 +151,9 @@ def test_the_command_and_diffusers(tmp_path: Path, family: StableDiffusion) -> N
         deltas.append([layer.get_delta_weight("default_0") for layer in layers])
     assert len(deltas[0]) > 50
     torch.testing.assert_close(*deltas, rtol=1e-3, atol=1e-4)
+    ended = lorasmith(tmp_path, "convert", "a.safetensors", "--to", "diffusers", "--output", "c.safetensors")
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.err.endswith("--model must say which it is for\n")
     refused = lorasmith(tmp_path, *arguments)
     assert (refused.code, refused.err) == (
         2, "lorasmith: output must not be there yet without --overwrite, got b.safetensors\n"

@@ -1,0 +1,87 @@
+"""What `lorasmith convert` holds and how long it takes, for a folder of Stable Diffusion 1.5's size, random, in bf16.
+
+python tools/measure_converting.py: peak resident memory above that after the imports, each case in its own process. It
+writes 1.7 GB below --folder and deletes them. "loaded" is the same with the whole model opened.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+LAYOUTS = ("diffusers", "comfyui")
+
+
+def make(folder: Path) -> None:
+    """A folder with a UNet, a LoRA and a DoRA."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from lorasmith import lorafile
+    from lorasmith.adapters.dora import DoRA
+    from lorasmith.adapters.lora import LoRA
+    from lorasmith.attach import AdapterSet
+    from lorasmith.families import opened
+    from lorasmith.targets import Targets
+
+    model = folder / "model"
+    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).bfloat16().save_pretrained(model / "unet")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    denoiser = opened(model).denoiser
+    for algorithm in (LoRA(rank=16), DoRA(rank=16)):
+        adapters = AdapterSet.new(denoiser, algorithm, Targets(), 0)
+        state = adapters.file_state(denoiser, torch.bfloat16)
+        lorafile.write(folder / f"{algorithm.name}.safetensors", state, {})
+
+
+def measured(folder: Path, case: tuple[str, str, str]) -> tuple[float, float]:
+    """(peak MB above the imports, seconds) of converting."""
+    from lorasmith import lorafile
+    from lorasmith.families import opened
+    from lorasmith.file_layouts import in_layout
+    from lorasmith.files.conversion import convert
+    from lorasmith.loading import adapters_from
+
+    torch.set_num_threads(1)
+    algorithm, layout, how = case
+    source, output = folder / f"{algorithm}.safetensors", folder / "out.safetensors"
+    before, start = peak(), time.perf_counter()
+    if how == "loaded":
+        denoiser = opened(folder / "model").denoiser
+        state = in_layout(adapters_from(lorafile.read(source)[0], denoiser), denoiser, torch.bfloat16, layout)  # pyright: ignore[reportArgumentType]
+        lorafile.write(output, state, {})
+    else:
+        convert(source, output, None if how == "no model" else folder / "model", layout, overwrite=True)  # pyright: ignore[reportArgumentType]
+    return peak() - before, time.perf_counter() - start
+
+
+def peak() -> float:
+    """MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the files are made; default: the system's for such files")
+    cases = list(itertools.product(("LoRA", "DoRA"), LAYOUTS, ("loaded", "model", "no model")))
+    spawned = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
+        with spawned.Pool(1) as pool:
+            pool.apply(make, (Path(folder),))
+        for case in cases:
+            if case == ("DoRA", "comfyui", "no model"):  # its lengths depend on the weights
+                continue
+            with spawned.Pool(1) as pool:
+                megabytes, seconds = pool.apply(measured, (Path(folder), case))
+            print(f"| {case[0]} | {case[1]} | {case[2]} | {megabytes:.0f} MB | {seconds:.1f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
