@@ -154,6 +154,14 @@ def test_the_command_and_diffusers(tmp_path: Path, family: StableDiffusion) -> N
     ended = lorasmith(tmp_path, "convert", "a.safetensors", "--to", "diffusers", "--output", "c.safetensors")
     assert ended.code == 2 and ended.err.count("\n") == 1
     assert ended.err.endswith("--model must say which it is for\n")
+    state = {"lora_unet_single_blocks_37_linear2": (3072, 15360)}
+    save_file(
+        {f"{layer}.{part}": torch.ones(shape) for layer, (rows, columns) in state.items() for part, shape in
+         (("lora_up.weight", (rows, 1)), ("lora_down.weight", (1, columns)), ("alpha", ()))},
+        tmp_path / "flux.safetensors",
+    )  # fmt: skip
+    ended = lorasmith(tmp_path, "convert", "flux.safetensors", "--to", "diffusers", "--output", "d.safetensors")
+    assert (ended.code, ended.err) == (0, "") and "1 layers" in ended.out
     refused = lorasmith(tmp_path, *arguments)
     assert (refused.code, refused.err) == (
         2, "lorasmith: output must not be there yet without --overwrite, got b.safetensors\n"
