@@ -55,8 +55,10 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -
 
     Parameters
     ----------
-    concept: the style to learn: line_drawing, plain to the eye, or flat, the subtler one
-    resume: go on from the newest checkpoint of the last demo that was interrupted
+    concept
+        the style to learn: line_drawing, plain to the eye, or flat, the subtler one
+    resume
+        go on from the newest checkpoint of the last demo that was interrupted
     """
     from lorasmith.demo import demo_settings
     from lorasmith.run_folder import numbered_folder
@@ -78,14 +80,22 @@ def sample(
 
     Parameters
     ----------
-    prompts: what to draw, a picture each
-    model: base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
-    encoders: for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
-    lora: LoRA file; none: the model alone
-    output: PNG file to write
-    seed: drives the noise that pictures start from
-    steps: denoising steps a picture
-    guidance: classifier-free guidance; 1 for none
+    prompts
+        what to draw, a picture each
+    model
+        base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
+    encoders
+        for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
+    lora
+        LoRA file; none: the model alone
+    output
+        PNG file to write
+    seed
+        drives the noise that pictures start from
+    steps
+        denoising steps a picture
+    guidance
+        classifier-free guidance; 1 for none
     """
     from lorasmith.run import draw_comparison
     from lorasmith.settings import configured
@@ -105,8 +115,10 @@ def inspect(file: Path, /, *, plot: Path | None = None) -> int:
 
     Parameters
     ----------
-    file: safetensors file or diffusers folder, or demo for the embedded model
-    plot: PNG file to draw the norms of a LoRA's layers into
+    file
+        safetensors file or diffusers folder, or demo for the embedded model
+    plot
+        PNG file to draw the norms of a LoRA's layers into
     """
     from lorasmith.console import show_table
     from lorasmith.inspection import inspected, layer_norms
@@ -131,7 +143,8 @@ def install_comfyui(path: Path, /) -> int:
 
     Parameters
     ----------
-    path: the ComfyUI folder
+    path
+        the ComfyUI folder
     """
     from lorasmith.comfyui_pack import install
 

@@ -17,11 +17,16 @@ def resize(
 
     Parameters
     ----------
-    file: LoRA file
-    output: safetensors file to write
-    rank: rank of every layer; those of less stay as they are
-    keep: instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
-    overwrite: write over a file that is there
+    file
+        LoRA file
+    output
+        safetensors file to write
+    rank
+        rank of every layer; those of less stay as they are
+    keep
+        instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
+    overwrite
+        write over a file that is there
     """
     from lorasmith.files.resizing import resize
     from lorasmith.files.truncation import Cut
@@ -41,12 +46,18 @@ def merge(
 
     Parameters
     ----------
-    loras: LoRA files with weights, such as a.safetensors:0.7
-    output: safetensors file to write; for a model in a folder, the folder
-    model: model to merge them into, a diffusers folder or a safetensors file; none: into one LoRA
-    rank: rank of the sum, cut off there; needed where not all are LoRA
-    dtype: of the LoRA that is written; none: the widest of the sources
-    overwrite: write over a file that is there
+    loras
+        LoRA files with weights, such as a.safetensors:0.7
+    output
+        safetensors file to write; for a model in a folder, the folder
+    model
+        model to merge them into, a diffusers folder or a safetensors file; none: into one LoRA
+    rank
+        rank of the sum, cut off there; needed where not all are LoRA
+    dtype
+        of the LoRA that is written; none: the widest of the sources
+    overwrite
+        write over a file that is there
     """
     from lorasmith.files.merging import Source, merge
 
@@ -76,13 +87,20 @@ def extract(
 
     Parameters
     ----------
-    base: model, a diffusers folder or a safetensors file
-    tuned: the same model after training, of the same kind
-    output: safetensors file to write
-    rank: rank of every layer
-    keep: instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
-    dtype: of the LoRA
-    overwrite: write over a file that is there
+    base
+        model, a diffusers folder or a safetensors file
+    tuned
+        the same model after training, of the same kind
+    output
+        safetensors file to write
+    rank
+        rank of every layer
+    keep
+        instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
+    dtype
+        of the LoRA
+    overwrite
+        write over a file that is there
     """
     from lorasmith.files.extraction import extract
     from lorasmith.files.truncation import Cut
@@ -105,11 +123,16 @@ def metadata(
 
     Parameters
     ----------
-    file: safetensors file
-    set: key=value to write; may be given several times
-    strip: leave out what tells of captions, prompts, folders, people and times
-    output: safetensors file to write; only with set or strip
-    overwrite: write over a file that is there
+    file
+        safetensors file
+    set
+        key=value to write; may be given several times
+    strip
+        leave out what tells of captions, prompts, folders, people and times
+    output
+        safetensors file to write; only with set or strip
+    overwrite
+        write over a file that is there
     """
     from lorasmith.console import show_table
     from lorasmith.files.metadata import changes_of, rewrite, shown
@@ -137,11 +160,16 @@ def convert(
 
     Parameters
     ----------
-    file: LoRA file
-    to: whose names
-    output: safetensors file to write
-    model: the model that it is for, as train takes it, of which no weights are loaded; none: the published one it fits
-    overwrite: write over a file that is there
+    file
+        LoRA file
+    to
+        whose names
+    output
+        safetensors file to write
+    model
+        the model that it is for, as train takes it, of which no weights are loaded; none: the published one it fits
+    overwrite
+        write over a file that is there
     """
     from lorasmith.files.conversion import convert
 

@@ -16,6 +16,7 @@ from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.families.skeletons import skeleton
 from lorasmith.families.texts import TextDenoiser
+from lorasmith.files.models import Model
 from lorasmith.files.stored import Stored, with_stored_weights
 from lorasmith.targets import adaptable_layers
 
@@ -42,6 +43,16 @@ def test_of_the_original_layout_and_of_diffusers(family: str, tmp_path: Path) ->
     )
     if holder.root == "transformer":
         check_layers(holder, written(tmp_path / "b.safetensors", holder.net.state_dict()))
+
+
+def test_all_layers_of_unets_in_single_files_have_kohya_s_names_too(tmp_path: Path) -> None:
+    """Those of SDXL's deeper transformers too."""
+    for family, heads in (("SD", 8), ("SDXL", (1, 2))):
+        holder = holder_of(family, block_out_channels=(64, 128), attention_head_dim=heads)
+        state = {f"{PREFIX}{key}": tensor for key, tensor in original(holder.net).items()}
+        model = Model.opened(written(tmp_path / "a.safetensors", state))
+        places = [model.place(holder.file_key(layer)) for layer in adaptable_layers(holder.nets)]
+        assert None not in places and len(set(places)) == len(places)
 
 
 def test_of_a_folder(family: StableDiffusion) -> None:

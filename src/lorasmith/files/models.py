@@ -11,14 +11,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lorasmith.families.ldm_sizes import UNET, unet_config
+from lorasmith.families.sdxl_file import sdxl_unet_config
 from lorasmith.files.factors import without_prefixes
 from lorasmith.header import Header
 from lorasmith.layouts import normal
 from lorasmith.ldm_names import ldm_names
-from lorasmith.looks import is_lora
+from lorasmith.looks import is_lora, model_family
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
 
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)
+BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 ENCODERS = {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",), "text_encoder_3": ("te3",)}
 """{part: what kohya calls it}."""
 IN_ONE_FILE = {
@@ -180,7 +181,10 @@ def _originals(path: Path, files: Sequence[tuple[str, Header]]) -> dict[str, str
     """Of a UNet in a folder {diffusers' name: the original}, of one in a single file the reverse; else none."""
     try:
         if path.is_file():
-            return {original: name for name, original in ldm_names(_completed(unet_config(files[0][1]))).items()}
+            header = files[0][1]
+            is_xl = model_family(header.shapes) == "SDXL"
+            config = sdxl_unet_config(header, {}) if is_xl else unet_config(header)
+            return {original: name for name, original in ldm_names(_completed(config)).items()}
         return ldm_names(_completed(json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))))
     except BROKEN:  # not such a UNet, or of a kind that the original code never made
         return {}
