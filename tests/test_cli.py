@@ -1,6 +1,7 @@
 """The command line, called as a user calls it: what it makes, what it says, and how it ends."""
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from commands import FILES, TINY, UNFINISHED, Ended, at_step, listing, lorasmith, made
 from PIL import Image
 
-from lorasmith import __version__, lorafile, training
+from lorasmith import __version__, cli, file_commands, lorafile, training
 from lorasmith.demo import BASE
 from lorasmith.settings import settings
 
@@ -320,6 +321,16 @@ def test_help(tmp_path: Path, arguments: list[str], shown: str) -> None:
     ended = lorasmith(tmp_path, *arguments)
     assert (ended.code, ended.err) == (0, "")
     assert re.fullmatch(shown, ended.out, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", [cli.demo, cli.sample, cli.inspect, cli.install_comfyui, *file_commands.COMMANDS])
+def test_help_says_what_each_option_is(tmp_path: Path, command: Callable[..., int]) -> None:
+    documented = dict(re.findall(r"^(\w+)\n {4}(.+)$", inspect.getdoc(command) or "", re.MULTILINE))
+    names = [name for name, p in inspect.signature(command).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+    assert [*documented] == names
+    path = ("comfyui", "install") if command is cli.install_comfyui else (command.__name__,)
+    shown = re.sub(r"[\s│]+", " ", lorasmith(tmp_path, *path, "--help").out)
+    assert all(what in shown for what in documented.values())
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["cats", "--steps", "3", "--help"]])

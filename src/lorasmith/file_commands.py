@@ -174,7 +174,8 @@ def convert(
     from lorasmith.files.conversion import convert
 
     _prepare()
-    print(f"{convert(file, output, None if model is None else _model(model), to, overwrite=overwrite)} layers")
+    found = convert(file, output, None if model is None else _model(model), to, overwrite=overwrite)
+    print("1 layer" if found == 1 else f"{found} layers")
     print(output)
     return 0
 
