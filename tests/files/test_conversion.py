@@ -121,7 +121,7 @@ def test_without_a_model(tmp_path: Path) -> None:
     for layer, sizes, message in (
         (
             "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", (8, 768),
-            rf"looks like a LoRA for Stable Diffusion 1.x, {fits_none}, not even Stable Diffusion 1.5 \(.*must have the shape",
+            rf"looks like a LoRA for Stable Diffusion 1.x, {fits_none}, not even Stable Diffusion 1.5 \(.*must have",
         ),
         ("lora_unet_something", (8, 8), f"looks like a LoRA for an unknown model, {fits_none}: --model must say which"),
         ("transformer.transformer_blocks.0.attn.to_q", (3072, 3072), "fits FLUX.1 and Qwen-Image, whose names differ"),
