@@ -27,7 +27,7 @@ LEFT_OUT = (
     "text_encoder.", "file_layout", "ignore_unknown",
 )  # fmt: skip
 """Settings of runs from the command line; `offloading`, which needs a model that waits on another device;
-`text_encoder`, as ComfyUI hands over conditioning that is encoded already; `file_layout`, which the saving node asks for;
+`text_encoder`, as ComfyUI hands over conditioning that is encoded already; `file_layout`, of the node that saves;
 and `ignore_unknown`, as a file is taken whole here."""
 FIRST = (
     "alpha", "targets_preset", "targets_include", "targets_exclude", "loss_space", "times", "max_grad_norm",
