@@ -1,6 +1,6 @@
 """LoRA files as each program names them: kohya's tools, diffusers and PEFT, ComfyUI, LyCORIS."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,10 +105,9 @@ def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
     names, named = ModuleNames(denoiser), by_layer(state)
     layers = {path: parts for key, parts in named.items() if (path := names.path(key))}
     assert len(layers) == len(named)
+    refuse_several(layers, layout)
     try:
         nets = {path: parts for path, parts in layers.items() if not path.startswith(TEXT_NETS)}
-        if layout != "diffusers":
-            _refuse_several(nets)
         texts = {path: parts for path, parts in layers.items() if path.startswith(TEXT_NETS)}
         named_texts = _diffusers_texts if layout == "diffusers" else _own_texts
         return dict(sorted((WRITERS[layout](nets, denoiser) | named_texts(texts, denoiser)).items()))
@@ -116,11 +115,14 @@ def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:
         raise ValueError(f"file_layout {layout}: {error}") from error
 
 
-def _refuse_several(layers: Mapping[str, Parts]) -> None:
+def refuse_several(paths: Iterable[str], layout: LayoutName) -> None:
     """ValueError where layers of two nets would have one name."""
-    nets = sorted({path.partition(".")[0] for path in layers})
-    if len(nets) > 1:
-        raise ValueError(f"its names are of one net, got layers of {' and '.join(nets)}: each needs a file of its own")
+    nets = sorted({path.partition(".")[0] for path in paths if not path.startswith(TEXT_NETS)})
+    if layout != "diffusers" and len(nets) > 1:
+        raise ValueError(
+            f"file_layout {layout}: its names are of one net, got layers of {' and '.join(nets)}: "
+            f"each needs a file of its own"
+        )
 
 
 def _own_texts(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:

@@ -1,14 +1,14 @@
 """A LoRA under the names of another program, for the model that it belongs to, of which no weights are loaded."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
 
-from lorasmith import lorafile
 from lorasmith.adapters.base import NoWeights
 from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.attach import AdapterSet
@@ -17,16 +17,18 @@ from lorasmith.dora_scales import KEY
 from lorasmith.experts import named_part
 from lorasmith.families.published import PUBLISHED
 from lorasmith.families.skeletons import published_skeleton, skeleton
-from lorasmith.file_layouts import State, in_layout, metadata_of
+from lorasmith.file_layouts import in_layout, metadata_of, refuse_several
 from lorasmith.files.factors import LoRAFile
 from lorasmith.files.outputs import derived, refuse_output
 from lorasmith.files.stored import with_stored_weights
-from lorasmith.layouts import LAYOUT, normal
+from lorasmith.layouts import LAYOUT, known_originals, normal
 from lorasmith.loading import adapters_from
+from lorasmith.tensor_file import Named, write_streamed
 from lorasmith.types import Denoiser
 
 LENGTHS = ("alpha", SCALE, VECTOR)
 """What is kept in float32 in a file of 16 bits."""
+NUM_BATCHES = 16
 TEXT = re.compile(r"(^|_)te\d?_|text_encoder|text_model")
 
 
@@ -40,33 +42,65 @@ def convert(
     refuse_output(output, overwrite=overwrite)
     lora = LoRAFile.opened(source)
     lora.refuse_strange_parts()
+    before = {key: value for key, value in lora.metadata.items() if key not in (KEY, LAYOUT)}
+    metadata = derived(before, f"convert to {layout}'s names")
     try:
         converted = _for_published(lora, layout) if model is None else _for_model(lora, model, layout)
+        own = metadata_of(converted.adapters, converted.denoiser, layout)
+        write_streamed(output, converted.tensors(), lambda: {**metadata, **own})
     except NoWeights as error:
         raise ValueError(
             f"{source} holds DoRA, whose lengths depend on the model's weights in {layout}'s layout or in its own: "
             f"--model must say which model it is for"
         ) from error
-    before = {key: value for key, value in lora.metadata.items() if key not in (KEY, LAYOUT)}
-    metadata = {**derived(before, f"convert to {layout}'s names"), **converted.metadata}
-    lorafile.write(output, converted.state, metadata)
-    return converted.num_layers
+    return len(converted.adapters.adapters)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A LoRA in a layout, and what its file says of that."""
+    """A LoRA in a layout, made a batch of layers at a time."""
 
-    state: State
-    metadata: Mapping[str, str]
-    num_layers: int
+    adapters: AdapterSet
+    denoiser: Denoiser
+    dtype: torch.dtype
+    layout: LayoutName
 
     @classmethod
     def of(cls, lora: LoRAFile, adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName) -> "Converted":
         tensors = ((part, tensor) for parts in lora.layers.values() for part, tensor in parts.items())
         dtype = reduce(torch.promote_types, (tensor.dtype for part, tensor in tensors if part not in LENGTHS))
-        state = in_layout(adapters, denoiser, dtype, layout)
-        return cls(state, metadata_of(adapters, denoiser, layout), len(adapters.adapters))
+        return cls(adapters, denoiser, dtype, layout)
+
+    def tensors(self) -> Iterator[Named]:
+        refuse_several(self.adapters.adapters, self.layout)
+        for batch in _batches(self.adapters, self.denoiser):
+            yield from in_layout(batch, self.denoiser, self.dtype, self.layout).items()
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        return frozenset(key for key, _ in self.tensors())
+
+
+def _batches(adapters: AdapterSet, denoiser: Denoiser) -> Iterator[AdapterSet]:
+    """At most NUM_BATCHES, about equally large; what the original code has as one layer stays together."""
+    wholes = {
+        f"{name}.{path}": f"{name}.{layer.name}"
+        for name, net in denoiser.nets.items() for layer in known_originals(net) for path in layer.paths
+    }  # fmt: skip
+    groups: dict[str, AdapterSet] = {}
+    for path, adapter in adapters.adapters.items():
+        groups.setdefault(wholes.get(path, path), AdapterSet({}, {})).adapters[path] = adapter
+    for name, offset in adapters.offsets.items():
+        path = name.rpartition(".")[0]
+        groups.setdefault(wholes.get(path, path), AdapterSet({}, {})).offsets[name] = offset
+    found = list(groups.values())
+    size = math.ceil(len(found) / NUM_BATCHES)
+    for begin in range(0, len(found), size):
+        chosen = found[begin : begin + size]
+        yield AdapterSet(
+            {path: adapter for group in chosen for path, adapter in group.adapters.items()},
+            {name: offset for group in chosen for name, offset in group.offsets.items()},
+        )
 
 
 def _for_model(lora: LoRAFile, model: str | Path, layout: LayoutName) -> Converted:
@@ -90,7 +124,7 @@ def _for_published(lora: LoRAFile, layout: LayoutName) -> Converted:
             misfits.append(f"{published.name} ({error})")
             continue
         converted = Converted.of(lora, adapters, denoiser, layout)
-        if not found or all(converted.state.keys() != other.state.keys() for other in found.values()):
+        if not found or all(converted.keys != other.keys for other in found.values()):
             found[published.name] = converted
     if len(found) != 1:
         fits = f"fits {' and '.join(found)}, whose names differ" if found else "fits no published model"
