@@ -15,17 +15,18 @@ class Expert:
 
     name: str
     denoiser: Denoiser
-    beside: dict[str, str]  # {the net's name in a denoiser of its own: its name beside the others}
+    own: str  # the net's name in that denoiser
+    net: str  # its name beside the others
 
     @property
-    def net(self) -> str:
-        (name,) = self.beside.values()
-        return name
+    def beside(self) -> dict[str, str]:
+        """{the net's name in a denoiser of its own: its name beside the others}."""
+        return {self.own: self.net}
 
     @property
     def alone(self) -> dict[str, str]:
         """{the net's name beside the others: its name in a denoiser of its own}."""
-        return {beside: alone for alone, beside in self.beside.items()}
+        return {self.net: self.own}
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -38,7 +39,7 @@ def experts(denoiser: Denoiser) -> list[Expert]:
     found = []
     for name, alone in denoiser.experts().items() if isinstance(denoiser, Divided) else ():
         ((own, net),) = alone.nets.items()
-        found.append(Expert(name, alone, {own: next(n for n, other in denoiser.nets.items() if other is net)}))
+        found.append(Expert(name, alone, own, next(n for n, other in denoiser.nets.items() if other is net)))
     return found
 
 

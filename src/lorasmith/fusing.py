@@ -20,20 +20,17 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     return geglu(module.proj(x))
 
 
-def _normed(module: Any, x: Tensor) -> Tensor:
-    return group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
-
-
-def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, has_silu=True)
+def _normed(module: Any, x: Tensor, *, has_silu: bool = False) -> Tensor:
+    return group_norm(x, module.num_groups, module.weight, module.bias, module.eps, has_silu=has_silu)
 
 
 def _residual(module: Any, x: Tensor, temb: Tensor) -> Tensor:
     """x [B,C,h,w], temb [B,D] -> [B,C',h,w]: two convolutions behind norm and SiLU each, beside a shortcut."""
     if not _is_plain(module):
         return type(module).forward(module, x, temb)
-    h = module.conv1(_activated(module.norm1, x))
-    h = module.conv2(_activated(module.norm2, h + module.time_emb_proj(F.silu(temb))[:, :, None, None]))
+    h = module.conv1(_normed(module.norm1, x, has_silu=True))
+    h = h + module.time_emb_proj(F.silu(temb))[:, :, None, None]
+    h = module.conv2(_normed(module.norm2, h, has_silu=True))
     return (x if module.conv_shortcut is None else module.conv_shortcut(x)) + h
 
 

@@ -26,8 +26,8 @@ class NoWeights(Exception):
     """The numbers of a weight are needed, and they are nowhere."""
 
 
-class _Read(nn.Module):
-    """What is asked of a layer whose weight was read."""
+class Weighted(nn.Module):
+    """A weight in the place of its layer, for what asks a layer for its weight alone."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Read(nn.Module):
 
 def loaded(base: nn.Module) -> nn.Module:
     """A layer that has its weight: itself, or what is read for it; NoWeights where there is none."""
-    return _Read(base.weight.read()) if isinstance(base.weight, Absent) else base
+    return Weighted(base.weight.read()) if isinstance(base.weight, Absent) else base
 
 
 def row_squares(base: nn.Module) -> Tensor:

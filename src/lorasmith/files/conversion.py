@@ -87,20 +87,21 @@ def _batches(adapters: AdapterSet, denoiser: Denoiser) -> Iterator[AdapterSet]:
         f"{name}.{path}": f"{name}.{layer.name}"
         for name, net in denoiser.nets.items() for layer in known_originals(net) for path in layer.paths
     }  # fmt: skip
-    groups: dict[str, AdapterSet] = {}
-    for path, adapter in adapters.adapters.items():
-        groups.setdefault(wholes.get(path, path), AdapterSet({}, {})).adapters[path] = adapter
-    for name, offset in adapters.offsets.items():
-        path = name.rpartition(".")[0]
-        groups.setdefault(wholes.get(path, path), AdapterSet({}, {})).offsets[name] = offset
+    groups: dict[str, set[str]] = {}
+    for path in (*adapters.adapters, *map(_module, adapters.offsets)):
+        groups.setdefault(wholes.get(path, path), set()).add(path)
     found = list(groups.values())
     size = math.ceil(len(found) / NUM_BATCHES)
     for begin in range(0, len(found), size):
-        chosen = found[begin : begin + size]
+        chosen = set[str]().union(*found[begin : begin + size])
         yield AdapterSet(
-            {path: adapter for group in chosen for path, adapter in group.adapters.items()},
-            {name: offset for group in chosen for name, offset in group.offsets.items()},
+            {path: adapter for path, adapter in adapters.adapters.items() if path in chosen},
+            {name: offset for name, offset in adapters.offsets.items() if _module(name) in chosen},
         )
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _for_model(lora: LoRAFile, model: str | Path, layout: LayoutName) -> Converted:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters.base import Weighted
 from lorasmith.adapters.dora import SCALE, DoRAAdapter
 from lorasmith.adapters.layer import Adapter, fitting
 from lorasmith.dora_scales import COMFYUI, KEY
@@ -121,7 +122,7 @@ def _placed(model: Model, source: Source, layer: str) -> list[tuple[Place, Parts
     whole = model.whole(layer, net)
     if whole is None:
         raise ValueError("the model has no such layer")
-    members = [Member(_Base(torch.zeros(1).expand(model.shape(place)))) for place in whole.places]
+    members = [Member(Weighted(torch.zeros(1).expand(model.shape(place)))) for place in whole.places]
     cut = zip(whole.places, parted(parts, members, swapped=whole.swapped), strict=True)
     return [(place, own) for place, own in cut if own]
 
@@ -146,19 +147,11 @@ def _check(model: Model, place: Place, share: _Share) -> None:
         raise ValueError(f"diff changes the weight that {SCALE} was made for")
 
 
-class _Base(nn.Module):
-    """A weight as DoRA asks for it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-
 def _adapter(share: _Share, weight: Tensor) -> Adapter:
     """Of a LoRA's layer for this weight [n_out, n_in, k…]; ValueError where it does not fit."""
     if weight.ndim < 2:
         raise ValueError(f"{', '.join(sorted(share.trained))} cannot be merged into a weight of {weight.ndim} axes")
-    base = _Base(weight)
+    base = Weighted(weight)
     n_out, n_in, *kernel = weight.shape
     adapter = adapter_from_file(layer_of(n_out, n_in, tuple(kernel)), share.trained, base)
     if isinstance(adapter, DoRAAdapter) and share.source.lora.metadata.get(KEY) == COMFYUI[KEY]:

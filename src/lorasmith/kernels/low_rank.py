@@ -152,7 +152,7 @@ class LowRankConv(Operation):
         return h.movedim(1, -1).contiguous()
 
     def _row_gradients(
-        self, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None = None
+        self, grad: Tensor, x: Tensor, weights: Weights, scale: float, kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The gradients of h [B, …, r], which may be kept, and up."""
         down, up = weights
