@@ -1,7 +1,8 @@
 """What `lorasmith convert` holds and how long it takes, for a folder of Stable Diffusion 1.5's size, random, in bf16.
 
 python tools/measure_converting.py: peak resident memory above that after the imports, each case in its own process. It
-writes 1.7 GB below --folder and deletes them. "loaded" is the same with the whole model opened.
+writes 1.7 GB below --folder and deletes them. "loaded" is the same with the whole model opened. With --large the LoRAs
+are of FLUX.1's size (700 MB and 2.1 GB).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 LAYOUTS = ("diffusers", "comfyui")
+LARGE = {"rank 64": 64, "rank 192": 192}
 
 
 def make(folder: Path) -> None:
@@ -39,6 +41,26 @@ def make(folder: Path) -> None:
         adapters = AdapterSet.new(denoiser, algorithm, Targets(), 0)
         state = adapters.file_state(denoiser, torch.bfloat16)
         lorafile.write(folder / f"{algorithm.name}.safetensors", state, {})
+
+
+def make_large(folder: Path) -> None:
+    """LoRAs for FLUX.1, of most of its linear layers."""
+    from lorasmith import lorafile
+    from lorasmith.families.published import PUBLISHED
+    from lorasmith.families.skeletons import published_skeleton
+    from lorasmith.targets import adaptable_layers
+
+    denoiser = published_skeleton(PUBLISHED["Flux"][0], with_texts=False)
+    shapes = {
+        path: tuple(module.state_dict()["weight"].shape) for path, module in adaptable_layers(denoiser.nets).items()
+    }
+    for name, rank in LARGE.items():
+        state = {}
+        for path, shape in shapes.items():
+            if min(shape) > 1000:
+                state[f"{path}.lora_A.weight"] = torch.ones(rank, shape[1], dtype=torch.bfloat16)
+                state[f"{path}.lora_B.weight"] = torch.ones(shape[0], rank, dtype=torch.bfloat16)
+        lorafile.write(folder / f"{name}.safetensors", state, {})
 
 
 def measured(folder: Path, case: tuple[str, str, str]) -> tuple[float, float]:
@@ -70,14 +92,17 @@ def peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the files are made; default: the system's for such files")
+    parser.add_argument("--large", action="store_true", help="LoRAs of FLUX.1's size, without a model")
+    arguments = parser.parse_args()
     cases = list(itertools.product(("LoRA", "DoRA"), LAYOUTS, ("loaded", "model", "no model")))
+    cases.remove(("DoRA", "comfyui", "no model"))  # its lengths depend on the weights
+    if arguments.large:
+        cases = list(itertools.product(LARGE, LAYOUTS, ("no model",)))
     spawned = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         with spawned.Pool(1) as pool:
-            pool.apply(make, (Path(folder),))
+            pool.apply(make_large if arguments.large else make, (Path(folder),))
         for case in cases:
-            if case == ("DoRA", "comfyui", "no model"):  # its lengths depend on the weights
-                continue
             with spawned.Pool(1) as pool:
                 megabytes, seconds = pool.apply(measured, (Path(folder), case))
             print(f"| {case[0]} | {case[1]} | {case[2]} | {megabytes:.0f} MB | {seconds:.1f} s |", flush=True)

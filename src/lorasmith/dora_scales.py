@@ -4,7 +4,7 @@ So a file for ComfyUI holds m |W| / |W + s B A| as its dora_scale, and says so i
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -32,9 +32,9 @@ def as_in_the_paper(lora: Mapping[str, Tensor], denoiser: Denoiser, metadata: Ma
     return dict(lora)
 
 
-def warn_of_doubt(lora: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Logs that a file with ComfyUI's names, which could hold lengths of either kind, does not say which."""
-    if KEY not in metadata and any(key.startswith("diffusion_model.") and key.endswith(f".{SCALE}") for key in lora):
+def warn_of_doubt(keys: Iterable[str], metadata: Mapping[str, str]) -> None:
+    """Logs that a file of these keys, by ComfyUI's names, may hold lengths of either kind and does not say which."""
+    if KEY not in metadata and any(key.startswith("diffusion_model.") and key.endswith(f".{SCALE}") for key in keys):
         log.warning("the LoRA does not say whether its %s is ComfyUI's: taken as the paper's", SCALE)
 
 

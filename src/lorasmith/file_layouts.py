@@ -1,6 +1,6 @@
 """LoRA files as each program names them: kohya's tools, diffusers and PEFT, ComfyUI, LyCORIS."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,13 @@ def refuse_impossible(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutNa
 
 def metadata_of(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName | None) -> dict[str, str]:
     """What a file in a layout says of its names, and of its lengths of DoRA."""
-    chosen = layout or best_layout(adapters, denoiser)
-    lengths = (COMFYUI if chosen == "comfyui" else PAPER) if "DoRA" in adapters.algorithms else {}
-    return {**lengths, **({LAYOUT: chosen} if chosen else {})}
+    return metadata_in(layout or best_layout(adapters, denoiser), adapters.algorithms)
+
+
+def metadata_in(layout: LayoutName | None, algorithms: Collection[str]) -> dict[str, str]:
+    """The same; None: the denoiser's own names."""
+    lengths = (COMFYUI if layout == "comfyui" else PAPER) if "DoRA" in algorithms else {}
+    return {**lengths, **({LAYOUT: layout} if layout else {})}
 
 
 def _named(state: State, denoiser: Denoiser, layout: LayoutName) -> State:

@@ -1,7 +1,8 @@
 """A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -13,13 +14,22 @@ from lorasmith.dora_scales import as_in_the_paper, warn_of_doubt
 from lorasmith.experts import stated_expert
 from lorasmith.fused import by_modules
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
-from lorasmith.looks import lora_family
+from lorasmith.looks import Layers, lora_family
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a LoRA holds for a denoiser, and what of it fits no layer."""
+
+    adapters: AdapterSet
+    misfits: list[str]
+    unknown: list[str]  # layers that the denoiser does not have
 
 
 def adapters_from(
@@ -40,9 +50,19 @@ def adapters_from(
         alone = adapters_from(state, expert.denoiser, metadata, ignore_unknown=ignore_unknown)
         return alone.moved(expert.beside)
     warn_of_doubt(state, metadata or {})
-    found_in_file = by_layer(state)
+    found = found_in(state, denoiser, metadata or {})
+    if found.unknown and ignore_unknown:
+        unknown = found.unknown
+        log.warning("%d layers that the model does not have are left out: %s", len(unknown), _listed(unknown))
+        found.unknown.clear()
+    refuse_misfits([found], by_layer(state))
+    return found.adapters
+
+
+def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> Found:
+    """What a LoRA, or whole layers of one, holds for a denoiser that has no experts, or for all of them."""
     by_path, misfits = by_modules(state, denoiser)
-    layers = by_layer(as_in_the_paper(by_path, denoiser, metadata or {}))
+    layers = by_layer(as_in_the_paper(by_path, denoiser, metadata))
     names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
@@ -67,13 +87,22 @@ def adapters_from(
     for path, adapter in adapters.items():
         if isinstance(adapter, DoRAAdapter) and f"{path}.weight" in offsets:
             misfits.append(f"{path}: diff changes the weight that DoRA takes the lengths of, which cannot be trained")
-    if unknown and ignore_unknown:
-        log.warning("%d layers that the model does not have are left out: %s", len(unknown), _listed(unknown))
-    else:
-        misfits += [f"{layer}: the model has no such layer" for layer in unknown]
-    if misfits or not adapters:
-        raise ValueError(_refusal(misfits, len(found_in_file), lora_family(found_in_file)))
-    return AdapterSet(adapters, offsets)
+    return Found(AdapterSet(adapters, offsets), misfits, unknown)
+
+
+def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
+    """ValueError that lists what does not fit of a LoRA's layers; returns how many adapters it holds, one at least."""
+    misfits: list[str] = []
+    unknown: list[str] = []
+    num_adapters = 0
+    for piece in found:
+        misfits += piece.misfits
+        unknown += piece.unknown
+        num_adapters += len(piece.adapters.adapters)
+    misfits += [f"{layer}: the model has no such layer" for layer in unknown]
+    if misfits or not num_adapters:
+        raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
+    return num_adapters
 
 
 def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:

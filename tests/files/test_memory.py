@@ -10,12 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorasmith.attach import targeted
+from lorasmith.families.published import PUBLISHED
+from lorasmith.families.skeletons import published_skeleton
+from lorasmith.targets import Targets, adaptable_layers
+
 NUM_LAYERS, SIDES = 40, (1024, 2048)
 LAYER = 2 * 1024 * 2048  # bytes, in bfloat16
 PROGRAM = """
 import json, os, re, sys, threading
 from pathlib import Path
 import torch
+from lorasmith.files import conversion
+from lorasmith.files.conversion import convert
 from lorasmith.files.extraction import extract
 from lorasmith.files.merging import Source
 from lorasmith.files.merging_into import merge_into
@@ -40,6 +47,8 @@ def peak(call):
     return most - before
 
 torch.set_num_threads(1)
+conversion.BATCH = 2**22
+convert(Path('small.safetensors'), Path('e.safetensors'), None, 'comfyui')  # imports what is yet to be
 for name, call in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         print(name, peak(call), flush=True)
@@ -51,13 +60,14 @@ CALLS = {
     "extract": "extract(*map(Path, ('base.safetensors', 'tuned.safetensors', 'b.safetensors')), Cut(rank=1), "
     "dtype=torch.bfloat16)",
     "rewrite": "rewrite(Path('base.safetensors'), Path('c.safetensors'), changes={'a': 'b'}, strip=False)",
+    "convert": "convert(Path('large.safetensors'), Path('f.safetensors'), None, 'comfyui')",
     "resize": "resize(Path('wide.safetensors'), Path('d.safetensors'), Cut(rank=8))",
 }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, the same with one norm changed, a LoRA for it, and a LoRA as large as the model."""
+    """A model, the same with one norm changed, LoRAs for it and for a published one, and large LoRAs."""
     folder = tmp_path_factory.mktemp("files")
     stems = [f"model.diffusion_model.x.{number}" for number in range(NUM_LAYERS)]
     norm = {"model.diffusion_model.norm.weight": torch.zeros(8)}
@@ -71,6 +81,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             state[f"{layer}.lora_up.weight"] = torch.ones(SIDES[0], rank, dtype=torch.bfloat16)
             state[f"{layer}.lora_down.weight"] = torch.ones(rank, SIDES[1], dtype=torch.bfloat16)
         save_file(state if name == "lora" else dict(list(state.items())[:4]), folder / f"{name}.safetensors")
+    denoiser = published_skeleton(PUBLISHED["Stable Diffusion 1.x"][0], with_texts=False)
+    chosen = targeted(denoiser, Targets())
+    layers = {path: module for path, module in adaptable_layers(denoiser.nets).items() if path in chosen}
+    for name, rank in (("small", 1), ("large", 128)):
+        state = {}
+        for path, module in layers.items():
+            assert isinstance(module.weight, torch.Tensor)
+            num_out, num_in = module.weight.shape[:2]
+            state[f"{path}.lora_A.weight"] = torch.ones(rank, num_in, dtype=torch.bfloat16)
+            state[f"{path}.lora_B.weight"] = torch.ones(num_out, rank, dtype=torch.bfloat16)
+        save_file(state, folder / f"{name}.safetensors")
     return folder
 
 

@@ -1,9 +1,9 @@
 """A LoRA under the names of another program, for the model that it belongs to, of which no weights are loaded."""
 
-import math
+import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 
@@ -11,24 +11,23 @@ import torch
 
 from lorasmith.adapters.base import NoWeights
 from lorasmith.adapters.dora import SCALE, VECTOR
-from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
-from lorasmith.dora_scales import KEY
+from lorasmith.dora_scales import KEY, warn_of_doubt
 from lorasmith.experts import named_part
 from lorasmith.families.published import PUBLISHED
 from lorasmith.families.skeletons import published_skeleton, skeleton
-from lorasmith.file_layouts import in_layout, metadata_of, refuse_several
+from lorasmith.file_layouts import in_layout, metadata_in, refuse_several
 from lorasmith.files.factors import LoRAFile
 from lorasmith.files.outputs import derived, refuse_output
 from lorasmith.files.stored import with_stored_weights
-from lorasmith.layouts import LAYOUT, known_originals, normal
-from lorasmith.loading import adapters_from
+from lorasmith.layouts import LAYOUT, ModuleNames, known_originals, normal
+from lorasmith.loading import Found, found_in, refuse_misfits
 from lorasmith.tensor_file import Named, write_streamed
 from lorasmith.types import Denoiser
 
 LENGTHS = ("alpha", SCALE, VECTOR)
 """What is kept in float32 in a file of 16 bits."""
-NUM_BATCHES = 16
+BATCH = 2**26  # bytes of the file
 TEXT = re.compile(r"(^|_)te\d?_|text_encoder|text_model")
 
 
@@ -42,91 +41,94 @@ def convert(
     refuse_output(output, overwrite=overwrite)
     lora = LoRAFile.opened(source)
     lora.refuse_strange_parts()
+    warn_of_doubt((f"{layer}.{part}" for layer, parts in lora.layers.items() for part in parts), lora.metadata)
     before = {key: value for key, value in lora.metadata.items() if key not in (KEY, LAYOUT)}
     metadata = derived(before, f"convert to {layout}'s names")
+    algorithms = {algorithm for layer in lora.layers if (algorithm := lora.algorithm(layer))}
     try:
-        converted = _for_published(lora, layout) if model is None else _for_model(lora, model, layout)
-        own = metadata_of(converted.adapters, converted.denoiser, layout)
-        write_streamed(output, converted.tensors(), lambda: {**metadata, **own})
+        fitted = _for_published(lora, layout) if model is None else _for_model(lora, model)
+        write_streamed(output, fitted.tensors(layout), lambda: {**metadata, **metadata_in(layout, algorithms)})
     except NoWeights as error:
         raise ValueError(
             f"{source} holds DoRA, whose lengths depend on the model's weights in {layout}'s layout or in its own: "
             f"--model must say which model it is for"
         ) from error
-    return len(converted.adapters.adapters)
+    return fitted.num_adapters
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A LoRA in a layout, made a batch of layers at a time."""
+class Fitted:
+    """A LoRA that fits a denoiser, of which some layers are in memory at a time."""
 
-    adapters: AdapterSet
+    lora: LoRAFile
     denoiser: Denoiser
-    dtype: torch.dtype
-    layout: LayoutName
+    num_adapters: int = 0
 
     @classmethod
-    def of(cls, lora: LoRAFile, adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName) -> "Converted":
-        tensors = ((part, tensor) for parts in lora.layers.values() for part, tensor in parts.items())
-        dtype = reduce(torch.promote_types, (tensor.dtype for part, tensor in tensors if part not in LENGTHS))
-        return cls(adapters, denoiser, dtype, layout)
-
-    def tensors(self) -> Iterator[Named]:
-        refuse_several(self.adapters.adapters, self.layout)
-        for batch in _batches(self.adapters, self.denoiser):
-            yield from in_layout(batch, self.denoiser, self.dtype, self.layout).items()
+    def of(cls, lora: LoRAFile, denoiser: Denoiser) -> "Fitted":
+        """ValueError that lists what fits no layer, or where there is nothing."""
+        untried = cls(lora, denoiser)
+        return replace(untried, num_adapters=refuse_misfits(untried.found(), lora.layers))
 
     @cached_property
-    def keys(self) -> frozenset[str]:
-        return frozenset(key for key, _ in self.tensors())
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """{layer as the file calls it: the modules that it means}."""
+        names = ModuleNames(self.denoiser)
+        found = {}
+        for layer in self.lora.layers:
+            path, whole = names.path(layer), names.whole(layer)
+            found[layer] = (path,) if path else whole.paths if whole else ()
+        return found
+
+    def tensors(self, layout: LayoutName) -> Iterator[Named]:
+        """{key: tensor} in a layout, in the widest dtype of its weights; ValueError where it has no way to say it."""
+        refuse_several(itertools.chain(*self.paths.values()), layout)
+        kept = (tensor for parts in self.lora.layers.values() for part, tensor in parts.items() if part not in LENGTHS)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in kept))
+        for found in self.found():
+            yield from in_layout(found.adapters, self.denoiser, dtype, layout).items()
+
+    def found(self) -> Iterator[Found]:
+        """Of a batch of layers at a time."""
+        for layers in self._batches():
+            yield found_in(self.lora.read(layers), self.denoiser, self.lora.metadata)
+
+    def _batches(self) -> Iterator[list[str]]:
+        """The file's layers; what the original code has as one, and what means the same module, stays together."""
+        originals = ((name, layer) for name, net in self.denoiser.nets.items() for layer in known_originals(net))
+        wholes = {f"{name}.{path}": layer.name for name, layer in originals for path in layer.paths}
+        groups: dict[str, list[str]] = {}
+        for layer, paths in self.paths.items():
+            first = paths[0] if paths else layer
+            groups.setdefault(wholes.get(first, first), []).append(layer)
+        batch: list[str] = []
+        for group in groups.values():
+            if batch and self.lora.num_bytes(batch) + self.lora.num_bytes(group) > BATCH:
+                yield batch
+                batch = []
+            batch += group
+        yield batch
 
 
-def _batches(adapters: AdapterSet, denoiser: Denoiser) -> Iterator[AdapterSet]:
-    """At most NUM_BATCHES, about equally large; what the original code has as one layer stays together."""
-    wholes = {
-        f"{name}.{path}": f"{name}.{layer.name}"
-        for name, net in denoiser.nets.items() for layer in known_originals(net) for path in layer.paths
-    }  # fmt: skip
-    groups: dict[str, set[str]] = {}
-    for path in (*adapters.adapters, *map(_module, adapters.offsets)):
-        groups.setdefault(wholes.get(path, path), set()).add(path)
-    found = list(groups.values())
-    size = math.ceil(len(found) / NUM_BATCHES)
-    for begin in range(0, len(found), size):
-        chosen = set[str]().union(*found[begin : begin + size])
-        yield AdapterSet(
-            {path: adapter for path, adapter in adapters.adapters.items() if path in chosen},
-            {name: offset for name, offset in adapters.offsets.items() if _module(name) in chosen},
-        )
-
-
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _for_model(lora: LoRAFile, model: str | Path, layout: LayoutName) -> Converted:
+def _for_model(lora: LoRAFile, model: str | Path) -> Fitted:
     has_lengths = any(part in parts for parts in lora.layers.values() for part in (SCALE, VECTOR))
     denoiser, path = skeleton(model, with_texts=_has_texts(lora), with_weights=has_lengths)
-    denoiser = named_part(with_stored_weights(denoiser, path), lora.layers, lora.metadata)
-    return Converted.of(lora, _adapters(lora, denoiser), denoiser, layout)
+    return Fitted.of(lora, named_part(with_stored_weights(denoiser, path), lora.layers, lora.metadata))
 
 
-def _for_published(lora: LoRAFile, layout: LayoutName) -> Converted:
+def _for_published(lora: LoRAFile, layout: LayoutName) -> Fitted:
     """For the published models that it may be for, of which those that it fits must agree on its names."""
-    known = PUBLISHED.get(lora.family, ())
-    found: dict[str, Converted] = {}
+    found: dict[str, Fitted] = {}
     misfits: list[str] = []
-    for published in known:
+    for published in PUBLISHED.get(lora.family, ()):
         whole = with_stored_weights(published_skeleton(published, with_texts=_has_texts(lora)), None)
-        denoiser = named_part(whole, lora.layers, lora.metadata)
         try:
-            adapters = _adapters(lora, denoiser)
+            found[published.name] = Fitted.of(lora, named_part(whole, lora.layers, lora.metadata))
         except ValueError as error:
             misfits.append(f"{published.name} ({error})")
-            continue
-        converted = Converted.of(lora, adapters, denoiser, layout)
-        if not found or all(converted.keys != other.keys for other in found.values()):
-            found[published.name] = converted
+    if len(found) > 1:
+        by_keys = {frozenset(key for key, _ in fit.tensors(layout)): name for name, fit in reversed(found.items())}
+        found = {name: fitted for name, fitted in found.items() if name in by_keys.values()}
     if len(found) != 1:
         fits = f"fits {' and '.join(found)}, whose names differ" if found else "fits no published model"
         reason = f", not even {misfits[0]}" if misfits and not found else ""
@@ -134,11 +136,6 @@ def _for_published(lora: LoRAFile, layout: LayoutName) -> Converted:
             f"{lora.path} looks like a LoRA for {lora.family}, but {fits}{reason}: --model must say which it is for"
         )
     return next(iter(found.values()))
-
-
-def _adapters(lora: LoRAFile, denoiser: Denoiser) -> AdapterSet:
-    state = {f"{layer}.{part}": tensor for layer, parts in lora.layers.items() for part, tensor in parts.items()}
-    return adapters_from(state, denoiser, lora.metadata)
 
 
 def _has_texts(lora: LoRAFile) -> bool:

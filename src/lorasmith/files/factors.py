@@ -3,7 +3,7 @@
 r rank, k… a kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from lorasmith.kernels.convolution import ConvShape
 from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
 from lorasmith.lorafile import DTYPE_NAMES
+from lorasmith.tensor_file import TensorFile
 
 Parts = Mapping[str, Tensor]
 
@@ -26,10 +27,14 @@ Parts = Mapping[str, Tensor]
 class LoRAFile:
     """A LoRA file; its tensors are views of the file, which is read where they are used."""
 
-    path: Path
+    header: Header
     layers: Mapping[str, Parts]  # {layer as the file calls it: {part: tensor}}
     keys: Mapping[str, Mapping[str, str]]  # {layer: {part: the file's own key}}
     metadata: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
 
     @classmethod
     def opened(cls, path: Path) -> "LoRAFile":
@@ -43,7 +48,7 @@ class LoRAFile:
         for layer, parts in layers.items():
             if "" in parts:
                 raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
-        return cls(path, layers, keys, metadata)
+        return cls(header, layers, keys, metadata)
 
     @property
     def family(self) -> str:
@@ -64,6 +69,19 @@ class LoRAFile:
             odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]
             if odd:
                 raise ValueError(f"{self.path}: {layer} must be of float64, 32 or 16 or bfloat16, got {', '.join(odd)}")
+
+    def num_bytes(self, layers: Iterable[str]) -> int:
+        """Of the tensors of some layers."""
+        return sum(tensor.nbytes for layer in layers for tensor in self.layers[layer].values())
+
+    def read(self, layers: Iterable[str]) -> dict[str, Tensor]:
+        """{layer.part: tensor} of some layers, read, where a view keeps what is seen of the file in memory."""
+        with TensorFile(self.header) as file:
+            return {
+                f"{layer}.{part}": file.tensor(self.keys[layer][part]) if part in self.keys[layer] else tensor
+                for layer in layers
+                for part, tensor in self.layers[layer].items()
+            }
 
     def key(self, layer: str, part: str) -> str:
         """The file's own key of a part; for one that it does not hold, as kohya writes it."""
