@@ -15,7 +15,7 @@ from lorasmith.kernels.native import library
 from lorasmith.memory import shared_copy
 from lorasmith.types import Denoiser
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the processor has no matrix unit, or there is no compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 
 
 def test_a_net_predicts_as_exactly_and_is_as_it_was_afterwards(

@@ -13,11 +13,25 @@ from lorasmith.kernels import attention
 from lorasmith.kernels.attention import attended, fast_attention, kept_results
 from lorasmith.kernels.native import library
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the processor has no matrix unit, or there is no compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 SHAPES = [
     (1, 2, 64, 64, 40), (2, 3, 100, 77, 40), (1, 2, 33, 7, 80), (1, 2, 130, 77, 160), (1, 1, 300, 300, 16),
     (1, 2, 31, 129, 256), (3, 1, 1, 1, 1), (1, 2, 290, 600, 33), (1, 1, 140, 4200, 128),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, params=["best", "vectors"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By what the processor is best at, and by vectors where that is tiles."""
+    if request.param == "best":
+        yield
+        return
+    if not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vectors are the best")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{}_threads".format)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorasmith.kernels.gain import gained, gained_gradients
 from lorasmith.kernels.native import in_use, library
 
-needs_library = pytest.mark.skipif(library() is None, reason="no matrix unit, or no compiler")
+needs_library = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 WAYS = [nullcontext, pytest.param(in_use, marks=needs_library)]
 CASES = [((5, 24), -1), ((2, 3, 33), -1), ((1, 7), -1), ((2, 40, 3, 4), 1), ((2, 3, 5), 1), ((300, 320), -1)]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorasmith.kernels.group_norm import group_norm
 from lorasmith.kernels.native import library
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the processor has no matrix unit, or there is no compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 
 
 def error(found: Tensor, exact: Tensor) -> float:

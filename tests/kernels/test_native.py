@@ -24,7 +24,6 @@ ENDING = ": PyTorch's are used, which are slower here"
 @pytest.fixture(autouse=True)
 def as_if_never_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """On a processor that has what they need."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native.library.cache_clear()
@@ -86,17 +85,16 @@ def test_their_absence_is_said_once_and_changes_nothing(
     assert all(torch.equal(tensor, plain.lora[key]) for key, tensor in result.lora.items())
 
 
-@pytest.mark.parametrize("probe", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
 def test_other_processors_are_not_told_of_them(
-    probe: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, probe, lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(native, "_built", lambda: pytest.fail("built"))
     caplog.set_level(logging.INFO, native.__name__)
     assert native.library() is None and not caplog.records
 
 
-@pytest.mark.skipif(not HAS_KERNELS, reason="the processor has no matrix unit, or there is no compiler")
+@pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 def test_a_cache_that_cannot_be_written_to_is_done_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,7 +106,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
     assert len(list(tmp_path.glob("lorasmith-*/kernels-*.so"))) == 1
 
 
-@pytest.mark.skipif(not HAS_KERNELS, reason="the processor has no matrix unit, or there is no compiler")
+@pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
 def test_a_library_that_was_cut_off_is_made_again(share: float, tmp_path: Path) -> None:
     """Loading it would end the process."""
@@ -119,7 +117,19 @@ def test_a_library_that_was_cut_off_is_made_again(share: float, tmp_path: Path) 
     assert native._built().read_bytes() == whole and native.library() is not None
 
 
-@pytest.mark.skipif(not HAS_KERNELS, reason="the processor has no matrix unit, or there is no compiler")
+@pytest.mark.parametrize(("is_there", "is_granted"), [(False, True), (True, False), (True, True)])
+def test_products_are_by_tiles_where_the_processor_has_them_and_the_system_grants_them(
+    is_there: bool, is_granted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: is_there)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: is_granted)
+    compiled: list[str] = []
+    monkeypatch.setattr(native.subprocess, "run", lambda command, **_: compiled.extend(command))
+    assert native.library() is None  # nothing was made
+    assert ("-mamx-bf16" in compiled) is (is_there and is_granted)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 def test_results_agree_to_rounding(flow_denoiser: FlowDenoiser) -> None:
     own, plain = trained(flow_denoiser), trained(flow_denoiser, native_kernels=False)
     assert own.loss["loss"] == pytest.approx(plain.loss["loss"], rel=1e-2)

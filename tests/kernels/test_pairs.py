@@ -9,7 +9,7 @@ import torch
 from lorasmith.kernels.native import in_use, library
 from lorasmith.kernels.pairs import MOST, pairs
 
-needs_library = pytest.mark.skipif(library() is None, reason="no matrix unit, or no compiler")
+needs_library = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 
 
 @pytest.mark.parametrize("way", [nullcontext, pytest.param(in_use, marks=needs_library)], ids=["pytorch", "own"])

@@ -1,4 +1,4 @@
-"""Attention in bf16 by our own kernels, on processors with a matrix unit, where PyTorch's is slow.
+"""Attention in bf16 by our own kernels, on processors whose products of bf16 PyTorch makes little use of.
 
 B batch, H heads, N queries, M keys, D width of a head.
 """
@@ -78,7 +78,7 @@ def kept_results() -> tuple[AbstractContextManager[None], AbstractContextManager
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Results:
     """q [B,H,N,D], k and v [B,H,M,D] -> the attention's result [B,H,N,D] and lse [B,H,N].
 
-    The result lies as [B,N,H,D]; lse, in float32, is the logarithm of each query's sum of exponentials. By tiles (Dao
+    The result lies as [B,N,H,D]; lse, in float32, is the logarithm of each query's sum of exponentials. By blocks (Dao
     et al. 2022, "FlashAttention", algorithm 1).
     """
     kernels = library()
@@ -91,7 +91,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Results:
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q [B,H,N,D], k and v [B,H,M,D], for attended's out and lse, by tiles (algorithm 4)."""
+    """The gradients of q [B,H,N,D], k and v [B,H,M,D], for attended's out and lse, by blocks (algorithm 4)."""
     kernels = library()
     assert kernels is not None
     grads = _like(q), _like(k), _like(v)

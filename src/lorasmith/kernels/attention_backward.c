@@ -1,12 +1,8 @@
-/* The gradients of attention by tiles (Dao et al. 2022, "FlashAttention", algorithm 4). */
-#include <sys/syscall.h>
-#include <unistd.h>
-#include "tiles.h"
+/* The gradients of attention by blocks (Dao et al. 2022, "FlashAttention", algorithm 4). */
+#include "products.h"
 
 /* in a block; the more keys, the fewer passes over the queries, which come from far */
 enum { KEYS = 256, QUERIES = 128 };
-
-int init_amx(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 /* n queries and m keys of width d; np and mp: up to whole STEPs, dp and dc: d up to whole STEPs and TILEs */
 typedef struct {
@@ -54,20 +50,6 @@ static inline void soften(const float *logits, const float *slopes, const float 
 /* which of 32 queries is column i of the pairs */
 static inline int64_t query(int64_t i) { return i % 4 + i % 16 / 4 * 8 + i / 16 * 4; }
 
-/* dq [dc][32] += k_t [blocks][dc][32] times pairs [2][blocks][16][16][2] */
-static inline void add_columns(float *dq, const bf16 *k_t, const bf16 *pairs, int64_t blocks, int64_t dc) {
-    for (int64_t c = 0; c < dc; c += TILE) {
-        float *out = dq + c * STEP;
-        _tile_loadd(0, out, 128); _tile_loadd(1, out + TILE, 128);
-        for (int64_t s = 0; s < blocks; s++) {
-            _tile_loadd(4, k_t + (s * dc + c) * STEP, 64);
-            _tile_loadd(6, pairs + s * 512, 64); _tile_loadd(7, pairs + KEYS * TILE + s * 512, 64);
-            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, out, 128); _tile_stored(1, out + TILE, 128);
-    }
-}
-
 /* what is made of q, k, v, and the gradient g of the result o; lse [n] */
 static void prepare(Work *w, Rows q, Rows k, Rows v, Rows o, Rows g, const float *lse) {
     as_columns(q, w->np, w->dp, w->q_cols); as_rows(q, w->np, w->dc, w->q_rows);
@@ -92,13 +74,13 @@ static void add_block(Work *w, int64_t i, int64_t j) {
     for (int64_t b = 0; b < strips; b++) {
         int64_t at = i + b * STEP;
         for (int64_t r = 0; r < keys; r += STEP) {
-            product_32(w->k + (j + r) * dp, w->q_cols + at * dp, dp, w->logits + r * STEP);
-            product_32(w->v + (j + r) * dp, w->g_cols + at * dp, dp, w->slopes + r * STEP);
+            product_32(w->k + (j + r) * dp, w->q_cols + at * dp, w->d, w->logits + r * STEP);
+            product_32(w->v + (j + r) * dp, w->g_cols + at * dp, w->d, w->slopes + r * STEP);
         }
         for (int64_t r = 0; r < keys; r += STEP)
             soften(w->logits + r * STEP, w->slopes + r * STEP, w->lse + at, w->delta + at, w->scale * LOG2_E,
                    w->m - j - r, w->p + (b * keys + r) * STEP, w->ds + (b * keys + r) * STEP, w->pairs + r * TILE);
-        add_columns(w->dq + at * dc, w->k_t + j * dc, w->pairs, keys / STEP, dc);
+        add_columns(w->dq + at * dc, w->k_t + j * dc, w->pairs, KEYS * TILE, dc, keys / STEP);
     }
     add_rows(w->dv, w->p, w->g_rows + i * dc, keys, dc, strips);
     add_rows(w->dk, w->ds, w->q_rows + i * dc, keys, dc, strips);
@@ -144,7 +126,7 @@ int attention_backward(View q, View k, View v, View o, View g, const float *lse,
         char *base = aligned_alloc(64, layout(&w, 0));
         if (base) {
             layout(&w, base);
-            configure_tiles();
+            begin_products();
         } else {
 #pragma omp atomic write
             ok = 0;
@@ -158,7 +140,7 @@ int attention_backward(View q, View k, View v, View o, View g, const float *lse,
                     rows_of(g, b, h, n, d), lse + at * n);
             head_backward(&w, rows_of(dq, b, h, n, d), rows_of(dk, b, h, m, d), rows_of(dv, b, h, m, d));
         }
-        if (base) { _tile_release(); free(base); }
+        if (base) { end_products(); free(base); }
     }
     return ok;
 }

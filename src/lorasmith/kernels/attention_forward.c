@@ -1,6 +1,6 @@
-/* Attention by tiles (Dao et al. 2022, "FlashAttention", algorithm 1): a row of 32 queries goes over blocks of keys. */
+/* Attention by blocks (Dao et al. 2022, "FlashAttention", algorithm 1): a row of 32 queries goes over blocks of keys. */
 #include <math.h>
-#include "tiles.h"
+#include "products.h"
 
 /* keys in a block; strips of queries that share it, where a head's keys and values are too many for a core's cache */
 enum { KEYS = 64, STRIPS = 4, CACHE = 1 << 20 };
@@ -91,8 +91,8 @@ static inline void exponentials(Strip *x, const float *logits, float scale, int6
 }
 
 /* the logits [32, 32] of 32 keys, minus infinity where there is none */
-static inline void logits_of(const bf16 *q, const bf16 *k, int64_t dp, int64_t num_keys, float *out) {
-    product_32(q, k, dp, out);
+static inline void logits_of(const bf16 *q, const bf16 *k, int64_t d, int64_t num_keys, float *out) {
+    product_32(q, k, d, out);
     if (num_keys >= STEP) return;
     __m512 none = _mm512_set1_ps(-INFINITY);
     for (int r = 0; r < STEP; r++) {
@@ -131,7 +131,7 @@ static void queries_forward(Work *w, Rows q, const bf16 *k, const bf16 *v, int64
         int64_t blocks = least(mp - j, KEYS) / STEP;
         for (Strip *x = w->strips; x < w->strips + num; x++) {
             for (int64_t s = 0; s < blocks; s++)
-                logits_of(x->q, k + (j + s * STEP) * dp, dp, m - j - s * STEP, w->logits + s * STEP * STEP);
+                logits_of(x->q, k + (j + s * STEP) * dp, q.d, m - j - s * STEP, w->logits + s * STEP * STEP);
             shift_logits(x, w->logits, w->factor, blocks, dc);
             exponentials(x, w->logits, w->factor, blocks, w->p);
             add_rows(x->out, w->p, v + j * dc, STEP, dc, blocks);
@@ -154,7 +154,7 @@ int attention_forward(View q, View k, View v, float *lse, View out, int64_t batc
         char *base = aligned_alloc(64, layout(&w, dp, dc, 0));
         if (base) {
             layout(&w, dp, dc, base);
-            configure_tiles();
+            begin_products();
         } else {
 #pragma omp atomic write
             ok = 0;
@@ -174,7 +174,7 @@ int attention_forward(View q, View k, View v, float *lse, View out, int64_t batc
                                 from(rows_of(out, b, h, end, d), i), lse + at * n + i);
             }
         }
-        if (base) { _tile_release(); free(base); }
+        if (base) { end_products(); free(base); }
     }
     free(columns); free(rows);
     return ok;

@@ -26,8 +26,9 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
-    "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+    "-mavx512vl", "-mavx512bf16",
 )  # fmt: skip
+AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
 
 
 class View(ctypes.Structure):
@@ -47,18 +48,20 @@ def address(x: Tensor) -> ctypes.c_void_p:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels; None where the processor has no matrix unit for bf16 (AMX), or where they cannot be built."""
-    if not (sys.platform == "linux" and torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
+    """The kernels; None where the processor has no products of bf16 (AVX-512), or where they cannot be built."""
+    if not (sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()):
         return None
     try:
-        found = ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         log.info("no kernels of our own (%s): PyTorch's are used, which are slower here", _reason(error))
         return None
-    if not found.init_amx():
-        log.info("no kernels of our own (the system grants no matrix unit): PyTorch's are used, which are slower here")
-        return None
-    return found
+
+
+def _flags() -> tuple[str, ...]:
+    """With the matrix unit for bf16 (AMX) where the processor has one and the system grants it."""
+    has_tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return (*FLAGS, *AMX_FLAGS) if has_tiles else FLAGS
 
 
 class _Use:
@@ -104,7 +107,8 @@ def _built() -> Path:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("there is no C compiler: cc, gcc or clang")
-    made_of = hashlib.sha256(repr((compiler, FLAGS)).encode())
+    flags = _flags()
+    made_of = hashlib.sha256(repr((compiler, flags)).encode())
     for source in (*SOURCES, *HEADERS):
         made_of.update(source.read_bytes())
     cache, name = _cache(), f"kernels-{made_of.hexdigest()[:16]}"
@@ -113,7 +117,7 @@ def _built() -> Path:
             return path
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         new = Path(folder, "kernels.so")
-        command = [compiler, *FLAGS, "-o", str(new), *map(str, SOURCES), "-lm"]
+        command = [compiler, *flags, "-o", str(new), *map(str, SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         return new.replace(cache / f"{name}-{_hash(new)}.so")
 

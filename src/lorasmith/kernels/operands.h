@@ -1,20 +1,10 @@
-/* Products of bf16 matrices by tiles (Intel AMX), and the layouts that their operands have. */
-#ifndef TILES_H
-#define TILES_H
+/* The layouts that the operands of products of bf16 matrices have. */
+#ifndef OPERANDS_H
+#define OPERANDS_H
 #include <string.h>
 #include "vectors.h"
 
 enum { TILE = 16, STEP = 32 };
-
-typedef struct { uint8_t palette, start; uint8_t zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } TileConfig;
-
-static inline void configure_tiles(void) {
-    TileConfig c;
-    memset(&c, 0, sizeof c);
-    c.palette = 1;
-    for (int i = 0; i < 8; i++) { c.bytes[i] = 64; c.rows[i] = 16; }
-    _tile_loadconfig(&c);
-}
 
 static inline void *cut(char **at, int64_t bytes) { void *p = *at; *at += up_to(bytes, 64); return p; }
 
@@ -98,40 +88,5 @@ static inline void as_left_transposed(Rows x, int64_t np, int64_t dc, bf16 *out)
 static inline void put_row(const float *row, float factor, int64_t d, bf16 *out) {
     const __m512 by = _mm512_set1_ps(factor);
     for (int64_t c = 0; c < d; c += TILE) put(_mm512_mul_ps(_mm512_load_ps(row + c), by), d - c, out + c);
-}
-
-/* out [32, 32] = a [32, dp] times b, columns as in as_columns */
-static inline void product_32(const bf16 *a, const bf16 *b, int64_t dp, float *out) {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int64_t s = 0; s < dp / STEP; s++) {
-        _tile_loadd(4, a + s * STEP, dp * 2);
-        _tile_loadd(5, a + TILE * dp + s * STEP, dp * 2);
-        _tile_loadd(6, b + s * TILE * TILE * 2, 64);
-        _tile_loadd(7, b + (dp / 2 + s * TILE) * TILE * 2, 64);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, 128); _tile_stored(1, out + 16, 128);
-    _tile_stored(2, out + 16 * 32, 128); _tile_stored(3, out + 16 * 32 + 16, 128);
-}
-
-/* out [rows, dc] += a times b: a in blocks [steps][rows][32], b in [steps][dc/16][16][16][2] */
-static inline void add_rows(float *out, const bf16 *a, const bf16 *b, int64_t rows, int64_t dc, int64_t steps) {
-    for (int64_t r = 0; r < rows; r += STEP)
-        for (int64_t c = 0; c < dc; c += STEP) {
-            float *top = out + r * dc + c, *bottom = top + TILE * dc;
-            const int is_pair = c + TILE < dc;
-            _tile_loadd(0, top, dc * 4); _tile_loadd(2, bottom, dc * 4);
-            if (is_pair) { _tile_loadd(1, top + TILE, dc * 4); _tile_loadd(3, bottom + TILE, dc * 4); }
-            for (int64_t s = 0; s < steps; s++) {
-                const bf16 *left = a + (s * rows + r) * STEP, *right = b + (s * dc + c) * STEP;
-                _tile_loadd(4, left, 64); _tile_loadd(5, left + TILE * STEP, 64); _tile_loadd(6, right, 64);
-                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
-                if (!is_pair) continue;
-                _tile_loadd(7, right + TILE * STEP, 64);
-                _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, top, dc * 4); _tile_stored(2, bottom, dc * 4);
-            if (is_pair) { _tile_stored(1, top + TILE, dc * 4); _tile_stored(3, bottom + TILE, dc * 4); }
-        }
 }
 #endif
