@@ -1,13 +1,17 @@
 """Block-diagonal products on a layer's output against one with the whole matrix."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.kernels.native import in_use, library
 from lorasmith.kernels.rotation import cayley, rotated
+
+needs_library = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 
 SIZE, NUM_BLOCKS = 2, 3
 SHAPES = [
@@ -112,3 +116,32 @@ def test_many_blocks_are_taken_together(random: Any) -> None:
     torch.testing.assert_close(rotated(y, turn, bias, False), plain(y, turn, bias, False))
     constant = bias.detach()
     assert torch.autograd.gradcheck(lambda y, turn: rotated(y, turn, constant, False), (y, turn), fast_mode=True)
+
+
+CASES = [
+    ((5, 32), False, 8), ((2, 3, 48), False, 2), ((1, 16), False, 16), ((2, 64, 3, 5), True, 4), ((2, 24), False, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [nullcontext, pytest.param(in_use, marks=needs_library)], ids=["pytorch", "own"])
+@pytest.mark.parametrize(("shape", "is_conv", "size"), CASES, ids=str)
+@pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16], ids=str)
+@biases
+def test_bf16_is_near_to_the_formula(
+    random: Any, way: Any, shape: tuple[int, ...], is_conv: bool, size: int, ours: torch.dtype, has_bias: bool
+) -> None:
+    num = shape[1] if is_conv else shape[-1]
+    y, grad, bias = random(*shape).detach().bfloat16(), random(1, *shape).detach()[0].bfloat16(), random(num).detach()
+    turn, bias = random(num // size, size, size).detach().to(ours), bias.bfloat16() if has_bias else None
+    if is_conv:
+        y = y.contiguous(memory_format=torch.channels_last)
+    exact = [t.double().requires_grad_() for t in (y, turn)]
+    expected = plain(*exact, None if bias is None else bias.double(), is_conv)
+    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+    y, turn = y.requires_grad_(), turn.requires_grad_()
+    with way():
+        adapted = rotated(y, turn, bias, is_conv)
+        grads = torch.autograd.grad(adapted, (y, turn), grad)
+    assert adapted.stride() == y.stride() and [g.dtype for g in grads] == [y.dtype, ours]
+    for found, right in ((adapted, expected), *zip(grads, expected_grads, strict=True)):
+        assert (found - right).norm() < 2**-7 * right.norm()

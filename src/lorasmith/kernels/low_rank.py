@@ -79,7 +79,7 @@ def _gathered(h: Tensor, rows: Tensor) -> Tensor:
 WIDE = 1024
 """From how many columns on a product is faster by more than it takes to transpose its thin factor first."""
 
-SMALL = 16
+SMALL = 4
 """How many times x's numbers must be an inner product's for that to be kept."""
 
 MOST_SPREAD = 2**19

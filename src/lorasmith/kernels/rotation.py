@@ -3,6 +3,8 @@
 n blocks of s numbers; J, what is made of neighbours, of w = n s / J numbers each; N rows.
 """
 
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorasmith.kernels.blocks import joined, parted, together
+from lorasmith.kernels.native import address, kernels
 from lorasmith.kernels.taps import image_of, rows_of
+
+LANES = 16
+"""The numbers that our own kernel takes at a time."""
 
 
 class _Rotated(torch.autograd.Function):
@@ -18,18 +24,57 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, turn: Tensor, bias: Tensor | None, is_conv: bool) -> Tensor:
         ctx.save_for_backward(y, turn, bias)
         ctx.is_conv = is_conv
-        rows, wide = _rows(y, is_conv), _wide(turn)
-        return _like(_plus(rows, _unbiased(rows, wide, bias), wide), y, is_conv)
+        return _like(_turned(_rows(y, is_conv), turn, bias), y, is_conv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, turn, bias = ctx.saved_tensors
-        rows, wide = _rows(grad, ctx.is_conv), _wide(turn)
-        blocks = _cut(rows.to(turn.dtype), wide).contiguous()
-        grad_wide = torch.bmm(_unbiased(_rows(y, ctx.is_conv), wide, bias).mT, blocks)
-        grad_y = _like(_plus(rows, blocks, wide.mT), y, ctx.is_conv) if ctx.needs_input_grad[0] else None
-        return grad_y, parted(grad_wide, len(turn) // len(wide)), None, None
+        rows, wants_y = _rows(grad, ctx.is_conv), ctx.needs_input_grad[0]
+        grad_y, grad_turn = _gradients(rows, _rows(y, ctx.is_conv), turn, bias, wants_y)
+        return None if grad_y is None else _like(grad_y, y, ctx.is_conv), grad_turn, None, None
+
+
+def _turned(y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:
+    """y [N, n s] -> the same turned."""
+    if (library := _ours(y, turn)) is not None:
+        out = torch.empty_like(y)
+        _run(library.rotation_forward, y, (y,), turn, bias, (out,))
+        return out
+    wide = _wide(turn)
+    return _plus(y, _unbiased(y, wide, bias), wide)
+
+
+def _gradients(
+    grad: Tensor, y: Tensor, turn: Tensor, bias: Tensor | None, wants_y: bool
+) -> tuple[Tensor | None, Tensor]:
+    """grad and y [N, n s] -> the gradients of y, if wanted, and turn."""
+    if grad.dtype == y.dtype and (library := _ours(y, turn)) is not None:
+        grad_y, grad_turn = torch.empty_like(grad), torch.empty_like(turn, dtype=torch.float32)
+        _run(library.rotation_backward, y, (grad, y), turn, bias, (grad_y, grad_turn))
+        return grad_y, grad_turn.to(turn.dtype)
+    wide = _wide(turn)
+    blocks = _cut(grad.to(turn.dtype), wide).contiguous()
+    grad_wide = torch.bmm(_unbiased(y, wide, bias).mT, blocks)
+    return _plus(grad, blocks, wide.mT) if wants_y else None, parted(grad_wide, len(turn) // len(wide))
+
+
+def _ours(y: Tensor, turn: Tensor) -> ctypes.CDLL | None:
+    """The library, where it has a kernel for these: bf16 rows on the processor, in blocks that fill its vectors."""
+    fits = y.shape[1] % LANES == 0 == LANES % turn.shape[1]
+    return kernels() if fits and y.dtype == torch.bfloat16 and y.device.type == "cpu" else None
+
+
+def _run(
+    kernel: Callable[..., int], y: Tensor, inputs: Sequence[Tensor], turn: Tensor, bias: Tensor | None,
+    results: Sequence[Tensor],
+) -> None:  # fmt: skip
+    turn = turn.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    constants = address(turn), ctypes.c_void_p(None) if bias is None else address(bias)
+    sizes = *map(ctypes.c_int64, (*y.shape, turn.shape[1])), ctypes.c_int(torch.get_num_threads())
+    if not kernel(*map(address, inputs), *constants, *map(address, results), *sizes):
+        raise MemoryError("out of memory in a layer's rotation")
 
 
 def _rows(y: Tensor, is_conv: bool) -> Tensor:
