@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from originals import original
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
@@ -23,6 +23,8 @@ from lorasmith.families.file_components import FileComponents
 from lorasmith.families.originals import ORIGINALS, Original
 from lorasmith.families.skeletons import skeleton
 from lorasmith.families.weights import _Empty
+from lorasmith.files.merging import Source
+from lorasmith.files.merging_into import merge_into
 from lorasmith.header import Header
 from lorasmith.looks import model_family
 
@@ -148,6 +150,27 @@ def test_every_layout_gives_the_net(family: str, config: dict[str, Any], tmp_pat
             key: tensor.shape for key, tensor in net.state_dict().items()
         }
         assert type(shaped) is type(net) and all(parameter.is_meta for parameter in shaped.parameters())
+
+
+@pytest.mark.parametrize("prefix", [DENOISER, ""])
+@pytest.mark.parametrize("family", sorted(SMALL))
+def test_a_lora_by_diffusers_names_is_merged_into_a_file(family: str, prefix: str, tmp_path: Path) -> None:
+    net = net_of(family)
+    written(tmp_path / "net.safetensors", original(net), prefix)
+    generator, lora = torch.Generator().manual_seed(0), {}
+    for path, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            down = torch.randn(2, module.in_features, generator=generator)
+            up = torch.randn(module.out_features, 2, generator=generator)
+            lora |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+            module.weight.data += 0.5 * up @ down
+    save_file(lora, tmp_path / "lora.safetensors")
+    source = Source.parsed(f"{tmp_path / 'lora.safetensors'}:0.5")
+    assert merge_into(tmp_path / "net.safetensors", [source], tmp_path / "merged.safetensors")
+    expected, found = original(net), load_file(tmp_path / "merged.safetensors")
+    assert found.keys() == {f"{prefix}{key}" for key in expected} and len(list(tmp_path.iterdir())) == 3
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[f"{prefix}{key}"], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(SMALL))

@@ -4,8 +4,10 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from lorasmith.adapters.dora import SCALE, DoRAAdapter
 from lorasmith.adapters.layer import Adapter, fitting
 from lorasmith.dora_scales import COMFYUI, KEY
 from lorasmith.experts import NET
-from lorasmith.files.factors import Parts, layer_of
+from lorasmith.files.conversion import convert
+from lorasmith.files.factors import LoRAFile, Parts, layer_of
 from lorasmith.files.merging import Source
 from lorasmith.files.models import Model, Place, place_of
 from lorasmith.files.outputs import Shown, derived, plain, refuse_output
@@ -65,13 +68,37 @@ def merge_into(
         _refuse_folder(output, overwrite=overwrite)
     else:
         refuse_output(output, overwrite=overwrite)
-    plan = _planned(model, sources)
-    if path.is_file():
-        ((_, header),) = model.files
-        changed = _changed("", header, plan)
+    if path.is_dir():
+        return _write_folder(model, _planned(model, sources), sources, output, shown)
+    ((_, header),) = model.files
+    with _under_its_names(model, sources, output) as sources:
+        plan = _planned(model, sources)
         write_pieces(output, _pieces("", header, plan, sources, shown))
-        return len(changed)
-    return _write_folder(model, plan, sources, output, shown)
+    return len(_changed("", header, plan))
+
+
+@contextmanager
+def _under_its_names(model: Model, sources: Sequence[Source], output: Path) -> Iterator[list[Source]]:
+    """The LoRAs, those by other names than a single file's converted to its model's, as long as this is open.
+
+    What cannot be converted stays as it is, and is refused with what does not fit.
+    """
+    beside = {"dir": output.parent, "prefix": f".{output.name}.", "suffix": PARTIAL}
+    with errors_name(output), TemporaryDirectory(**beside, ignore_cleanup_errors=True) as folder:
+        found = []
+        for number, source in enumerate(sources):
+            own = Path(folder, str(number), source.lora.path.name)
+            if all(model.place(layer) or model.whole(layer) for layer in source.lora.layers):
+                found.append(source)
+                continue
+            own.parent.mkdir()
+            try:
+                convert(source.lora.path, own, model.path, "comfyui")
+                found.append(Source(LoRAFile.opened(own), source.weight))
+            except ValueError as error:
+                log.debug("%s cannot be converted: %s", source.lora.path, error)
+                found.append(source)
+        yield found
 
 
 def _refuse_folder(output: Path, *, overwrite: bool) -> None:
