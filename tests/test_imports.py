@@ -23,7 +23,7 @@ FLOORS = (
         "lock",
         "tensor_file",
     ),
-    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "comfyui_pack", "fused"),
+    ("targets", "data.cache", "sampling", "validation", "report", "norms_plot", "peft_config", "tucker", "comfyui_pack", "fused"),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",

@@ -13,6 +13,7 @@ from torch import Tensor
 from lorasmith.digests import digest
 from lorasmith.header import Header, header_bytes
 from lorasmith.peft_config import with_alphas
+from lorasmith.tucker import without_cores
 from lorasmith.types import Denoiser
 from lorasmith.whole import write_whole
 
@@ -55,14 +56,17 @@ def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """A file's tensors, with the alphas that PEFT keeps elsewhere, and metadata; ValueError where it is not sound."""
+    """A file's tensors, with the alphas that PEFT keeps elsewhere and without cores (`tucker`), and metadata.
+
+    ValueError where it is not sound.
+    """
     header = Header.of(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in header.shapes}
     except SafetensorError as error:  # of dtypes that torch has not
         raise ValueError(f"{path} must hold tensors that can be read, but: {error}") from error
-    return with_alphas(state, header.metadata, path), header.metadata
+    return without_cores(with_alphas(state, header.metadata, path)), header.metadata
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:

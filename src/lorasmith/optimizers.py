@@ -81,7 +81,7 @@ class RMSprop(Component):
 
 Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]
 
-PIECE = 2**20  # numbers of a vector whose squares are summed up in one go
+PIECE = 2**12  # numbers of a vector whose squares are summed up in its own precision
 
 Warmup = Annotated[int, Field(ge=0, le=100_000, description="steps over which the rate rises from 0")]
 
@@ -130,9 +130,11 @@ Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), na
 
 
 def norm(vector: Tensor) -> float:
-    """The length of a vector [N], from the squares of its pieces: in fp32 one long sum would lose much."""
-    pieces = vector.detach().split(PIECE)
-    return math.sqrt(torch.stack([torch.dot(piece, piece) for piece in pieces]).sum())
+    """The length of a vector [N], from those of its pieces: in fp32 one long sum would lose much."""
+    vector = vector.detach()
+    pieces, rest = vector[: len(vector) // PIECE * PIECE].view(-1, PIECE), vector[len(vector) // PIECE * PIECE :]
+    lengths = torch.cat([torch.linalg.vector_norm(pieces, dim=1), torch.linalg.vector_norm(rest)[None]])
+    return float(lengths.double().norm())
 
 
 class Masters:

@@ -28,6 +28,7 @@ from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cached, Codec, unread
 
 CPU = torch.device("cpu")
+ALIKE = {"rtol": 1e-4, "atol": 1e-4}  # sums depend on where weights lie in memory
 families = pytest.mark.parametrize("name", sorted(TINY))
 
 
@@ -173,13 +174,13 @@ def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     images = torch.rand(1, 3, *TINY[name].size[::-1], generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         latents = codec.encode_images(images)
-        assert torch.equal(latents, reference_codec.encode_images(images))
+        torch.testing.assert_close(latents, reference_codec.encode_images(images), **ALIKE)
         assert tuple(latents.shape[1:]) == codec.latent_shape(TINY[name].size) == TINY[name].latent
         cond = codec.encode_texts(PROMPTS[:1])
-        torch.testing.assert_close(cond, reference_codec.encode_texts(PROMPTS[:1]), rtol=0, atol=0)
+        torch.testing.assert_close(cond, reference_codec.encode_texts(PROMPTS[:1]), **ALIKE)
         t = family.denoiser.process.time(torch.tensor([0.5]))
         ours, theirs = (f.denoiser.predict(latents, t, cond) for f in (family, reference))
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, **ALIKE)
     assert type(family.pipeline(family.denoiser)) is type(made(name))
     assert family.metadata()["modelspec.architecture"].endswith("/lora")
 

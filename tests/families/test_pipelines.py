@@ -29,7 +29,7 @@ def test_sd3_without_t5_comes_from_a_folder_too(tmp_path: Path) -> None:
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     pipe.save_pretrained(tmp_path)
     ours, theirs = (opened(source).codec(CPU).encode_texts(PROMPTS[:1]) for source in (tmp_path, pipe))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums depend on where weights lie in memory
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,14 @@ class LoRAFile:
 
     def read(self, layers: Iterable[str]) -> dict[str, Tensor]:
         """{layer.part: tensor} of some layers, read, where a view keeps what is seen of the file in memory."""
+        found = {}
         with TensorFile(self.header) as file:
-            return {
-                f"{layer}.{part}": file.tensor(self.keys[layer][part]) if part in self.keys[layer] else tensor
-                for layer in layers
-                for part, tensor in self.layers[layer].items()
-            }
+            for layer in layers:
+                parts, keys = self.layers[layer], self.keys[layer]
+                as_stored = keys if keys.keys() <= parts.keys() else {}  # none where a core was among them
+                for part, tensor in parts.items():
+                    found[f"{layer}.{part}"] = file.tensor(as_stored[part]) if part in as_stored else tensor
+        return found
 
     def key(self, layer: str, part: str) -> str:
         """The file's own key of a part; for one that it does not hold, as kohya writes it."""
