@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_library_that_was_cut_off_is_made_again(share: float, tmp_path: Path) -> None:
     """Loading it would end the process."""
     path = native._built()
