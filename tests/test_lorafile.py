@@ -19,6 +19,7 @@ from lorasmith.families.sd import StableDiffusion
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.targets import Targets
+from lorasmith.whole import remove_partial
 
 METADATA = {f"key{i}": str(i) for i in range(20)}
 
@@ -144,3 +145,11 @@ def test_the_header_is_sorted() -> None:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     assert list(header["__metadata__"]) == sorted(METADATA)
+
+
+def test_what_killed_writers_left_is_removed_files_and_folders_alike(tmp_path: Path) -> None:
+    (tmp_path / ".a.safetensors.1.partial").touch()
+    (tmp_path / ".b.safetensors.x.partial" / "0").mkdir(parents=True)
+    (tmp_path / "c.safetensors").touch()
+    remove_partial([tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]

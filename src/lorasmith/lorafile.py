@@ -60,13 +60,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
     ValueError where it is not sound.
     """
+    state, header = stored(path)
+    return completed(state, header), header.metadata
+
+
+def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
+    """A file's tensors as they are stored, views of it, and its head; ValueError where it is not sound."""
     header = Header.of(path)
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in header.shapes}
+            return {key: file.get_tensor(key) for key in header.shapes}, header
     except SafetensorError as error:  # of dtypes that torch has not
         raise ValueError(f"{path} must hold tensors that can be read, but: {error}") from error
-    return without_cores(with_alphas(state, header.metadata, path)), header.metadata
+
+
+def completed(state: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+    """With the alphas that PEFT keeps elsewhere, and without cores; what stays as it is is the same object."""
+    return without_cores(with_alphas(state, header.metadata, header.path))
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:

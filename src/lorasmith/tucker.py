@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.base import PLAIN
 from lorasmith.layouts import DOWN, UP, by_layer, split
 
 Parts = Mapping[str, Tensor]
@@ -47,7 +48,7 @@ def _plain(parts: Parts) -> dict[str, Tensor]:
 
 def _fits(name: str, core: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether core [p, q, k…] stands between up [o, p] (but [p, o] where it is not LoRA's) and down [q, i]."""
-    if core.ndim < 3 or min(up.ndim, down.ndim) < 2 or not all(t.is_floating_point() for t in (core, up, down)):
+    if core.ndim < 3 or min(up.ndim, down.ndim) < 2 or any(t.dtype not in PLAIN for t in (core, up, down)):
         return False
     ones = (*up.shape[2:], *down.shape[2:])
     return (up.shape[name == UP], down.shape[0]) == core.shape[:2] and all(size == 1 for size in ones)

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,4 +60,7 @@ def remove_partial(folders: Iterable[Path]) -> None:
     """Removes what writers that were killed left in these folders; no other may be writing there."""
     for folder in folders:
         for path in folder.glob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

@@ -173,6 +173,21 @@ def test_a_lora_by_diffusers_names_is_merged_into_a_file(family: str, prefix: st
         torch.testing.assert_close(found[f"{prefix}{key}"], tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_a_lora_that_cannot_be_converted_to_a_file_s_names_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "net.safetensors", original(net_of("Flux")))
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    for state, reason in (
+        ({"lora_A.weight": torch.full((1, 256), torch.nan), "lora_B.weight": torch.ones(256, 1)}, "must be finite"),
+        ({"lora_A.weight": torch.ones(1, 8), "lora_B.weight": torch.ones(256, 1)}, r"must have the shape \[1, 256\]"),
+        ({"lokr_w1": torch.ones(16, 16), "lokr_w2": torch.ones(16, 16)}, "Kronecker"),
+    ):
+        save_file({f"{name}.{part}": tensor for part, tensor in state.items()}, tmp_path / "lora.safetensors")
+        with pytest.raises(ValueError, match=f"1 of its 1 layers have names that .* cannot be converted: .*{reason}"):
+            source = Source.parsed(str(tmp_path / "lora.safetensors"))
+            merge_into(tmp_path / "net.safetensors", [source], tmp_path / "merged.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"net.safetensors", "lora.safetensors"}
+
+
 @pytest.mark.parametrize("family", sorted(SMALL))
 def test_weights_keep_their_dtype(family: str, tmp_path: Path) -> None:
     """But for fp8, which is read into bf16, and what diffusers keeps in float32 for every dtype."""

@@ -1,5 +1,6 @@
 """convert: every layout holds the same LoRA, there and back bit for bit; diffusers reads what is made for it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -107,6 +108,21 @@ def test_no_weights_are_read(tmp_path: Path, family: StableDiffusion, kind: str)
     state, back = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "c.safetensors")
     assert any(key.startswith("lora_te_") for key in state)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_what_peft_s_configuration_scales_is_converted_scaled(tmp_path: Path, family: StableDiffusion) -> None:
+    """LoKr's whole factors, which every other reader uses as they are."""
+    name = "base_model.model.time_embedding.linear_1"
+    module = family.denoiser.unet.get_submodule("time_embedding.linear_1")
+    assert isinstance(module.weight, torch.Tensor)
+    n_out, n_in = module.weight.shape
+    w1, w2 = torch.randn(4, 4), torch.randn(n_out // 4, n_in // 4)
+    save_file({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 4, "alpha": 8}))
+    convert(tmp_path / "adapter_model.safetensors", tmp_path / "b.safetensors", BASE, "kohya")
+    adapters = adapters_from(lorafile.read(tmp_path / "b.safetensors")[0], family.denoiser)
+    found = adapters.adapters["unet.time_embedding.linear_1"].merged(torch.zeros(n_out, n_in))
+    torch.testing.assert_close(found, 2 * torch.kron(w1, w2))
 
 
 def test_without_a_model(tmp_path: Path) -> None:

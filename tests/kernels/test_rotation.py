@@ -1,5 +1,8 @@
 """Block-diagonal products on a layer's output against one with the whole matrix."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -145,3 +148,26 @@ def test_bf16_is_near_to_the_formula(
     assert adapted.stride() == y.stride() and [g.dtype for g in grads] == [y.dtype, ours]
     for found, right in ((adapted, expected), *zip(grads, expected_grads, strict=True)):
         assert (found - right).norm() < 2**-7 * right.norm()
+
+
+FEW_THREADS = """
+import torch
+from lorasmith.kernels.native import in_use
+from lorasmith.kernels.rotation import rotated
+torch.set_num_threads(4)
+y, turn = torch.randn(64, 1024).bfloat16(), (0.1 * torch.randn(64, 16, 16)).requires_grad_()
+junk = [torch.full((4 * 1024 * 16,), torch.nan) for _ in range(8)]
+del junk
+with in_use():
+    (grad,) = torch.autograd.grad(rotated(y, turn, None, False).float().sum(), turn)
+blocks = y.double().view(64, 64, 16)
+expected = blocks.sum(0)[:, :, None].expand(64, 16, 16)
+torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-3)
+"""
+
+
+@needs_library
+def test_fewer_threads_than_asked_for() -> None:
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    ended = subprocess.run([sys.executable, "-c", FEW_THREADS], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -30,11 +30,15 @@ class LoRAFile:
     header: Header
     layers: Mapping[str, Parts]  # {layer as the file calls it: {part: tensor}}
     keys: Mapping[str, Mapping[str, str]]  # {layer: {part: the file's own key}}
-    metadata: Mapping[str, str]
+    stored: Parts  # {the file's own key: tensor}, as they are in the file
 
     @property
     def path(self) -> Path:
         return self.header.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
 
     @classmethod
     def opened(cls, path: Path) -> "LoRAFile":
@@ -43,12 +47,12 @@ class LoRAFile:
         if not is_lora(header.shapes):
             what = f"a model of {model_family(header.shapes)}" if header.shapes else "no tensors"
             raise ValueError(f"{path} must be a LoRA, got {what}")
-        state, metadata = lorafile.read(path)
-        layers, keys = by_layer(state), _keys_by_layer(header)
+        stored, header = lorafile.stored(path)
+        layers, keys = by_layer(lorafile.completed(stored, header)), _keys_by_layer(header)
         for layer, parts in layers.items():
             if "" in parts:
                 raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
-        return cls(header, layers, keys, metadata)
+        return cls(header, layers, keys, stored)
 
     @property
     def family(self) -> str:
@@ -79,10 +83,10 @@ class LoRAFile:
         found = {}
         with TensorFile(self.header) as file:
             for layer in layers:
-                parts, keys = self.layers[layer], self.keys[layer]
-                as_stored = keys if keys.keys() <= parts.keys() else {}  # none where a core was among them
-                for part, tensor in parts.items():
-                    found[f"{layer}.{part}"] = file.tensor(as_stored[part]) if part in as_stored else tensor
+                for part, tensor in self.layers[layer].items():
+                    key = self.key(layer, part)
+                    is_stored = self.stored.get(key) is tensor
+                    found[f"{layer}.{part}"] = file.tensor(key) if is_stored else tensor
         return found
 
     def key(self, layer: str, part: str) -> str:

@@ -78,27 +78,34 @@ def merge_into(
 
 
 @contextmanager
-def _under_its_names(model: Model, sources: Sequence[Source], output: Path) -> Iterator[list[Source]]:
-    """The LoRAs, those by other names than a single file's converted to its model's, as long as this is open.
-
-    What cannot be converted stays as it is, and is refused with what does not fit.
-    """
+def _under_its_names(model: Model, sources: Sequence[Source], output: Path) -> Iterator[Sequence[Source]]:
+    """The LoRAs, those by other names than a single file's converted to its model's, as long as this is open."""
+    strange = [[layer for layer in s.lora.layers if not (model.place(layer) or model.whole(layer))] for s in sources]
+    if not any(strange):
+        yield sources
+        return
     beside = {"dir": output.parent, "prefix": f".{output.name}.", "suffix": PARTIAL}
-    with errors_name(output), TemporaryDirectory(**beside, ignore_cleanup_errors=True) as folder:
-        found = []
-        for number, source in enumerate(sources):
-            own = Path(folder, str(number), source.lora.path.name)
-            if all(model.place(layer) or model.whole(layer) for layer in source.lora.layers):
-                found.append(source)
-                continue
-            own.parent.mkdir()
-            try:
-                convert(source.lora.path, own, model.path, "comfyui")
-                found.append(Source(LoRAFile.opened(own), source.weight))
-            except ValueError as error:
-                log.debug("%s cannot be converted: %s", source.lora.path, error)
-                found.append(source)
-        yield found
+    with errors_name(output):
+        made = TemporaryDirectory(**beside, ignore_cleanup_errors=True)
+    with made as folder:
+        yield [
+            _converted(model, source, layers, Path(folder, str(number))) if layers else source
+            for number, (source, layers) in enumerate(zip(sources, strange, strict=True))
+        ]
+
+
+def _converted(model: Model, source: Source, strange: Sequence[str], folder: Path) -> Source:
+    """The LoRA under the model's names; ValueError that names those that are not, and why there are no others."""
+    folder.mkdir()
+    made = folder / source.lora.path.name
+    try:
+        convert(source.lora.path, made, model.path, "comfyui")
+    except ValueError as error:
+        raise ValueError(
+            f"{source.lora.path} does not fit {model.path}: {len(strange)} of its {len(source.lora.layers)} layers "
+            f"have names that the model has not, such as {strange[0]}, and it cannot be converted: {error}"
+        ) from error
+    return Source(LoRAFile.opened(made), source.weight)
 
 
 def _refuse_folder(output: Path, *, overwrite: bool) -> None:

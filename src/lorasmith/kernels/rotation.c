@@ -89,10 +89,10 @@ int rotation_backward(const bf16 *grad, const bf16 *y, const float *turn, const 
     const int64_t whole = rows / ROWS * ROWS;
     int ok = by && sums;
     if (ok) {
+        memset(sums, 0, threads * n * s * sizeof *sums); /* there may be fewer threads than asked for */
 #pragma omp parallel num_threads(threads)
         {
             float *own = sums + omp_get_thread_num() * n * s;
-            memset(own, 0, n * s * sizeof *own);
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < whole; i += ROWS)
                 rows_backward(grad + i * n, y + i * n, by, bias, grad_y + i * n, own, ROWS, n, s);
