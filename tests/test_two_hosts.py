@@ -13,6 +13,7 @@ from commands import TINY, made
 from two_processes import ended, torchrun
 
 ARGUMENTS = ("train", "cats", *TINY, "--steps", "6", "--checkpoints.steps", "2", "--targets.preset", "attention")
+MEETING = 110  # seconds
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,33 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, timeout=10)
 
 
-@pytest.mark.timeout(400)  # on a machine that is busy
-def test_two_hosts_train_as_one_does_though_a_process_dies(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    """The second host has no run folder; its process is killed, and the checkpoint comes from the first host."""
-    alone, *folders = (
-        made(tmp_path / name / "cats", "a cat", "a black cat").parent for name in ("one", "two", "three")
-    )
-    (whole,) = ended(torchrun(alone, "-m", "lorasmith", *ARGUMENTS))
-    assert whole.code == 0, whole.err
-
+def launched(hosts: tuple[Host, Host], folders: list[Path]) -> list[subprocess.Popen[str]]:
+    """The same run on each host, of which the second one's process dies once."""
     meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29500", "--max-restarts", "2")
-    launched = []
+    found = []
     for is_meeting_place, host, folder in zip((1, 0), hosts, folders, strict=True):
         place = ("--local-addr", host.address, "--rdzv-conf", f"is_host={is_meeting_place}")
         options = ("--nnodes", "2", "--nproc-per-node", "1", *meeting, *place)
-        launched.append(
-            torchrun(folder, two_processes.__file__, "dying", *ARGUMENTS, start=host.start, options=options)
-        )
-    first, second = ended(*launched)
+        found.append(torchrun(folder, two_processes.__file__, "dying", *ARGUMENTS, start=host.start, options=options))
+    return found
+
+
+@pytest.mark.timeout(400)  # on a machine that is busy
+def test_two_hosts_train_as_one_does_though_a_process_dies(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """The second host has no run folder; its process is killed, and the checkpoint comes from the first host.
+
+    Now and then torchrun's agents miss each other after that, and wait for ever: then all begins anew, once.
+    """
+    alone = made(tmp_path / "one" / "cats", "a cat", "a black cat").parent
+    (whole,) = ended(torchrun(alone, "-m", "lorasmith", *ARGUMENTS))
+    assert whole.code == 0, whole.err
+
+    folders = [made(tmp_path / name / "cats", "a cat", "a black cat").parent for name in ("two", "three")]
+    try:
+        first, second = ended(*launched(hosts, folders), patience=MEETING)
+    except subprocess.TimeoutExpired:
+        folders = [made(tmp_path / name / "cats", "a cat", "a black cat").parent for name in ("four", "five")]
+        first, second = ended(*launched(hosts, folders), patience=MEETING)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.err.count("resuming runs/cats after step 3 of 6") == 1, first.err
     assert "run folder: runs/cats\n" in first.out and second.out == ""
