@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -52,9 +52,8 @@ def adapters_from(
     warn_of_doubt(state, metadata or {})
     found = found_in(state, denoiser, metadata or {})
     if found.unknown and ignore_unknown:
-        unknown = found.unknown
+        unknown, found = found.unknown, replace(found, unknown=[])
         log.warning("%d layers that the model does not have are left out: %s", len(unknown), _listed(unknown))
-        found.unknown.clear()
     refuse_misfits([found], by_layer(state))
     return found.adapters
 

@@ -131,10 +131,10 @@ Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="name"), na
 
 def norm(vector: Tensor) -> float:
     """The length of a vector [N], from those of its pieces: in fp32 one long sum would lose much."""
-    vector = vector.detach()
-    pieces, rest = vector[: len(vector) // PIECE * PIECE].view(-1, PIECE), vector[len(vector) // PIECE * PIECE :]
-    lengths = torch.cat([torch.linalg.vector_norm(pieces, dim=1), torch.linalg.vector_norm(rest)[None]])
-    return float(lengths.double().norm())
+    num_rest = len(vector) % PIECE
+    whole, rest = vector.detach().split([len(vector) - num_rest, num_rest])
+    lengths = [torch.linalg.vector_norm(whole.view(-1, PIECE), dim=1), torch.linalg.vector_norm(rest)[None]]
+    return float(torch.cat(lengths).double().norm())
 
 
 class Masters:

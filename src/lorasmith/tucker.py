@@ -25,6 +25,8 @@ def without_cores(state: Parts) -> dict[str, Tensor]:
 
     {layer.part: tensor} for the layers that change, the file's own keys for the others.
     """
+    if not any(key.endswith(tuple(CORES)) for key in state):
+        return dict(state)
     cored = {layer: parts for layer, parts in by_layer(state).items() if not CORES.keys().isdisjoint(parts)}
     kept = {key: tensor for key, tensor in state.items() if split(key)[0] not in cored}
     plain = ((layer, part, tensor) for layer, parts in cored.items() for part, tensor in _plain(parts).items())

@@ -41,7 +41,7 @@ def convert(
     refuse_output(output, overwrite=overwrite)
     lora = LoRAFile.opened(source)
     lora.refuse_strange_parts()
-    warn_of_doubt((f"{layer}.{part}" for layer, parts in lora.layers.items() for part in parts), lora.metadata)
+    warn_of_doubt(lora.stored, lora.metadata)
     before = {key: value for key, value in lora.metadata.items() if key not in (KEY, LAYOUT)}
     metadata = derived(before, f"convert to {layout}'s names")
     algorithms = {algorithm for layer in lora.layers if (algorithm := lora.algorithm(layer))}
@@ -102,11 +102,13 @@ class Fitted:
             first = paths[0] if paths else layer
             groups.setdefault(wholes.get(first, first), []).append(layer)
         batch: list[str] = []
+        size = 0
         for group in groups.values():
-            if batch and self.lora.num_bytes(batch) + self.lora.num_bytes(group) > BATCH:
+            more = self.lora.num_bytes(group)
+            if batch and size + more > BATCH:
                 yield batch
-                batch = []
-            batch += group
+                batch, size = [], 0
+            batch, size = batch + group, size + more
         yield batch
 
 

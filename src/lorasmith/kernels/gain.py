@@ -16,7 +16,7 @@ def gained(y: Tensor, gain: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     if _is_ours(y, gain, axis) and (library := kernels()) is not None:
         out = torch.empty_like(y)
         bias = None if bias is None else bias.to(gain.dtype)
-        library.gain_forward(*map(_address, (y, gain, bias, out)), *_sizes(y, gain))
+        library.gain_forward(*map(address, (y, gain, bias, out)), *_sizes(y, gain))
         return out
     out = torch.addcmul(y, y, _along(gain, y, axis))
     return out if bias is None else out.sub_(_along(gain * bias, y, axis))
@@ -27,7 +27,7 @@ def gained_gradients(grad: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None,
     if _is_ours(y, gain, axis) and _is_ours(grad, gain, axis) and (library := kernels()) is not None:
         grad_y, total = torch.empty_like(grad), torch.empty_like(gain)
         bias = None if bias is None else bias.to(gain.dtype)
-        if not library.gain_backward(*map(_address, (grad, y, gain, bias, grad_y, total)), *_sizes(y, gain)):
+        if not library.gain_backward(*map(address, (grad, y, gain, bias, grad_y, total)), *_sizes(y, gain)):
             raise MemoryError("out of memory in the backward pass of a layer's gain")
         return grad_y, total
     axes = [other for other in range(grad.ndim) if other != axis % grad.ndim]
@@ -41,10 +41,6 @@ def gained_gradients(grad: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None,
 def _is_ours(y: Tensor, gain: Tensor, axis: int) -> bool:
     in_rows = y.dtype == torch.bfloat16 and gain.dtype == torch.float32 and y.movedim(axis, -1).is_contiguous()
     return in_rows and y.device.type == "cpu" and gain.is_contiguous()
-
-
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None) if x is None else address(x)
 
 
 def _sizes(y: Tensor, gain: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int]:

@@ -41,9 +41,9 @@ class View(ctypes.Structure):
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
-def address(x: Tensor) -> ctypes.c_void_p:
-    """Where the numbers of a tensor begin."""
-    return ctypes.c_void_p(x.data_ptr())
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Where the numbers of a tensor begin; nowhere for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 @cache

@@ -71,9 +71,8 @@ def _run(
 ) -> None:  # fmt: skip
     turn = turn.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    constants = address(turn), ctypes.c_void_p(None) if bias is None else address(bias)
     sizes = *map(ctypes.c_int64, (*y.shape, turn.shape[1])), ctypes.c_int(torch.get_num_threads())
-    if not kernel(*map(address, inputs), *constants, *map(address, results), *sizes):
+    if not kernel(*map(address, (*inputs, turn, bias, *results)), *sizes):
         raise MemoryError("out of memory in a layer's rotation")
 
 
