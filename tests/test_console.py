@@ -39,6 +39,19 @@ def test_steps_that_take_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2/2 loss 0.5000 - steps/s" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_steps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with open(reading, "rb") as screen, open(writing, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        follow((Step(number, 0.5, 1e-4, 1.0, 0.5) for number in (1, 2)), 2, 0)
+        terminal.flush()
+        shown = os.read(screen.fileno(), 100_000)
+    assert b"2/2" in shown
+    assert shown.rstrip().endswith(b"\x1b[?25h"), "the cursor is shown again"
+
+
 def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     level, hook = logging.getLogger("lorasmith").level, sys.excepthook
     monkeypatch.setenv("LORASMITH_LOG", "loud")

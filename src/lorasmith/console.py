@@ -67,6 +67,7 @@ class Printer:
 
 
 console = Console(file=cast(Any, Printer(lambda: sys.stdout)), markup=False, emoji=False)  # paths as they are
+# Progress must not put its proxy in the place of sys.stdout: the printer writes there, and the proxy to this console.
 
 
 def set_up_logging() -> None:
@@ -131,7 +132,7 @@ def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
         TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
     )  # fmt: skip
     mean = None
-    with closing(steps), Progress(*columns, console=console) as progress:
+    with closing(steps), Progress(*columns, console=console, redirect_stdout=False) as progress:
         task = progress.add_task("training", total=total, loss="-", rate="-")
         for step in steps:
             mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss
@@ -142,7 +143,9 @@ def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
 def tracked(names: Sequence[str], what: str) -> Iterator[str]:
     """Runs through names with a progress bar, which is gone afterwards; nothing where no terminal shows it."""
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
+    ) as progress:
         yield from progress.track(names)
 
 
