@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component"),
+    ("lorasmith", "types", "component", "progress"),
     ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests", "experts"),
     (
         "noise",

@@ -1,0 +1,37 @@
+"""How far long work has come, reported to whoever watches it. No torch: the first report precedes its import."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """Watches long work, stage by stage; a stage may be opened inside another."""
+
+    def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """A stage of `total` pieces of work (None: unknown); its value is called with how many more are done.
+
+        what: stands in front of a bar, so it reads as "encoding pictures".
+        """
+        ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        return nullcontext(lambda count: None)
+
+
+SILENT = Silent()
+
+
+def tracked(items: Iterable[T], what: str, progress: Progress, total: int | None = None) -> Iterator[T]:
+    """The items, `total` in number where that is known; each is reported as done when the next one is asked for."""
+    with progress.stage(what, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
