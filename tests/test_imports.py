@@ -6,7 +6,19 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
     ("lorasmith", "types", "component", "progress"),
-    ("draws", "devices", "kernels", "ldm_names", "original_names", "header", "whole", "world", "digests", "experts"),
+    (
+        "draws",
+        "devices",
+        "kernels",
+        "ldm_names",
+        "original_names",
+        "text_names",
+        "header",
+        "whole",
+        "world",
+        "digests",
+        "experts",
+    ),
     (
         "noise",
         "losses",

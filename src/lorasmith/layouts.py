@@ -6,13 +6,14 @@ transformers are by the original code, which makes one layer of several.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lorasmith.ldm_names import ldm_names
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
+from lorasmith.text_names import IN_PROJ, QKV, text_layer
 from lorasmith.types import Aliased, Denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
@@ -74,6 +75,7 @@ class ModuleNames:
         self.composed: dict[str, set[Original]] = {}
         for name, net in denoiser.nets.items():
             for path in weighted(net):
+                self._add_text(f"{name}.{path}")
                 self.written[normal(denoiser.file_key(f"{name}.{path}"))] = f"{name}.{path}"
                 for alias in (f"{name}.{path}", path, path.replace("to_out.0", "to_out")):
                     self._add(alias, f"{name}.{path}")
@@ -85,33 +87,49 @@ class ModuleNames:
                 else:
                     self._add(layer.name, f"{name}.{layer.paths[0]}")
         for alias, path in denoiser.aliases().items() if isinstance(denoiser, Aliased) else ():
-            for name in _without_prefixes(normal(alias)):
+            for name in without_prefixes(normal(alias)):
                 self._add(name, path)
 
     def _add(self, alias: str, path: str) -> None:
         self.known.setdefault(normal(alias), set()).add(path)
 
+    def _add_text(self, path: str) -> None:
+        """A text encoder's module, and what it is part of in OpenCLIP, by what `spellings` makes of all their names."""
+        layer = text_layer(path)
+        for text in (layer, layer.of_any) if layer else ():
+            self.known.setdefault(str(text), set()).add(path)
+            if text.module.endswith(QKV[0]):
+                members = tuple(f"{path.removesuffix('q_proj')}{name}_proj" for name in "qkv")
+                whole = str(text._replace(module=text.module.removesuffix(QKV[0]) + IN_PROJ))
+                self.composed.setdefault(whole, set()).add(Original(whole, members))
+
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""
-        name = _spelt(layer)
-        if name in self.written:
-            return self.written[name]
-        return _only_one(self.known, name)
+        return self.written.get(_spelt(layer)) or only_one(self.known, layer)
 
     def whole(self, layer: str) -> Original | None:
         """The layer of the original code, by the paths of its modules, that no single module is alike."""
-        return None if self.path(layer) else _only_one(self.composed, _spelt(layer))
+        return None if self.path(layer) else only_one(self.composed, layer)
 
 
 Found = TypeVar("Found")
 
 
-def _only_one(known: Mapping[str, set[Found]], name: str) -> Found | None:
-    for candidate in _without_prefixes(name):
-        found = known.get(candidate, set())
+def only_one(known: Mapping[str, Collection[Found]], layer: str) -> Found | None:
+    """What a layer's name means; None where it is nothing known, or more than one thing."""
+    for name in spellings(layer):
+        found = known.get(name, ())
         if len(found) == 1:
             return next(iter(found))
     return None
+
+
+def spellings(layer: str) -> Iterator[str]:
+    """A layer's name without programs' prefixes, one after another; of a text encoder's, what all its names mean."""
+    name = _spelt(layer)
+    yield from without_prefixes(name)
+    if text := text_layer(name):
+        yield str(text)
 
 
 def _spelt(layer: str) -> str:
@@ -128,12 +146,12 @@ def normal(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _without_prefixes(name: str) -> Iterator[str]:
+def without_prefixes(name: str) -> Iterator[str]:
     """The name, and what is left of it without programs' prefixes, one after another."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
-            yield from _without_prefixes(name.removeprefix(prefix))
+            yield from without_prefixes(name.removeprefix(prefix))
 
 
 def class_in_diffusers(net: nn.Module) -> str:

@@ -140,7 +140,7 @@ def test_differences_are_added_and_layers_of_one_alone_are_scaled(tmp_path: Path
     ("one", "other"),
     [
         ("lora_te_text_model_a", "text_encoder.text_model.a"),
-        ("lora_te1_text_model_a", "text_encoder.text_model.a"),
+        ("lora_te1_text_model_a", "text_encoders.clip_l.transformer.text_model.a"),
         ("lora_te2_text_model_a", "text_encoder_2.text_model.a"),
         ("lora_unet_down_blocks_0_attn1_to_q", "unet.down_blocks.0.attn1.to_q"),
         ("lora_unet_down_blocks_0_attn1_to_q", "base_model.model.unet.down_blocks.0.attn1.processor.to_q"),

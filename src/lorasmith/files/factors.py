@@ -15,7 +15,7 @@ from lorasmith.adapters import kind_of
 from lorasmith.adapters.layer import Layer, alpha_of, fitting
 from lorasmith.header import Header
 from lorasmith.kernels.convolution import ConvShape
-from lorasmith.layouts import DOWN, OFFSETS, PREFIXES, UP, by_layer
+from lorasmith.layouts import DOWN, OFFSETS, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
 from lorasmith.lorafile import DTYPE_NAMES
 from lorasmith.tensor_file import TensorFile
@@ -116,14 +116,6 @@ def read_factors(parts: Parts) -> tuple[Tensor, Tensor, float]:
 def _keys_by_layer(header: Header) -> dict[str, dict[str, str]]:
     """{layer: {part: the file's own key}}."""
     return cast(Any, by_layer(cast(Any, {key: key for key in header.shapes})))
-
-
-def without_prefixes(name: str) -> list[str]:
-    """A layer's name, with underscores for points, and what is left without what programs put before it, bit by bit."""
-    names = [name]
-    while prefix := next((prefix for prefix in PREFIXES if names[-1].startswith(prefix)), None):
-        names.append(names[-1].removeprefix(prefix))
-    return names
 
 
 def layer_of(n_out: int, n_in: int, kernel: tuple[int, ...]) -> Layer:

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer, size_of
-from lorasmith.files.factors import LoRAFile, layer_of, without_prefixes
+from lorasmith.files.factors import LoRAFile, layer_of
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
-from lorasmith.layouts import DOWN, OFFSETS, UP, normal
+from lorasmith.layouts import DOWN, OFFSETS, UP, normal, spellings
 from lorasmith.tensor_file import Named, write_streamed
 
 VAGUE = ("an unknown model", "a UNet of the Stable Diffusion kind", "a text encoder")
 ORIGINAL, DIFFUSERS = re.compile(r"(input|output|middle)_block"), re.compile(r"(down|up|mid)_block")
 CONVOLUTION = re.compile(r"conv|sampler|(in|out)_layers|skip_connection|_op$")
-TEXT_ENCODER = re.compile(r"^te(1|2|3)?_")
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,8 @@ def _agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def canonical(layer: str) -> str:
-    """A layer's name without the prefixes of programs, text encoders' as kohya numbers them: te_, te2_, te3_."""
-    name = without_prefixes(normal(layer.replace(".processor.", ".")))[-1]
-    name = re.sub(r"^text_encoder(_[23])?_", lambda match: f"te{(match[1] or '').lstrip('_')}_", name)
-    return TEXT_ENCODER.sub(lambda match: f"te{'' if match[1] in (None, '1') else match[1]}_", name)
+    """A layer's name without the prefixes of programs; of a text encoder's layer, what all of its names mean."""
+    return list(spellings(layer))[-1]
 
 
 def _by_layer(sources: Sequence[Source]) -> dict[str, list[_Share]]:

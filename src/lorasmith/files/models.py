@@ -12,9 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from lorasmith.families.ldm_sizes import UNET, unet_config
 from lorasmith.families.sdxl_file import sdxl_unet_config
-from lorasmith.files.factors import without_prefixes
 from lorasmith.header import Header
-from lorasmith.layouts import normal
+from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
 from lorasmith.looks import is_lora, model_family
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
@@ -135,7 +134,7 @@ def _frozen(found: Mapping[str, set[Found]]) -> dict[str, frozenset[Found]]:
 
 
 def _only_one(known: Mapping[str, frozenset[Found]], layer: str, fits: Callable[[Found], bool]) -> Found | None:
-    for name in without_prefixes(normal(layer.replace(".processor.", "."))):
+    for name in spellings(layer):
         found = [value for value in known.get(name, ()) if fits(value)]
         if len(found) == 1:
             return found[0]
