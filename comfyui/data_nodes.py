@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from lorasmith.data.cache import pixels
 from lorasmith.data.folder import examples
+from lorasmith.data.listing import Listing, listed
 
 from .conditioning import in_pairs
 from .dataset_file import read, write
@@ -51,9 +52,11 @@ class LorasmithDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
-        """Changes with any file in the folder, so that nothing stale is trained on."""
+        """Changes with any picture or caption in the folder, so that nothing stale is trained on."""
         root = inside(folder_paths.get_input_directory(), folder)
-        return repr(sorted((path.as_posix(), *_state(path)) for path in root.rglob("*") if path.is_file()))
+        found = listed(root) if root.is_dir() else Listing()
+        paths = [root / path for path in (*found.pictures, *found.captions.values())]
+        return repr(sorted((path.as_posix(), *_state(path)) for path in paths if path.is_file()))
 
     @classmethod
     def execute(cls, folder: str, vae: Any, clip: Any, resolution: int) -> io.NodeOutput:

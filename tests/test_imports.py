@@ -24,6 +24,8 @@ FLOORS = (
         "losses",
         "optimizers",
         "adapters",
+        "data.pictures",
+        "data.listing",
         "data.folder",
         "data.buckets",
         "data.tags",
@@ -113,6 +115,7 @@ def climbs(module: str, imported: str) -> bool:
     same_package = module.split(".")[0] == imported.split(".")[0] and module.split(".")[0] in (
         "adapters",
         "kernels",
+        "data",
         "families",
         "files",
     )

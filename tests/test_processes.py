@@ -114,7 +114,7 @@ def test_two_processes_of_the_command_line(tmp_path: Path) -> None:
     for folder in (whole, dying, stopping):
         (folder / "cats" / "1.txt").unlink()
     (end,) = ended(torchrun(whole, "-m", "lorasmith", "train", *ARGUMENTS))
-    assert end.code == 0 and end.err.count("pictures without a caption: 1") == 1, end.err
+    assert end.code == 0 and end.err.count("pictures without a caption in cats: 1") == 1, end.err
     assert end.out.count("LoRA of 6 steps: ") == end.out.count("run folder: ") == 1
     assert listing(whole / "runs") - {"cats/.launch"} == {"cats", *(f"cats/{name}" for name in FILES)}
     assert {path.name for path in whole.iterdir()} == {"cats", "runs"}

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from lorasmith.adapters import Algorithm
 from lorasmith.adapters.lora import LoRA
 from lorasmith.component import Component
+from lorasmith.data.folder import CaptionLines
 from lorasmith.devices import BaseDtypeName, DtypeName, TrainingDtypeName
 from lorasmith.draws import SEED_MAX
 from lorasmith.losses import MSE, Loss
@@ -38,6 +39,9 @@ class Data(Component):
         ge=16,
         le=8192,
         description="side in pixels of a square picture of the same area; none: the model's own",
+    )
+    caption_lines: CaptionLines = Field(
+        default="join", description="of a caption file of several lines: join all into one caption, or read the first"
     )
 
 

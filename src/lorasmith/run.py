@@ -75,9 +75,9 @@ class Run:
     def of(cls, config: Config, folder: RunFolder | None, world: World) -> "Run":
         """Writes nothing."""
         assert config.model is not None and config.data.folder is not None
-        found = examples(config.data.folder)
+        found = examples(config.data.folder, config.data.caption_lines)
         measured = {
-            name: examples(path)
+            name: examples(path, config.data.caption_lines)
             for name, path in (("held-out", config.data.held_out), ("drift", config.data.drift))
             if path is not None
         }

@@ -76,6 +76,28 @@ def test_pictures_that_are_enlarged_are_said(
     )
 
 
+def test_pictures_that_lose_much_to_cropping_are_named(
+    tmp_path: Path, codec: StableDiffusionCodec, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"banner": (2000, 200), "tall": (64, 640), "square": (64, 64), "wide": (256, 64), "long": (1, 1000)}
+    list(encoded([made(tmp_path / f"{name}.png", *size) for name, size in sizes.items()], codec, 64))
+    # The longest bucket of 64 is 128 x 32, so that a picture of n:1 keeps 4 / n of its length.
+    assert caplog.messages[-1] == (
+        "pictures too long or too tall, of which more than a quarter is cropped off: "
+        "3 (long.png 100 %, banner.png 60 %, tall.png 60 %)"
+    )
+
+
+def test_pictures_of_several_frames_are_said(
+    tmp_path: Path, codec: StableDiffusionCodec, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    moving, still = encoded([Example(tmp_path / "a.gif", ""), made(tmp_path / "b.png", 64, 64)], codec, 64)
+    assert caplog.messages == ["pictures with several frames or pages, of which the first is read: 1 (a.gif)"]
+    assert moving.latent.shape == still.latent.shape
+
+
 def test_examples_are_encoded_one_by_one(tmp_path: Path, codec: StableDiffusionCodec) -> None:
     samples = encoded([made(tmp_path / "a.png", 64, 64), Example(tmp_path / "missing.png", "")], codec, 64)
     assert next(samples).name == "a.png"

@@ -1,6 +1,7 @@
 """Data sets: folders, sizes, files that hold what they were given and never a pickle."""
 
 import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,22 @@ def test_a_folder_becomes_latents_and_conditioning(folders: Path) -> None:
     assert listed.declared["options"] == ["pictures", "pictures/2_cats"]
     with pytest.raises(ValueError, match="^a name must stay inside input, got"):
         LorasmithDataset.execute("../output", both, both, 128)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_change_behind_a_link_is_seen(folders: Path) -> None:
+    from pack.data_nodes import LorasmithDataset
+
+    elsewhere = folders / "elsewhere"
+    (folders / "input" / "pictures").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folders / "input" / "pictures" / "link").symlink_to(elsewhere)
+    Image.new("RGB", (64, 64)).save(elsewhere / "a.png")
+    seen = [LorasmithDataset.fingerprint_inputs("pictures")]
+    for text in ("a cat", "a dog!"):
+        (elsewhere / "a.txt").write_text(text)
+        seen.append(LorasmithDataset.fingerprint_inputs("pictures"))
+    assert len(set(seen)) == 3 and LorasmithDataset.fingerprint_inputs("gone") == "[]"
 
 
 def test_buckets_keep_pairs_together() -> None:

@@ -47,6 +47,12 @@ def corner_of(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, 
     return x, y
 
 
+def cropped_share(image_size: tuple[int, int], size: tuple[int, int]) -> float:
+    """How much of a picture's area `fitted` crops off, 0 to 1."""
+    x, y = (crop / side for side, crop in zip(image_size, size, strict=True))
+    return 1 - min(x, y) / max(x, y)
+
+
 def classes_by_shape(shapes: Sequence[Hashable], repeats: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The indices of the samples of each shape, an index as often as it repeats; shapes in order of appearance."""
     classes: dict[Hashable, list[int]] = {}

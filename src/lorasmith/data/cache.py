@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, corner_of, fitted
-from lorasmith.data.folder import picture, warn_of
+from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, corner_of, cropped_share, fitted
+from lorasmith.data.folder import tell_of
+from lorasmith.data.pictures import is_animated, picture
 from lorasmith.digests import digest
 from lorasmith.types import Batch, Cached, Codec, Example, SizeCodec
 
+MUCH = 0.25  # of a picture, cropped off
 PADDED = ("text", "mask")  # what has a row for each token
 
 
@@ -30,20 +31,29 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def encoded(examples: Sequence[Example], codec: Codec, resolution: int) -> Iterator[Cached]:
-    """Every example through the model's own encoders, one by one; logs which pictures are enlarged for it."""
-    enlarged: list[Path] = []
+    """Every example through the model's own encoders, one by one; logs which pictures are changed much for it."""
+    enlarged: list[str] = []
+    cropped: list[tuple[float, str]] = []
+    animated: list[str] = []
     for example in examples:
         image = picture(example.image_path)
         size = bucket_size(image.width, image.height, resolution, codec.multiple)
         if image.width < size[0] or image.height < size[1]:
-            enlarged.append(Path(example.image_path.name))
+            enlarged.append(example.image_path.name)
+        if (share := cropped_share(image.size, size)) > MUCH:
+            cropped.append((share, example.image_path.name))
+        if is_animated(example.image_path):
+            animated.append(example.image_path.name)
         with torch.inference_mode():
             latent = codec.encode_images(_pixels(image, size)[None])[0]
             cond = {name: value[0] for name, value in codec.encode_texts([example.caption]).items()}
         if isinstance(codec, SizeCodec):
             cond |= codec.encode_size(image.size, corner_of(image.size, size), size)
         yield checked(Cached(example.image_path.name, latent.clone(), {k: v.clone() for k, v in cond.items()}))
-    warn_of(f"pictures smaller than they are trained at, and enlarged for that (resolution {resolution})", enlarged)
+    tell_of(f"pictures smaller than they are trained at, and enlarged for that (resolution {resolution})", enlarged)
+    worst = [f"{name} {100 * share:.0f} %" for share, name in sorted(cropped, key=lambda one: (-one[0], one[1]))]
+    tell_of("pictures too long or too tall, of which more than a quarter is cropped off", worst)
+    tell_of("pictures with several frames or pages, of which the first is read", animated)
 
 
 def checked(sample: Cached) -> Cached:
