@@ -325,7 +325,7 @@ def test_unknown_layers_are_refused_or_left_out(caplog: pytest.LogCaptureFixture
         adapters_from(state | text, holder)
     found = adapters_from(state | text, holder, ignore_unknown=True)
     assert len(found.adapters) == 3
-    assert "1 layers that the model does not have are left out: lora_te1_text_model" in caplog.text
+    assert "1 layer that the model does not have is left out: lora_te1_text_model" in caplog.text
     wrong = lora_of(47, 16, 0, KOHYA, "lora_unet_double_blocks_1_img_attn_qkv")
     with pytest.raises(ValueError, match=r"double_blocks_1_img_attn_qkv: lora_up.weight must have the shape \[48, 4\]"):
         adapters_from(state | wrong, holder, ignore_unknown=True)

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Overwrite = Annotated[bool, Parameter(negative="")]
+Flag = Annotated[bool, Parameter(negative="")]
+Overwrite = Flag
 
 
 def resize(
@@ -40,7 +41,7 @@ def resize(
 
 def merge(
     loras: list[str], /, *, output: Path, model: Path | None = None, rank: int | None = None,
-    dtype: Dtype | None = None, overwrite: Overwrite = False,
+    dtype: Dtype | None = None, ignore_unknown: Flag = False, overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
     """Add LoRAs up, each as FILE or FILE:WEIGHT, in one LoRA file or into a model.
 
@@ -56,6 +57,8 @@ def merge(
         rank of the sum, cut off there; needed where not all are LoRA
     dtype
         of the LoRA that is written; none: the widest of the sources
+    ignore_unknown
+        with a model: leave out layers that it does not have, instead of stopping
     overwrite
         write over a file that is there
     """
@@ -64,6 +67,8 @@ def merge(
     _prepare()
     sources = [Source.parsed(text) for text in loras]
     if model is None:
+        if ignore_unknown:
+            raise ValueError("ignore_unknown leaves out layers that a model does not have: give it with --model")
         losses = merge(
             sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=_shown("merging")
         )  # fmt: skip
@@ -73,8 +78,10 @@ def merge(
 
         if rank is not None or dtype is not None:
             raise ValueError("rank and dtype are those of a LoRA: give them without --model")
-        report = merge_into(_path(model), sources, output, overwrite=overwrite, shown=_shown("merging"))
-        print(f"{report} weights changed")
+        num_changed = merge_into(
+            _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=_shown("merging")
+        )
+        print("1 weight changed" if num_changed == 1 else f"{num_changed} weights changed")
     print(output)
     return 0
 
@@ -154,7 +161,7 @@ def metadata(
 
 def convert(
     file: Path, /, *, to: Literal["kohya", "diffusers", "comfyui", "lycoris"], output: Path, model: str | None = None,
-    overwrite: Overwrite = False,
+    ignore_unknown: Flag = False, overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
     """Write a LoRA under the names that another program reads.
 
@@ -168,13 +175,16 @@ def convert(
         safetensors file to write
     model
         the model that it is for, as train takes it, of which no weights are loaded; none: the published one it fits
+    ignore_unknown
+        leave out layers that the model does not have, instead of stopping
     overwrite
         write over a file that is there
     """
     from lorasmith.files.conversion import convert
 
     _prepare()
-    found = convert(file, output, None if model is None else _model(model), to, overwrite=overwrite)
+    own = None if model is None else _model(model)
+    found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
     print("1 layer" if found == 1 else f"{found} layers")
     print(output)
     return 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorasmith.ldm_names import ldm_names
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
-from lorasmith.text_names import IN_PROJ, QKV, text_layer
+from lorasmith.text_names import text_layer
 from lorasmith.types import Aliased, Denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
@@ -98,10 +98,9 @@ class ModuleNames:
         layer = text_layer(path)
         for text in (layer, layer.of_any) if layer else ():
             self.known.setdefault(str(text), set()).add(path)
-            if text.module.endswith(QKV[0]):
+            if whole := text.whole:
                 members = tuple(f"{path.removesuffix('q_proj')}{name}_proj" for name in "qkv")
-                whole = str(text._replace(module=text.module.removesuffix(QKV[0]) + IN_PROJ))
-                self.composed.setdefault(whole, set()).add(Original(whole, members))
+                self.composed.setdefault(str(whole), set()).add(Original(str(whole), members))
 
     def path(self, layer: str) -> str | None:
         """The path of the layer's module; None where there is none, or more than one."""

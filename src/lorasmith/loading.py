@@ -1,7 +1,7 @@
 """A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def adapters_from(
     warn_of_doubt(state, metadata or {})
     found = found_in(state, denoiser, metadata or {})
     if found.unknown and ignore_unknown:
-        unknown, found = found.unknown, replace(found, unknown=[])
-        log.warning("%d layers that the model does not have are left out: %s", len(unknown), _listed(unknown))
+        warn_of_left_out(found.unknown)
+        found = replace(found, unknown=[])
     refuse_misfits([found], by_layer(state))
     return found.adapters
 
@@ -104,6 +104,17 @@ def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
     return num_adapters
 
 
+def warn_of_left_out(unknown: Sequence[str]) -> None:
+    """Says which layers of a LoRA are not used, where there are any."""
+    if unknown:
+        what = (
+            "1 layer that the model does not have is"
+            if len(unknown) == 1
+            else f"{len(unknown)} layers that the model does not have are"
+        )
+        log.warning("%s left out: %s", what, listed(unknown))
+
+
 def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:
     return {f"{name}.{path}": m for name, net in denoiser.nets.items() for path, m in net.named_modules()}
 
@@ -130,10 +141,11 @@ def _refusal(misfits: list[str], num_layers: int, family: str) -> str:
         return f"the LoRA must hold an adapter, got {num_layers} layers without one"
     return (
         f"the LoRA does not fit the model: {len(misfits)} of its {num_layers} layers do not, and it looks like one for "
-        f"{family}: {_listed(misfits)}"
+        f"{family}: {listed(misfits)}"
     )
 
 
-def _listed(what: list[str]) -> str:
+def listed(what: Sequence[str]) -> str:
+    """Ten of them at most."""
     more = f"; and {len(what) - MAX_LISTED} more" if len(what) > MAX_LISTED else ""
     return f"{'; '.join(what[:MAX_LISTED])}{more}"

@@ -50,6 +50,13 @@ class TextLayer(NamedTuple):
         return self.encoder != "t5" and OF_CLIP.match(self.module) is not None
 
     @property
+    def whole(self) -> "TextLayer | None":
+        """Of queries OpenCLIP's in_proj, which begins with them; None of other layers."""
+        if not self.module.endswith(QKV[0]):
+            return None
+        return self._replace(module=self.module.removesuffix(QKV[0]) + IN_PROJ)
+
+    @property
     def members(self) -> tuple["TextLayer", ...]:
         """Of OpenCLIP's in_proj queries, keys and values; else none."""
         if not self.module.endswith(IN_PROJ):

@@ -106,7 +106,7 @@ def test_refusals(tmp_path: Path, tuned: Path) -> None:
             extract(base, other, tmp_path / "a.safetensors", Cut(rank=1), dtype=torch.float32)
         assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob(".*"))
 
-    refused("must differ in a weight, but all their tensors are equal", other=BASE)
+    refused("must differ in a weight or bias of a layer, but they do not", other=BASE)
     refused("must be a diffusers folder with a model_index.json", base=tmp_path)
     state = unet_of(tuned)
     save_file(state | {"conv_in.weight": torch.ones(2, 2)}, tuned / UNET)
@@ -131,12 +131,30 @@ def test_another_autoencoder_is_left_out_with_a_warning(tmp_path: Path, tuned: P
     assert "has another vae than" in warned()
 
 
-def test_parameters_that_no_lora_holds_are_refused(tmp_path: Path) -> None:
-    one = {"model.diffusion_model.x.weight": torch.ones(3, 3), "model.diffusion_model.table": torch.ones(3, 3)}
-    save_file(one, tmp_path / "one.safetensors")
-    save_file(one | {"model.diffusion_model.table": torch.zeros(3, 3)}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match="model.diffusion_model.table differs, which a LoRA cannot hold"):
-        extract(*(tmp_path / f"{n}.safetensors" for n in ("one", "two", "lora")), Cut(rank=1), dtype=torch.float32)
+def test_what_no_lora_holds_is_left_out_with_a_line(tmp_path: Path, caplog: Any) -> None:
+    name = "model.diffusion_model"
+    same = {f"{name}.x.weight": torch.ones(3, 3), "text_model.position_ids": torch.arange(3)[None]}
+    own = {"v_pred": torch.zeros(0), "text_model.logit_scale": torch.tensor(4.0)}
+    save_file(
+        {**same, **own, f"{name}.table": torch.ones(3, 3), "denoiser.sigmas": torch.ones(3)},
+        tmp_path / "one.safetensors",
+    )
+    other = {f"{name}.table": torch.zeros(3, 3), "denoiser.sigmas": torch.ones(4)}
+    save_file({**same, **other, f"{name}.x.weight": torch.zeros(3, 3)}, tmp_path / "two.safetensors")
+    extract(*(tmp_path / f"{n}.safetensors" for n in ("one", "two", "lora")), Cut(rank=1), dtype=torch.float32)
+    assert {key.rpartition("_x.")[2] for key in load_file(tmp_path / "lora.safetensors")} == {
+        "lora_up.weight", "lora_down.weight", "alpha",
+    }  # fmt: skip
+    first, second = caplog.messages
+    assert first.endswith("one.safetensors holds 2 tensors: text_model.logit_scale; v_pred")
+    assert second.startswith("left out, as a LoRA cannot hold") and second.endswith(f"1 tensor: {name}.table")
+
+
+def test_parts_that_one_model_lacks_are_left_out_with_a_line(tmp_path: Path, tuned: Path, caplog: Any) -> None:
+    shutil.rmtree(tuned / "text_encoder")
+    extract(BASE, tuned, tmp_path / "a.safetensors", Cut(rank=1), dtype=torch.float32)
+    assert caplog.messages == [f"left out, as only {BASE} holds it: text_encoder"]
+    assert len(load_file(tmp_path / "a.safetensors")) == 8
 
 
 def test_the_command(tmp_path: Path, tuned: Path) -> None:

@@ -29,7 +29,7 @@ from lorasmith.families.sd import StableDiffusion
 from lorasmith.file_layouts import in_layout
 from lorasmith.files.merging import Source
 from lorasmith.files.merging_into import merge_into
-from lorasmith.files.models import Model
+from lorasmith.files.models import Model, Place
 from lorasmith.ldm_names import ldm_names
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cond, Denoiser
@@ -292,7 +292,7 @@ def test_the_command(tmp_path: Path, family: StableDiffusion) -> None:
 
 def test_a_name_that_means_two_modules_means_none() -> None:
     model = Model.opened(BASE)
-    assert model.place("lora_unet_conv_in") == ("unet", "conv_in")
-    assert model.place("diffusion_model.input_blocks.0.0") == ("unet", "conv_in")
+    assert model.place("lora_unet_conv_in") == Place("unet", "conv_in")
+    assert model.place("diffusion_model.input_blocks.0.0") == Place("unet", "conv_in")
     assert model.place("lora_te_text_model_encoder_layers_0_mlp_fc1") is not None
     assert model.place("conv_in_nowhere") is None

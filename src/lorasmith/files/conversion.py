@@ -1,8 +1,7 @@
 """A LoRA under the names of another program, for the model that it belongs to, of which no weights are loaded."""
 
 import itertools
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -20,34 +19,39 @@ from lorasmith.file_layouts import in_layout, metadata_in, refuse_several
 from lorasmith.files.factors import LoRAFile
 from lorasmith.files.outputs import derived, refuse_output
 from lorasmith.files.stored import with_stored_weights
-from lorasmith.layouts import LAYOUT, ModuleNames, known_originals, normal
-from lorasmith.loading import Found, found_in, refuse_misfits
+from lorasmith.layouts import LAYOUT, ModuleNames, known_originals
+from lorasmith.loading import Found, found_in, listed, refuse_misfits, warn_of_left_out
+from lorasmith.looks import lora_family
 from lorasmith.tensor_file import Named, write_streamed
+from lorasmith.text_names import text_layer
 from lorasmith.types import Denoiser
 
 LENGTHS = ("alpha", SCALE, VECTOR)
 """What is kept in float32 in a file of 16 bits."""
 BATCH = 2**26  # bytes of the file
-TEXT = re.compile(r"(^|_)te\d?_|text_encoder|text_model")
 
 
 def convert(
-    source: Path, output: Path, model: str | Path | None, layout: LayoutName, *, overwrite: bool = False
-) -> int:
+    source: Path, output: Path, model: str | Path | None, layout: LayoutName, *, overwrite: bool = False,
+    ignore_unknown: bool = False,
+) -> int:  # fmt: skip
     """Writes the LoRA in a layout, in the widest dtype of its weights; returns how many layers it holds.
 
-    model: None: the published one that it fits. ValueError where it fits none, or the layout has no way to say it.
+    model: None: the published one that it fits. ignore_unknown: layers that the model does not have are left out, and
+    logged. ValueError where it fits none, or the layout has no way to say it.
     """
     refuse_output(output, overwrite=overwrite)
     lora = LoRAFile.opened(source)
     lora.refuse_strange_parts()
-    warn_of_doubt(lora.stored, lora.metadata)
-    before = {key: value for key, value in lora.metadata.items() if key not in (KEY, LAYOUT)}
-    metadata = derived(before, f"convert to {layout}'s names")
-    algorithms = {algorithm for layer in lora.layers if (algorithm := lora.algorithm(layer))}
     try:
-        fitted = _for_published(lora, layout) if model is None else _for_model(lora, model)
-        write_streamed(output, fitted.tensors(layout), lambda: {**metadata, **metadata_in(layout, algorithms)})
+        if model is None:
+            (fitted,) = fitted_to_published([lora], layout, ignore_unknown=ignore_unknown)
+        else:
+            fitted = Fitted.of(lora, denoiser_for(lora, model), ignore_unknown=ignore_unknown)
+        if not fitted.num_adapters:
+            raise ValueError(f"{source} must hold a layer that the model has, got {listed(fitted.left_out)}")
+        warn_of_left_out(fitted.left_out)
+        fitted.write(output, layout)
     except NoWeights as error:
         raise ValueError(
             f"{source} holds DoRA, whose lengths depend on the model's weights in {layout}'s layout or in its own: "
@@ -62,13 +66,31 @@ class Fitted:
 
     lora: LoRAFile
     denoiser: Denoiser
+    left_out: Sequence[str] = ()  # layers of the file that the denoiser does not have
     num_adapters: int = 0
 
     @classmethod
-    def of(cls, lora: LoRAFile, denoiser: Denoiser) -> "Fitted":
-        """ValueError that lists what fits no layer, or where there is nothing."""
-        untried = cls(lora, denoiser)
-        return replace(untried, num_adapters=refuse_misfits(untried.found(), lora.layers))
+    def of(cls, lora: LoRAFile, whole: Denoiser, *, ignore_unknown: bool = False) -> "Fitted":
+        """To what of a denoiser the file is for; ValueError that lists what fits no layer, or where there is nothing.
+
+        ignore_unknown: what it does not have is left out.
+        """
+        untried = cls(lora, named_part(whole, lora.layers, lora.metadata))
+        unknown = [layer for layer, paths in untried.paths.items() if not paths]
+        if unknown and ignore_unknown:
+            untried = cls(lora.of(lora.layers.keys() - unknown), untried.denoiser, unknown)
+            if not untried.lora.layers:
+                return untried
+        return replace(untried, num_adapters=refuse_misfits(untried.found(), untried.lora.layers))
+
+    def write(self, output: Path, layout: LayoutName) -> None:
+        """The file in a layout; ValueError where that has no way to say it."""
+        metadata = self.lora.metadata
+        warn_of_doubt(self.lora.stored, metadata)
+        kept = {key: value for key, value in metadata.items() if key not in (KEY, LAYOUT)}
+        algorithms = {algorithm for layer in self.lora.layers if (algorithm := self.lora.algorithm(layer))}
+        said = {**derived(kept, f"convert to {layout}'s names"), **metadata_in(layout, algorithms)}
+        write_streamed(output, self.tensors(layout), lambda: said)
 
     @cached_property
     def paths(self) -> dict[str, tuple[str, ...]]:
@@ -90,7 +112,7 @@ class Fitted:
 
     def found(self) -> Iterator[Found]:
         """Of a batch of layers at a time."""
-        for layers in self._batches():
+        for layers in filter(None, self._batches()):
             yield found_in(self.lora.read(layers), self.denoiser, self.lora.metadata)
 
     def _batches(self) -> Iterator[list[str]]:
@@ -112,33 +134,47 @@ class Fitted:
         yield batch
 
 
-def _for_model(lora: LoRAFile, model: str | Path) -> Fitted:
+def denoiser_for(lora: LoRAFile, model: str | Path) -> Denoiser:
+    """The denoiser of a diffusers folder, a single file or a hub id, with text encoders where the LoRA is for some."""
     has_lengths = any(part in parts for parts in lora.layers.values() for part in (SCALE, VECTOR))
-    denoiser, path = skeleton(model, with_texts=_has_texts(lora), with_weights=has_lengths)
-    return Fitted.of(lora, named_part(with_stored_weights(denoiser, path), lora.layers, lora.metadata))
+    return with_stored_weights(*skeleton(model, with_texts=_has_texts(lora), with_weights=has_lengths))
 
 
-def _for_published(lora: LoRAFile, layout: LayoutName) -> Fitted:
-    """For the published models that it may be for, of which those that it fits must agree on its names."""
-    found: dict[str, Fitted] = {}
+def fitted_to_published(
+    loras: Sequence[LoRAFile], layout: LayoutName, *, ignore_unknown: bool = False
+) -> Sequence[Fitted]:
+    """For the published models that all of them may be for, of which those that they fit must agree on their names.
+
+    ignore_unknown: those count that lack the fewest layers.
+    """
+    family = lora_family({layer: parts for lora in loras for layer, parts in lora.layers.items()})
+    with_texts = any(map(_has_texts, loras))
+    found: dict[str, list[Fitted]] = {}
     misfits: list[str] = []
-    for published in PUBLISHED.get(lora.family, ()):
-        whole = with_stored_weights(published_skeleton(published, with_texts=_has_texts(lora)), None)
+    for published in PUBLISHED.get(family, ()):
+        whole = with_stored_weights(published_skeleton(published, with_texts=with_texts), None)
         try:
-            found[published.name] = Fitted.of(lora, named_part(whole, lora.layers, lora.metadata))
+            found[published.name] = [Fitted.of(lora, whole, ignore_unknown=ignore_unknown) for lora in loras]
         except ValueError as error:
             misfits.append(f"{published.name} ({error})")
+    lacking = {name: sum(len(fit.left_out) for fit in fits) for name, fits in found.items()}
+    found = {name: fits for name, fits in found.items() if lacking[name] == min(lacking.values())}
     if len(found) > 1:
-        by_keys = {frozenset(key for key, _ in fit.tensors(layout)): name for name, fit in reversed(found.items())}
-        found = {name: fitted for name, fitted in found.items() if name in by_keys.values()}
+        by_keys = {_keys(fits, layout): name for name, fits in reversed(found.items())}
+        found = {name: fits for name, fits in found.items() if name in by_keys.values()}
     if len(found) != 1:
         fits = f"fits {' and '.join(found)}, whose names differ" if found else "fits no published model"
         reason = f", not even {misfits[0]}" if misfits and not found else ""
-        raise ValueError(
-            f"{lora.path} looks like a LoRA for {lora.family}, but {fits}{reason}: --model must say which it is for"
-        )
+        files = " and ".join(str(lora.path) for lora in loras)
+        look = "looks like a LoRA for" if len(loras) == 1 else "look like LoRAs for"
+        what = fits if len(loras) == 1 else fits.replace("fits", "fit", 1)
+        raise ValueError(f"{files} {look} {family}, but {what}{reason}: --model must say which it is for")
     return next(iter(found.values()))
 
 
+def _keys(fits: Sequence[Fitted], layout: LayoutName) -> frozenset[str]:
+    return frozenset(key for fit in fits for key, _ in fit.tensors(layout))
+
+
 def _has_texts(lora: LoRAFile) -> bool:
-    return any(TEXT.search(normal(layer)) for layer in lora.layers)
+    return any(text_layer(layer) for layer in lora.layers)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__
-from lorasmith.files.models import Model, Place, place_of
+from lorasmith.families.weights import SCALES
+from lorasmith.files.models import Model, Place, held_in, part_of
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses
 from lorasmith.header import Header
 from lorasmith.layouts import DOWN, OFFSETS, UP
+from lorasmith.loading import listed
 from lorasmith.looks import model_family
 from lorasmith.tensor_file import Named, TensorFile, write_streamed
 
@@ -40,7 +42,7 @@ def extract(
     models = Model.opened(base), Model.opened(tuned)
     keys = _compared(*models)
     _warn_of_what_is_outside(*models)
-    losses, num_written = Losses(), 0
+    losses, num_written, left_out = Losses(), 0, list[str]()
 
     def tensors() -> Iterator[Named]:
         nonlocal num_written
@@ -50,14 +52,23 @@ def extract(
             for text in shown(sorted(by_text)):
                 part, key = by_text[text]
                 one, other = keys[part, key]
-                pair = files[0][one.path].tensor(key), files[1][other.path].tensor(key)
-                for named in _difference(models[0], place_of(part, key), key, pair, cut, dtype, losses):
-                    num_written += 1
-                    yield named
+                before, after = files[0][one.path].tensor(key), files[1][other.path].tensor(key)
+                for place, parameter in held_in(part, key):
+                    pair = place.within(before), place.within(after)
+                    if not _differ(key, *pair):
+                        continue
+                    if parameter not in PARTS or place.is_transposed:
+                        left_out.append(key)
+                        continue
+                    for named in _difference(models[0], place, parameter, pair, cut, dtype, losses):
+                        num_written += 1
+                        yield named
         if not num_written:
-            raise ValueError(f"{base} and {tuned} must differ in a weight, but all their tensors are equal")
+            raise ValueError(f"{base} and {tuned} must differ in a weight or bias of a layer, but they do not")
 
     write_streamed(output, tensors(), lambda: _metadata(models, cut, losses))
+    if left_out:
+        log.warning("left out, as a LoRA cannot hold what %s has learnt in %s", tuned, _counted(left_out))
     return losses
 
 
@@ -76,31 +87,61 @@ def _metadata(models: tuple[Model, Model], cut: Cut, losses: Losses) -> dict[str
 
 
 def _tensors(model: Model) -> dict[Key, Header]:
-    """{(part, name): the first file that holds it} of what a LoRA may change."""
+    """{(part, name): the first file that holds it}."""
     found: dict[Key, Header] = {}
     for part, header in model.files:
         for key in header.shapes:
-            if place_of(part, key).part not in OUTSIDE:
-                found.setdefault((part, key), header)
+            if key.rpartition(".")[2] in SCALES:
+                raise ValueError(f"{header.path} must hold plain weights to be compared, got scaled ones with {key}")
+            found.setdefault((part, key), header)
     return found
 
 
 def _compared(base: Model, tuned: Model) -> Mapping[Key, tuple[Header, Header]]:
-    """The tensors of both, by their files; ValueError where one lacks some, or their shapes differ."""
+    """The tensors of both that a LoRA may change, by their files; ValueError where one lacks a layer of the other.
+
+    Parts that only one of them has, and tensors that are no weights of layers, are left out, and logged.
+    """
     one, other = _tensors(base), _tensors(tuned)
-    for missing, has, lacks in ((one.keys() - other.keys(), base, tuned), (other.keys() - one.keys(), tuned, base)):
-        if missing:
-            _, key = min(missing)
-            families = [model_family(key for _, key in _tensors(model)) for model in (base, tuned)]
+    common = {part_of(*key) for key in one if _is_layer_s(*key)} & {part_of(*key) for key in other if _is_layer_s(*key)}
+    for found, missing, has, lacks in ((one, one.keys() - other.keys(), base, tuned),
+                                       (other, other.keys() - one.keys(), tuned, base)):  # fmt: skip
+        for part in sorted({part_of(*key) for key in found if _is_layer_s(*key)} - common):
+            log.warning("left out, as only %s holds it: %s", has.path, part or "its denoising net")
+        layers = sorted(key for part, key in missing if _is_layer_s(part, key) and part_of(part, key) in common)
+        if layers or not common:
+            families = [model_family(key for _, key in keys) for keys in (one, other)]
             raise ValueError(
-                f"the models must hold the same tensors, but {lacks.path} lacks {len(missing)} of {has.path}, such as "
-                f"{key} (they look like {families[0]} and {families[1]})"
+                f"the models must hold the same tensors, but {lacks.path} lacks {len(layers or missing)} of "
+                f"{has.path}, such as {min(layers) if layers else min(missing)[1]} (they look like {families[0]} "
+                f"and {families[1]})"
             )
-    for key, header in one.items():
-        shapes = [list(h.shapes[key[1]]) for h in (header, other[key])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{key[1]} must be of one shape in both models, got {shapes[0]} and {shapes[1]}")
-    return {key: (header, other[key]) for key, header in one.items()}
+        others = [key for part, key in missing if not _is_layer_s(part, key)]
+        if others:
+            log.warning("left out, as only %s holds %s", has.path, _counted(others))
+    pairs = {key: (header, other[key]) for key, header in one.items() if key in other and part_of(*key) not in OUTSIDE}
+    return {key: pair for key, pair in pairs.items() if _are_of_one_shape(key, *pair)}
+
+
+def _is_layer_s(part: str, key: str) -> bool:
+    """Whether a tensor is a weight or bias of a layer, which both must have; some CLIPs have no projection."""
+    return any(
+        parameter in PARTS and not (place.text and place.text.module == "text_projection")
+        for place, parameter in held_in(part, key)
+    )
+
+
+def _are_of_one_shape(key: Key, *headers: Header) -> bool:
+    """ValueError where the shapes of a layer's weight differ."""
+    shapes = [list(header.shapes[key[1]]) for header in headers]
+    if shapes[0] != shapes[1] and _is_layer_s(*key):
+        raise ValueError(f"{key[1]} must be of one shape in both models, got {shapes[0]} and {shapes[1]}")
+    return shapes[0] == shapes[1]
+
+
+def _counted(keys: Sequence[str]) -> str:
+    """How many tensors, and which."""
+    return f"{'1 tensor' if len(keys) == 1 else f'{len(keys)} tensors'}: {listed(sorted(keys))}"
 
 
 def _warn_of_what_is_outside(base: Model, tuned: Model) -> None:
@@ -110,35 +151,35 @@ def _warn_of_what_is_outside(base: Model, tuned: Model) -> None:
     for part, header in base.files:
         with TensorFile(header) as file:
             for key in header.shapes:
-                place = place_of(part, key)
-                if place.part not in OUTSIDE or place.part in differing:
+                name, other = part_of(part, key), others.get((part, key))
+                if name not in OUTSIDE or name in differing or other is None:
                     continue
-                other = others.get((part, key))
-                if other is None or other.num_bytes(key) != header.num_bytes(key):
-                    differing.add(place.part)
+                if other.num_bytes(key) != header.num_bytes(key):
+                    differing.add(name)
                     continue
                 with TensorFile(other) as twin:
                     if any(a != b for a, b in zip(file.pieces(key), twin.pieces(key), strict=True)):
-                        differing.add(place.part)
+                        differing.add(name)
     for name in sorted(differing):
         log.warning("%s has another %s than %s: a LoRA cannot hold that, it is left out", tuned.path, name, base.path)
 
 
+def _differ(key: str, before: Tensor, after: Tensor) -> bool:
+    """ValueError where either is not finite."""
+    if torch.equal(before, after):
+        return False
+    if not (before.double().isfinite().all() and after.double().isfinite().all()):
+        raise ValueError(f"{key} must be finite in both models, got NaN or infinity")
+    return not torch.equal(before.double(), after.double())  # where only the dtypes differ
+
+
 def _difference(
-    base: Model, place: Place, key: str, tensors: tuple[Tensor, Tensor], cut: Cut, dtype: torch.dtype, losses: Losses
-) -> Iterator[Named]:
-    """The tensors of a LoRA that lead from the one to the other; none where they are equal."""
-    if torch.equal(*tensors):
-        return
+    base: Model, place: Place, parameter: str, tensors: tuple[Tensor, Tensor], cut: Cut, dtype: torch.dtype,
+    losses: Losses,
+) -> Iterator[Named]:  # fmt: skip
+    """The tensors of a LoRA that lead from the one to the other."""
     before, after = (tensor.double() for tensor in tensors)
     delta = after - before
-    if not delta.isfinite().all():
-        raise ValueError(f"{key} must be finite in both models, got NaN or infinity")
-    if not delta.any():  # of other dtypes
-        return
-    parameter = key.rpartition(".")[2]
-    if parameter not in PARTS:
-        raise ValueError(f"{key} differs, which a LoRA cannot hold: it changes weights and biases alone")
     name = base.lora_name(place)
     if parameter == "bias" or delta.ndim < 2 or TABLE.search(place.stem):
         yield f"{name}.{PARTS[parameter]}", delta.to(dtype)

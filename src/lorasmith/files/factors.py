@@ -3,8 +3,8 @@
 r rank, k… a kernel.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,22 +27,19 @@ Parts = Mapping[str, Tensor]
 class LoRAFile:
     """A LoRA file; its tensors are views of the file, which is read where they are used."""
 
+    path: Path  # what messages call it
     header: Header
     layers: Mapping[str, Parts]  # {layer as the file calls it: {part: tensor}}
     keys: Mapping[str, Mapping[str, str]]  # {layer: {part: the file's own key}}
     stored: Parts  # {the file's own key: tensor}, as they are in the file
 
     @property
-    def path(self) -> Path:
-        return self.header.path
-
-    @property
     def metadata(self) -> Mapping[str, str]:
         return self.header.metadata
 
     @classmethod
-    def opened(cls, path: Path) -> "LoRAFile":
-        """ValueError where it is no sound LoRA file, or a key means nothing."""
+    def opened(cls, path: Path, called: Path | None = None) -> "LoRAFile":
+        """ValueError where it is no sound LoRA file, or a key means nothing. called: its name in messages."""
         header = Header.of(path)
         if not is_lora(header.shapes):
             what = f"a model of {model_family(header.shapes)}" if header.shapes else "no tensors"
@@ -52,7 +49,7 @@ class LoRAFile:
         for layer, parts in layers.items():
             if "" in parts:
                 raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
-        return cls(header, layers, keys, stored)
+        return cls(called or path, header, layers, keys, stored)
 
     @property
     def family(self) -> str:
@@ -62,6 +59,10 @@ class LoRAFile:
         """None where it only adds differences."""
         kind = kind_of(self.layers[layer])
         return kind.algorithm if kind else None
+
+    def of(self, layers: Collection[str]) -> "LoRAFile":
+        """The same with these layers alone."""
+        return replace(self, layers={layer: self.layers[layer] for layer in layers})
 
     def refuse_strange_parts(self) -> None:
         """ValueError that names parts that no algorithm knows beside the others of its layer, or of a strange dtype."""

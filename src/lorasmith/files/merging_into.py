@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,15 +18,15 @@ from lorasmith.adapters.dora import SCALE, DoRAAdapter
 from lorasmith.adapters.layer import Adapter, fitting
 from lorasmith.dora_scales import COMFYUI, KEY
 from lorasmith.experts import NET
-from lorasmith.files.conversion import convert
+from lorasmith.files.conversion import Fitted, denoiser_for
 from lorasmith.files.factors import LoRAFile, Parts, layer_of
 from lorasmith.files.merging import Source
-from lorasmith.files.models import Model, Place, place_of
+from lorasmith.files.models import Model, Place, Whole, held_in
 from lorasmith.files.outputs import Shown, derived, plain, refuse_output
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
-from lorasmith.loading import MAX_LISTED
+from lorasmith.loading import listed, warn_of_left_out
 from lorasmith.tensor_file import TensorFile, bytes_of
 from lorasmith.whole import PARTIAL, errors_name, write_pieces
 
@@ -47,65 +47,99 @@ class _Share:
         parts = {part: t for part, t in self.parts.items() if part not in OFFSETS}
         return {} if parts.keys() == {"alpha"} else parts
 
+    def touches(self, parameter: str) -> bool:
+        """Whether it is to change this parameter of the module."""
+        is_offset = any(name == parameter and part in self.parts for part, name in OFFSETS.items())
+        return is_offset or (parameter == "weight" and bool(self.trained))
+
     def offset(self, part: str, shape: tuple[int, ...]) -> Tensor | None:
         """A difference [shape], float32; None where there is none; ValueError where it does not fit."""
         return fitting(self.parts, part, shape).float() if part in self.parts else None
 
 
-Plan = Mapping[Place, Sequence[_Share]]
+Plan = Mapping[Place, Mapping[int, _Share]]
+"""{a module: {the number of a LoRA that changes it: how}}."""
 
 
 def merge_into(
-    path: Path, sources: Sequence[Source], output: Path, *, overwrite: bool = False, shown: Shown = plain
-) -> int:
+    path: Path, sources: Sequence[Source], output: Path, *, overwrite: bool = False, ignore_unknown: bool = False,
+    shown: Shown = plain,
+) -> int:  # fmt: skip
     """Writes the model with the LoRAs in it, in the order given; returns how many weights and biases have changed.
 
-    A weight W becomes W + strength (its adapted weight - W). ValueError where a LoRA does not fit; then nothing is
-    written.
+    A weight W becomes W + strength (its adapted weight - W). ignore_unknown: layers that the model does not have are
+    left out, and logged. ValueError where a LoRA does not fit; then nothing is written.
     """
     model = Model.opened(path)
     if path.is_dir():
         _refuse_folder(output, overwrite=overwrite)
     else:
         refuse_output(output, overwrite=overwrite)
-    if path.is_dir():
-        return _write_folder(model, _planned(model, sources), sources, output, shown)
-    ((_, header),) = model.files
-    with _under_its_names(model, sources, output) as sources:
-        plan = _planned(model, sources)
-        write_pieces(output, _pieces("", header, plan, sources, shown))
-    return len(_changed("", header, plan))
+    with _under_its_names(model, sources, output, ignore_unknown=ignore_unknown) as parts:
+        merge = Merge(sources, _planned(model, parts, ignore_unknown=ignore_unknown))
+        if path.is_dir():
+            _write_folder(model, merge, output, shown)
+        else:
+            write_pieces(output, merge.pieces("", model.files[0][1], shown))
+    if not merge.changed:
+        log.warning("no weight has changed: what is added is zero, or less than the model's dtype can hold")
+    return len(merge.changed)
 
 
 @contextmanager
-def _under_its_names(model: Model, sources: Sequence[Source], output: Path) -> Iterator[Sequence[Source]]:
-    """The LoRAs, those by other names than a single file's converted to its model's, as long as this is open."""
+def _under_its_names(
+    model: Model, sources: Sequence[Source], output: Path, *, ignore_unknown: bool
+) -> Iterator[Sequence[Sequence[Source]]]:
+    """Each LoRA in one part or two: what has other names than a single file's model is converted to the model's.
+
+    As long as this is open.
+    """
     strange = [[layer for layer in s.lora.layers if not (model.place(layer) or model.whole(layer))] for s in sources]
-    if not any(strange):
-        yield sources
+    if model.path.is_dir() or not any(strange):
+        yield [[source] for source in sources]
         return
     beside = {"dir": output.parent, "prefix": f".{output.name}.", "suffix": PARTIAL}
     with errors_name(output):
         made = TemporaryDirectory(**beside, ignore_cleanup_errors=True)
     with made as folder:
         yield [
-            _converted(model, source, layers, Path(folder, str(number))) if layers else source
+            _converted(model, source, layers, Path(folder, f"{number}.safetensors"), ignore_unknown=ignore_unknown)
+            if layers
+            else [source]
             for number, (source, layers) in enumerate(zip(sources, strange, strict=True))
         ]
 
 
-def _converted(model: Model, source: Source, strange: Sequence[str], folder: Path) -> Source:
-    """The LoRA under the model's names; ValueError that names those that are not, and why there are no others."""
-    folder.mkdir()
-    made = folder / source.lora.path.name
+def _converted(
+    model: Model, source: Source, strange: Sequence[str], made: Path, *, ignore_unknown: bool
+) -> Sequence[Source]:
+    """A LoRA's layers that have the model's names, and the others converted; ValueError that says why they cannot be.
+
+    ignore_unknown: those that the model does not have stay as they are.
+    """
+    lora, others = source.lora, source.lora.of(strange)
     try:
-        convert(source.lora.path, made, model.path, "comfyui")
+        denoiser = denoiser_for(others, model.path)
+    except ValueError as error:  # not of a kind that other names are known of
+        if ignore_unknown:
+            return [source]
+        raise _unfit(model, lora, strange, error) from error
+    try:
+        fitted = Fitted.of(others, denoiser, ignore_unknown=ignore_unknown)
+        if not fitted.num_adapters:
+            return [source]
+        fitted.write(made, "comfyui")
     except ValueError as error:
-        raise ValueError(
-            f"{source.lora.path} does not fit {model.path}: {len(strange)} of its {len(source.lora.layers)} layers "
-            f"have names that the model has not, such as {strange[0]}, and it cannot be converted: {error}"
-        ) from error
-    return Source(LoRAFile.opened(made), source.weight)
+        raise _unfit(model, lora, strange, error) from error
+    kept = lora.of(lora.layers.keys() - fitted.lora.layers.keys())
+    return [Source(kept, source.weight), Source(LoRAFile.opened(made, lora.path), source.weight)]
+
+
+def _unfit(model: Model, lora: LoRAFile, strange: Sequence[str], error: ValueError) -> ValueError:
+    return ValueError(
+        f"{lora.path} does not fit {model.path}: {len(strange)} of its {len(lora.layers)} layers "
+        f"have names that the model has not, such as {strange[0]}, and it cannot be converted: {error}"
+    )
 
 
 def _refuse_folder(output: Path, *, overwrite: bool) -> None:
@@ -119,45 +153,55 @@ def _refuse_folder(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"output must be a diffusers folder to be written over, got {output}")
 
 
-def _planned(model: Model, sources: Sequence[Source]) -> Plan:
+def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknown: bool) -> Plan:
     """Who changes which module; ValueError that lists what fits none, or not all of it."""
-    plan: dict[Place, list[_Share]] = {}
-    for source in sources:
+    plan: dict[Place, dict[int, _Share]] = {}
+    for number, parts in enumerate(sources):
         misfits: list[str] = []
-        for layer in source.lora.layers:
+        unknown: list[str] = []
+        for source, layer in ((part, layer) for part in parts for layer in part.lora.layers):
+            placed = _places(model, source, layer)
+            if not placed:
+                unknown.append(layer)
+                continue
             try:
-                for place, parts in _placed(model, source, layer):
-                    share = _Share(source, layer, parts)
-                    if any(other.source is source for other in plan.get(place, [])):
+                for place, own in _cut(model, placed, source.lora.layers[layer]):
+                    share = _Share(source, layer, own)
+                    if number in plan.setdefault(place, {}):
                         raise ValueError("another name means the same layer")
                     _check(model, place, share)
-                    plan.setdefault(place, []).append(share)
+                    plan[place][number] = share
             except (ValueError, RuntimeError) as error:
                 misfits.append(f"{layer}: {error}")
-        if misfits or not source.lora.layers:
-            more = f"; and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
+        if unknown and ignore_unknown and any(number in shares for shares in plan.values()):
+            warn_of_left_out(unknown)
+        else:
+            misfits += [f"{layer}: the model has no such layer" for layer in unknown]
+        lora, num_layers = parts[0].lora, sum(len(source.lora.layers) for source in parts)
+        if misfits or not num_layers:
             raise ValueError(
-                f"{source.lora.path} does not fit {model.path}: {len(misfits)} of its {len(source.lora.layers)} layers "
-                f"do not, and it looks like one for {source.lora.family}: {'; '.join(misfits[:MAX_LISTED])}{more}"
+                f"{lora.path} does not fit {model.path}: {len(misfits)} of its {num_layers} layers do not, and it "
+                f"looks like one for {lora.family}: {listed(misfits)}"
             )
     return plan
 
 
-def _placed(model: Model, source: Source, layer: str) -> list[tuple[Place, Parts]]:
-    """The modules that a LoRA's layer means, each with its parts; ValueError where there are none or it cannot be cut.
+def _places(model: Model, source: Source, layer: str) -> Place | Whole | None:
+    """The module that a LoRA's layer means, or those that it is in the original code; None where there are none.
 
     Of a file for one net of several, those of that net.
     """
-    parts, stated = source.lora.layers[layer], source.lora.metadata.get(NET)
+    stated = source.lora.metadata.get(NET)
     net = stated if model.has(stated) else None
-    place = model.place(layer, net)
-    if place is not None:
-        return [(place, parts)]
-    whole = model.whole(layer, net)
-    if whole is None:
-        raise ValueError("the model has no such layer")
-    members = [Member(Weighted(torch.zeros(1).expand(model.shape(place)))) for place in whole.places]
-    cut = zip(whole.places, parted(parts, members, swapped=whole.swapped), strict=True)
+    return model.place(layer, net) or model.whole(layer, net)
+
+
+def _cut(model: Model, found: Place | Whole, parts: Parts) -> list[tuple[Place, Parts]]:
+    """The modules that a layer means, each with its parts; ValueError where it cannot be cut."""
+    if isinstance(found, Place):
+        return [(found, parts)]
+    members = [Member(Weighted(torch.zeros(1).expand(model.shape(place)))) for place in found.places]
+    cut = zip(found.places, parted(parts, members, swapped=found.swapped), strict=True)
     return [(place, own) for place, own in cut if own]
 
 
@@ -169,8 +213,8 @@ def _check(model: Model, place: Place, share: _Share) -> None:
         if not headers and (not part or part in parts):
             raise ValueError(f"{part or 'the adapter'} has no place: the layer has no {parameter}")
         for header in headers:
-            key = f"{place.stem}.{parameter}"
-            shape = header.shapes[key]
+            key = place.key(parameter)
+            shape = model.shape(place, parameter)
             if not header.dtypes[key].startswith(("F", "BF")):
                 raise ValueError(f"the model's {parameter} must hold floating-point numbers, got {header.dtypes[key]}")
             if part:
@@ -211,45 +255,55 @@ def _merged(place: Place, parameter: str, tensor: Tensor, shares: Sequence[_Shar
             raise ValueError(f"{share.source.lora.path}: {share.layer}: {error}") from error
     merged = value.to(tensor.dtype)
     if not merged.float().isfinite().all():
-        raise ValueError(f"{place.stem}.{parameter} must be finite to be saved, got NaN or infinity")
+        raise ValueError(f"{place.key(parameter)} must be finite to be saved, got NaN or infinity")
     return merged
 
 
-def _changed(part: str, header: Header, plan: Plan) -> set[str]:
-    """The names of the tensors of a file that a plan changes."""
-    found = set()
-    for key in header.shapes:
-        parameter = key.rpartition(".")[2]
-        for share in plan.get(place_of(part, key), ()):
-            is_offset = any(name == parameter and offset in share.parts for offset, name in OFFSETS.items())
-            if is_offset or (parameter == "weight" and share.trained):
-                found.add(key)
-    return found
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of a model's files, one after another."""
+
+    sources: Sequence[Source]
+    plan: Plan
+    changed: set[str] = field(default_factory=set)  # the tensors that hold other bits than before, so far
+
+    def concerned(self, part: str, key: str) -> list[tuple[Place, str]]:
+        """The modules in a tensor, each with its parameter there, that the plan is to change."""
+        return [
+            (place, parameter)
+            for place, parameter in held_in(part, key)
+            if any(share.touches(parameter) for share in self.plan.get(place, {}).values())
+        ]
+
+    def pieces(self, part: str, header: Header, shown: Shown) -> Iterator[bytes | memoryview]:
+        """A file of the model with the LoRAs in it, its other tensors as they are, in the order in which they lie."""
+        order = sorted(header.places, key=lambda key: header.places[key])
+        entries = [(key, header.dtypes[key], header.shapes[key], header.num_bytes(key)) for key in order]
+        what = f"merge into the model of {', '.join(map(str, self.sources))}"
+        yield header_bytes(entries, derived(header.metadata, what))
+        with TensorFile(header) as file:
+            for key in shown(order):
+                if concerned := self.concerned(part, key):
+                    before = file.tensor(key)
+                    after = self._merged(before, concerned)
+                    if not torch.equal(*(one.contiguous().view(-1).view(torch.uint8) for one in (before, after))):
+                        self.changed.add(f"{part} {key}")
+                    yield bytes_of(after)
+                else:
+                    yield from file.pieces(key)
+
+    def _merged(self, tensor: Tensor, concerned: Sequence[tuple[Place, str]]) -> Tensor:
+        merged = tensor.clone()
+        for place, parameter in concerned:
+            shares = list(self.plan[place].values())
+            place.within(merged).copy_(_merged(place, parameter, place.within(tensor), shares))
+        return merged
 
 
-def _pieces(
-    part: str, header: Header, plan: Plan, sources: Sequence[Source], shown: Shown
-) -> Iterator[bytes | memoryview]:
-    """A file of the model with what a plan changes, its other tensors as they are, in the order in which they lie."""
-    changed = _changed(part, header, plan)
-    order = sorted(header.places, key=lambda key: header.places[key])
-    entries = [(key, header.dtypes[key], header.shapes[key], header.num_bytes(key)) for key in order]
-    what = f"merge into the model of {', '.join(map(str, sources))}"
-    yield header_bytes(entries, derived(header.metadata, what))
-    with TensorFile(header) as file:
-        for key in shown(order):
-            if key in changed:
-                place, parameter = place_of(part, key), key.rpartition(".")[2]
-                yield bytes_of(_merged(place, parameter, file.tensor(key), plan[place]))
-            else:
-                yield from file.pieces(key)
-
-
-def _write_folder(model: Model, plan: Plan, sources: Sequence[Source], output: Path, shown: Shown) -> int:
+def _write_folder(model: Model, merge: Merge, output: Path, shown: Shown) -> None:
     """The whole folder beside, then under its name."""
     made = output.with_name(f".{output.name}.{os.getpid()}{PARTIAL}")
     weights = {header.path: (part, header) for part, header in model.files}
-    num_changed = 0
     try:
         for source in sorted(path for path in model.path.rglob("*") if path.is_file()):
             target = made / source.relative_to(model.path)
@@ -257,9 +311,10 @@ def _write_folder(model: Model, plan: Plan, sources: Sequence[Source], output: P
                 target.parent.mkdir(parents=True, exist_ok=True)
             if source.suffix.lower() in PICKLES:
                 log.warning("%s is left out: a pickle is neither read nor merged into", source)
-            elif source in weights and (changed := _changed(*weights[source], plan)):
-                num_changed += len(changed)
-                write_pieces(target, _pieces(*weights[source], plan, sources, shown))
+            elif source in weights and any(
+                merge.concerned(weights[source][0], key) for key in weights[source][1].shapes
+            ):
+                write_pieces(target, merge.pieces(*weights[source], shown))
             else:
                 with errors_name(target):
                     shutil.copyfile(source, target)
@@ -267,7 +322,6 @@ def _write_folder(model: Model, plan: Plan, sources: Sequence[Source], output: P
             _put(made, output)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return num_changed
 
 
 def _put(made: Path, output: Path) -> None:

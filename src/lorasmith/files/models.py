@@ -1,14 +1,15 @@
 """The weights of a model on disk, and which of them a LoRA's layer means: by names alone, nothing is loaded."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from lorasmith.families.ldm_sizes import UNET, unet_config
 from lorasmith.families.sdxl_file import sdxl_unet_config
@@ -17,17 +18,13 @@ from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
 from lorasmith.looks import is_lora, model_family
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
+from lorasmith.text_names import TextLayer, text_layer
 
 BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
-ENCODERS = {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",), "text_encoder_3": ("te3",)}
-"""{part: what kohya calls it}."""
-IN_ONE_FILE = {
-    UNET: "unet", "cond_stage_model.": "text_encoder", "conditioner.embedders.0.": "text_encoder",
-    "conditioner.embedders.1.": "text_encoder_2", "first_stage_model.": "vae", "vae.": "vae",
-    "text_encoders.": "text_encoder", "model_ema.": "ema",
-}  # fmt: skip
-"""{how names begin in a single file: the part}; what begins otherwise is the denoising net's."""
-TRANSFORMER = re.compile(r"^(transformer|model)\.(?=text_model\.)")
+PARTS_OF_TEXTS = {"1": "text_encoder", "2": "text_encoder_2", "3": "text_encoder_3", "t5": "text_encoder_3", "": ""}
+"""{the number of a text encoder in a single file: the part}."""
+IN_ONE_FILE = {UNET: "unet", "first_stage_model.": "vae", "vae.": "vae", "model_ema.": "ema"}
+"""{how names begin in a single file: the part}; what begins otherwise is a text encoder's or the denoising net's."""
 
 
 class Place(NamedTuple):
@@ -35,6 +32,19 @@ class Place(NamedTuple):
 
     part: str  # a folder of a diffusers model; of a single file what the name begins with says
     stem: str  # the name of its tensors without `.weight` or `.bias`
+    text: TextLayer | None = None  # what it is of a text encoder
+    third: int | None = None  # of OpenCLIP's in_proj_weight and in_proj_bias, where these hold the module
+    is_transposed: bool = False  # the stem is the whole name of the weight: OpenCLIP's text_projection
+
+    def key(self, parameter: str) -> str:
+        """The name of the tensor that holds a parameter."""
+        if self.is_transposed:
+            return self.stem
+        return f"{self.stem}.{parameter}" if self.third is None else f"{self.stem}.in_proj_{parameter}"
+
+    def within(self, tensor: Tensor) -> Tensor:
+        """The tensor of that name -> the view of it that is the module's parameter."""
+        return tensor.T if self.is_transposed else tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
 class Whole(NamedTuple):
@@ -63,17 +73,19 @@ class Model:
         files = _folder(path) if path.is_dir() else [("", _single(path))]
         originals = _originals(path, files)
         known: dict[str, set[Place]] = {}
-        for part, header in files:
-            for place in {place_of(part, key) for key in header.shapes}:
-                for alias in _aliases(place, originals):
-                    known.setdefault(normal(alias), set()).add(place)
         wholes: dict[str, set[Whole]] = {}
+        places = {place for part, header in files for key in header.shapes for place, _ in held_in(part, key)}
+        for place in places:
+            for alias in _aliases(place, originals):
+                known.setdefault(alias, set()).add(place)
+        for name, whole in _in_projs(places):
+            wholes.setdefault(name, set()).add(whole)
         for part, layer in _layers_of_transformers(path, files):
-            places = tuple(Place(part, stem) for stem in layer.paths)
-            if len(places) == 1 and not layer.swapped:
-                known.setdefault(normal(layer.name), set()).add(places[0])
+            members = tuple(Place(part, stem) for stem in layer.paths)
+            if len(members) == 1 and not layer.swapped:
+                known.setdefault(normal(layer.name), set()).add(members[0])
             else:
-                wholes.setdefault(normal(layer.name), set()).add(Whole(places, layer.swapped))
+                wholes.setdefault(normal(layer.name), set()).add(Whole(members, layer.swapped))
         return cls(path, files, originals, _frozen(known), _frozen(wholes))
 
     def place(self, layer: str, part: str | None = None) -> Place | None:
@@ -91,26 +103,36 @@ class Model:
     def headers(self, place: Place, parameter: str) -> Iterator[Header]:
         """The files with a parameter of a module: several where a folder holds variants."""
         for part, header in self.files:
-            key = f"{place.stem}.{parameter}"
-            if key in header.shapes and place_of(part, key) == place:
+            key = place.key(parameter)
+            if key in header.shapes and (place, parameter) in held_in(part, key):
                 yield header
 
-    def shape(self, place: Place) -> tuple[int, ...]:
-        """Of the module's weight."""
-        return next(self.headers(place, "weight")).shapes[f"{place.stem}.weight"]
+    def shape(self, place: Place, parameter: str = "weight") -> tuple[int, ...]:
+        """Of a module's parameter."""
+        whole = next(self.headers(place, parameter)).shapes[place.key(parameter)]
+        return tuple(place.within(torch.empty(whole, device="meta")).shape)
 
     def lora_name(self, place: Place) -> str:
         """What a LoRA calls the module: kohya of UNets and text encoders, else diffusers or the original code."""
+        if place.text is not None:
+            return self._text_name(place, place.text)
         stem = _below(place.stem)
         if place.part == "unet":
             return normal(f"lora_unet.{self.originals.get(stem, stem) if self.path.is_file() else stem}")
-        if place.part in ENCODERS:
-            numbered = any(part == "text_encoder_2" for part, _ in self._parts())
-            return normal(f"lora_{ENCODERS[place.part][-1 if numbered else 0]}.{stem}")
         return f"{place.part}.{stem}" if place.part else f"diffusion_model.{stem}"
 
-    def _parts(self) -> Iterable[tuple[str, str]]:
-        return ((place_of(part, key).part, key) for part, header in self.files for key in header.shapes)
+    def _text_name(self, place: Place, text: TextLayer) -> str:
+        """T5 is the third wherever it is not alone."""
+        number = {"t5": "3", "": ""}.get(text.encoder, text.encoder) if len(self._text_parts) > 1 else ""
+        if text.encoder != "t5" and not text.is_clip:
+            return normal(f"lora_te{number}.{place.stem}")
+        level = "text_model_" if text.is_clip and text.module != "text_projection" else ""
+        return f"lora_te{number}_{level}{text.module}"
+
+    @cached_property
+    def _text_parts(self) -> set[str]:
+        held = (held_in(part, key) for part, header in self.files for key in header.shapes)
+        return {place.part for places in held for place, _ in places if place.text is not None}
 
 
 def _folder(path: Path) -> list[tuple[str, Header]]:
@@ -149,31 +171,55 @@ def _layers_of_transformers(path: Path, files: Sequence[tuple[str, Header]]) -> 
         except BROKEN:  # of a part that is no model of diffusers
             continue
         if kind in TRANSFORMERS:
-            stems = {place_of(part, key).stem for own, header in files if own == part for key in header.shapes}
+            stems = {key.rpartition(".")[0] for own, header in files if own == part for key in header.shapes}
             yield from ((part, layer) for layer in original_layers(kind, stems))
 
 
-def place_of(part: str, key: str) -> Place:
-    """Where a tensor belongs."""
-    found = part or next((name for start, name in IN_ONE_FILE.items() if key.startswith(start)), "")
-    return Place(found, key.rpartition(".")[0])
+def part_of(part: str, key: str) -> str:
+    """The part of a model that a tensor belongs to; part: its folder, "" in a single file."""
+    if part:
+        return part
+    text = text_layer(key)
+    return PARTS_OF_TEXTS[text.encoder] if text else next((n for s, n in IN_ONE_FILE.items() if key.startswith(s)), "")
+
+
+def held_in(part: str, key: str) -> list[tuple[Place, str]]:
+    """The modules that a tensor holds a parameter of, each with the parameter's name: one, or three of OpenCLIP's."""
+    stem, _, parameter = key.rpartition(".")
+    own = part_of(part, key)
+    text = text_layer(f"{part}.{stem}" if part else stem)
+    if text and parameter in ("in_proj_weight", "in_proj_bias"):
+        whole = text_layer(f"{part}.{stem}.in_proj" if part else f"{stem}.in_proj")
+        members = whole.members if whole else ()
+        name = parameter.removeprefix("in_proj_")
+        return [(Place(own, stem, member, third), name) for third, member in enumerate(members)]
+    if text and parameter == "text_projection":
+        return [(Place(own, key, text._replace(module=parameter), is_transposed=True), "weight")]
+    return [(Place(own, stem, text), parameter)]
 
 
 def _below(stem: str) -> str:
     """A stem without what a single file puts before the names of a part."""
-    start = next((start for start in IN_ONE_FILE if stem.startswith(start)), "")
-    return TRANSFORMER.sub("", stem[len(start) :])
+    return stem[len(next((start for start in IN_ONE_FILE if stem.startswith(start)), "")) :]
 
 
 def _aliases(place: Place, originals: Mapping[str, str]) -> set[str]:
-    """All that programs call a module, but for their prefixes."""
+    """All that programs call a module, but for their prefixes, as `spellings` has them."""
+    if place.text is not None:
+        return {str(place.text), str(place.text.of_any)}
     stem = _below(place.stem)
     names = {stem, originals.get(stem, stem)}
-    if place.part in ENCODERS:
-        names |= {stem if stem.startswith("text_model.") else f"text_model.{stem}"}
-        names |= {f"{te}.{name}" for te in (*ENCODERS[place.part], place.part) for name in names}
     names |= {name.replace("to_out.0", "to_out") for name in names}
-    return {place.stem, f"{place.part}.{place.stem}"} | names
+    return {normal(name) for name in (place.stem, f"{place.part}.{place.stem}", *names)}
+
+
+def _in_projs(places: Iterable[Place]) -> Iterator[tuple[str, Whole]]:
+    """OpenCLIP's layers of queries, keys and values, however the model names these."""
+    texts = {place.text: place for place in places if place.text is not None}
+    for whole in (text.whole for text in texts):
+        if whole and all(member in texts for member in whole.members):
+            found = Whole(tuple(texts[member] for member in whole.members), False)
+            yield from ((str(name), found) for name in (whole, whole.of_any))
 
 
 def _originals(path: Path, files: Sequence[tuple[str, Header]]) -> dict[str, str]:

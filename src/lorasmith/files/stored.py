@@ -3,7 +3,6 @@
 The layer's name says where they are: diffusers' name, or the original one, of which the layer may be some rows.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,14 +19,6 @@ from lorasmith.layouts import known_originals
 from lorasmith.targets import adaptable_layers
 from lorasmith.tensor_file import TensorFile
 from lorasmith.types import Denoiser
-
-OPEN_CLIP = {
-    "self_attn.q_proj": ("attn", "in_proj_weight", 0), "self_attn.k_proj": ("attn", "in_proj_weight", 1),
-    "self_attn.v_proj": ("attn", "in_proj_weight", 2), "self_attn.out_proj": ("attn.out_proj", "weight", 0),
-    "mlp.fc1": ("mlp.c_fc", "weight", 0), "mlp.fc2": ("mlp.c_proj", "weight", 0),
-}  # fmt: skip
-"""{a layer of CLIP in transformers: its module in OpenCLIP, the parameter there, and which of its parts it is}."""
-TEXT_LAYER = re.compile(r"text_encoder\w*\.(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
 
 
 def with_stored_weights(denoiser: Denoiser, path: Path | None) -> Denoiser:
@@ -48,10 +39,9 @@ def _none(layer: str) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Where a layer's weight may be: rows of a parameter of a module."""
+    """Where a layer's weight may be: rows of a module's."""
 
     module: str  # as a LoRA would name it
-    parameter: str
     begin: int = 0
     swapped: bool = False  # whether its halves come the other way round
 
@@ -70,7 +60,7 @@ class Stored:
     def weight(self, layer: str, module: nn.Module) -> Tensor:
         """A layer's weight; ValueError where it is not there, of another shape, or quantised."""
         shape = _shape(module)
-        for rows in self._places(layer, shape[0]):
+        for rows in self._places(layer):
             tensor = self._read(rows)
             if tensor is not None:
                 part = tensor[rows.begin : rows.begin + shape[0]]
@@ -81,29 +71,26 @@ class Stored:
                 return part.reshape(shape)
         raise ValueError(f"{self.path} must hold the weight of {layer}, whose lengths DoRA changes, but it does not")
 
-    def _places(self, layer: str, num_rows: int) -> Iterator[Rows]:
-        yield Rows(self.denoiser.file_key(layer), "weight")
-        if match := TEXT_LAYER.fullmatch(layer):
-            name, parameter, number = OPEN_CLIP[match[2]]
-            yield Rows(f"model.transformer.resblocks.{match[1]}.{name}", parameter, number * num_rows)
+    def _places(self, layer: str) -> Iterator[Rows]:
+        yield Rows(self.denoiser.file_key(layer))
         net, _, path = layer.partition(".")
         for original in known_originals(self.denoiser.nets[net]):
             if path in original.paths:
                 before = original.paths[: original.paths.index(path)]
                 begin = sum(_shape(self.denoiser.nets[net].get_submodule(member))[0] for member in before)
-                yield Rows(original.name, "weight", begin, original.swapped)
+                yield Rows(original.name, begin, original.swapped)
 
     def _read(self, rows: Rows) -> Tensor | None:
-        """The whole parameter, the widest where a folder holds variants."""
+        """The module's whole weight, the widest where a folder holds variants."""
         place = self.model.place(rows.module)
-        headers = [] if place is None else list(self.model.headers(place, rows.parameter))
+        headers = [] if place is None else list(self.model.headers(place, "weight"))
         if place is None or not headers:
             return None
-        key = f"{place.stem}.{rows.parameter}"
+        key = place.key("weight")
         header = max(headers, key=lambda header: header.num_bytes(key))
-        dtype = dtype_in(header, [other for other in header.shapes if other.startswith(f"{place.stem}.")])
+        dtype = dtype_in(header, [key, *(other for other in header.shapes if other.startswith(f"{place.stem}."))])
         with TensorFile(header) as file:
-            tensor = file.tensor(key).to(dtype)
+            tensor = place.within(file.tensor(key)).to(dtype)
         return torch.cat(tensor.chunk(2)[::-1]) if rows.swapped else tensor
 
 
