@@ -46,6 +46,7 @@ FLOORS = (
         "report",
         "norms_plot",
         "peft_config",
+        "plain_parts",
         "tucker",
         "comfyui_pack",
         "fused",

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.sd import StableDiffusion
-from lorasmith.layouts import DOWN, PREFIXES, SPELLINGS, UP, ModuleNames, by_layer, split
+from lorasmith.layouts import DOWN, DOWN_BIAS, PREFIXES, SPELLINGS, UP, UP_BIAS, ModuleNames, by_layer, split
 from lorasmith.ldm_names import ldm_names
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
 ENDINGS = [  # by rows of SPELLINGS: {how a key ends: the part it means}
+    {".lora_A.bias": DOWN_BIAS, ".lora_down.bias": DOWN_BIAS, ".lora_A.default.bias": DOWN_BIAS},
+    {".lora_B.bias": UP_BIAS, ".lora_up.bias": UP_BIAS, ".lora_B.default.bias": UP_BIAS},
     {".lora_A.weight": DOWN, ".lora_down.weight": DOWN, ".lora_A.default.weight": DOWN, ".lora_A": DOWN},
     {".lora_B.weight": UP, ".lora_up.weight": UP, ".lora_B.default.weight": UP, ".lora_up": UP},
     {"_lora.down.weight": DOWN, ".lora.down.weight": DOWN},
@@ -24,7 +26,8 @@ ENDINGS = [  # by rows of SPELLINGS: {how a key ends: the part it means}
     {f".lora_magnitude_vector{end}": "lora_magnitude_vector" for end in ("", ".weight", ".default.weight")},
     {".w_norm": "diff"},
     {".b_norm": "diff_b"},
-    {".lora_mid.weight": "lora_mid.weight", ".oft_R.weight": "oft_R.weight", ".lora_B.bias": "lora_B.bias"},
+    {"_lora.alpha": "alpha", ".lora.alpha": "alpha", ".lora_linear_layer.alpha": "alpha"},
+    {".lora_mid.weight": "lora_mid.weight", ".oft_R.weight": "oft_R.weight", ".a1.weight": "a1.weight"},
     {
         **{f".{part}": part for part in ("alpha", "diff", "diff_b", "dora_scale", "oft_blocks", "hada_w1_a")},
         **{f".{part}": part for part in ("hada_t1", "lokr_w1", "lokr_w2_b", "lokr_t2", "reshape_weight", "anything")},

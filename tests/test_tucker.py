@@ -69,7 +69,7 @@ def test_converted(tmp_path: Path, kind: Any) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("fault", ["another rank", "no kernel", "whole numbers", "8 bits", "no up"])
+@pytest.mark.parametrize("fault", ["another rank", "no kernel", "whole numbers", "no up"])
 def test_a_core_that_fits_nothing_is_refused(tmp_path: Path, kind: Any, fault: str) -> None:
     conv: Any = nn.Conv2d(24, 30, 3)
     state, _ = made(kind, conv)
@@ -81,9 +81,8 @@ def test_a_core_that_fits_nothing_is_refused(tmp_path: Path, kind: Any, fault: s
         state[core] = {
             "another rank": torch.ones(4, 3, 3, 3), "no kernel": torch.ones(2, 2),
             "whole numbers": torch.ones(2, 2, 3, 3, dtype=torch.int32),
-            "8 bits": torch.ones(2, 2, 3, 3).to(torch.float8_e4m3fn),
         }[fault]  # fmt: skip
     save_file({f"lora_unet_layer.{key}": tensor for key, tensor in state.items()}, tmp_path / "a.safetensors")
     ((_, parts),) = by_layer(lorafile.read(tmp_path / "a.safetensors")[0]).items()
-    with pytest.raises(ValueError, match=f"({CORE}).* cannot be trained here"):
+    with pytest.raises(ValueError, match=f"({CORE}).* (is|are) not read"):
         adapter_from_file(Layer.of("layer", conv), parts)

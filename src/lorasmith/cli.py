@@ -74,7 +74,8 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -
 @app.command
 def sample(
     prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
-    output: Path = Path("samples.png"), seed: int = 0, steps: int = 25, guidance: float = 5.0,
+    ignore_unknown: bool = False, output: Path = Path("samples.png"), seed: int = 0, steps: int = 25,
+    guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Draw prompts without and with a LoRA, into one labelled picture.
 
@@ -88,6 +89,8 @@ def sample(
         for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
     lora
         LoRA file; none: the model alone
+    ignore_unknown
+        leave out the LoRA's layers that the model does not have, instead of refusing the file
     output
         PNG file to write
     seed
@@ -102,7 +105,7 @@ def sample(
 
     values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
     named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
-    config = configured(_with_model({**named, "sampling": values}))
+    config = configured(_with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
     _prepare_terminal()
     draw_comparison(config, lora, output)
     print(output)

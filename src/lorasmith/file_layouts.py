@@ -204,6 +204,8 @@ def _lora_of_peft(parts: Parts) -> State:
     state = {A: parts[DOWN], B: _scaled(parts[UP], alpha_of(parts, rank) / rank)}
     if SCALE in parts:
         lengths = parts[SCALE]
+        if len(lengths) != len(parts[UP]):
+            raise ValueError(f"diffusers reads no {SCALE} of a number for each input: use another file_layout")
         state[VECTOR] = lengths.transpose(0, 1) if lengths.ndim > 2 else lengths.flatten()
     return state
 

@@ -14,11 +14,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import kind_of
+from lorasmith.adapters import kind_of, refuse_unread
 from lorasmith.adapters.base import loaded, row_squares
 from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.adapters.layer import alpha_of, fitting, size_of
-from lorasmith.adapters.oft import limited
+from lorasmith.adapters.oft import constraint_of, limited
 from lorasmith.kernels.decomposed import lengths_of
 from lorasmith.layouts import DOWN, OFFSETS, UP, ModuleNames, by_layer, split
 from lorasmith.types import Denoiser
@@ -81,9 +81,8 @@ def parted(parts: Parts, members: Sequence[Member], *, swapped: bool = False) ->
     rows = [member.rows for member in members]
     adapter = {part: tensor for part, tensor in parts.items() if part not in OFFSETS}
     kind = kind_of(adapter)
-    if adapter and (kind is None or not adapter.keys() <= kind.SUFFIXES):
-        unknown = sorted(adapter.keys() - (kind.SUFFIXES if kind else set()))
-        raise ValueError(f"{', '.join(unknown)} cannot be trained here")
+    if adapter:
+        refuse_unread(adapter, kind.SUFFIXES if kind else ())
     found = PARTED[kind.algorithm](adapter, members) if kind else [{} for _ in members]
     for part in OFFSETS.keys() & parts.keys():
         for own, piece in zip(found, _by_rows(parts, part, rows), strict=True):
@@ -123,6 +122,8 @@ def _join_pairs(members: Sequence[Member]) -> dict[str, Tensor]:
         dtype = next(m.parts[name].dtype for m in members if name in m.parts)
         whole[name] = torch.block_diag(*blocks).to(dtype)
         whole[other] = torch.cat([m.parts[other] for m in members if other in m.parts])
+    if any(SCALE in m.parts and len(m.parts[SCALE]) != m.rows for m in members):
+        raise ValueError(f"{SCALE} of a number for each input is of one layer, and cannot become one of several layers")
     if any(SCALE in m.parts for m in members):
         whole[SCALE] = torch.cat([m.parts[SCALE] if SCALE in m.parts else _own_lengths(m) for m in members])
     return whole
@@ -205,7 +206,7 @@ def _join_blocks(members: Sequence[Member]) -> dict[str, Tensor]:
                 f"{[m.rows for m in members]} outputs"
             )
         blocks.append(own)
-        constraints.append(alpha_of(member.parts, 0.0) if BLOCKS in member.parts else 0.0)
+        constraints.append(constraint_of(member.parts) if BLOCKS in member.parts else 0.0)
     return _within(blocks, constraints)
 
 
@@ -215,7 +216,7 @@ def _part_blocks(parts: Parts, members: Sequence[Member]) -> list[dict[str, Tens
     blocks = fitting(parts, BLOCKS, (sum(rows) // size, size, size))
     if sum(rows) % size or any(n % size for n in rows):
         raise ValueError(f"oft_blocks of {size} must fit into each of the layers of {list(rows)} outputs it is for")
-    alpha = max(0.0, alpha_of(parts, 0.0))
+    alpha = constraint_of(parts)
     whole = limited(blocks.float() - blocks.float().mT, alpha * sum(rows)).to(blocks.dtype) / 2 if alpha else blocks
     pieces = whole.split([n // size for n in rows])
     is_new = not any(piece.any() for piece in pieces)

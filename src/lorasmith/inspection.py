@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith import lorafile
 from lorasmith.adapters import ADAPTERS, kind_of
 from lorasmith.adapters.layer import alpha_of, size_of
-from lorasmith.adapters.oft import turn_of
+from lorasmith.adapters.oft import constraint_of, turn_of
 from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
@@ -95,7 +95,11 @@ def _lora(path: Path) -> Inspection:
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
     algorithms = Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts)))
-    num_bad = sum(not _is_finite(tensor) for tensor in state.values())
+    alphas = Counter(_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts and _is_scaled(parts))
+    num_bad = sum(
+        not _is_finite(tensor) for parts in layers.values() for part, tensor in parts.items()
+        if part != "alpha" or _is_scaled(parts)
+    )  # fmt: skip
     others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
     facts = [
         ("kind", "LoRA"),
@@ -103,7 +107,7 @@ def _lora(path: Path) -> Inspection:
         ("algorithm", _counted(algorithms)),
         ("layers", str(len(layers))),
         ("rank", _counted(Counter(rank for parts in layers.values() if (rank := _rank(parts))))),
-        ("alpha", _counted(Counter(_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts))),
+        ("alpha", _counted(alphas)),
         ("numbers", f"{sum(t.numel() for parts in layers.values() for p, t in parts.items() if p != 'alpha'):,}"),
         ("dtype", _counted(Counter(str(t.dtype).removeprefix("torch.") for k, t in state.items() if t.ndim))),
         ("steps", metadata.get("lorasmith.steps") or metadata.get("ss_steps") or "not stated"),
@@ -141,6 +145,11 @@ def _number(tensor: Tensor) -> str:
     if tensor.numel() != 1 or tensor.is_complex():
         return f"{tensor.numel()} numbers"
     return f"{float(tensor):g}"
+
+
+def _is_scaled(parts: Mapping[str, Tensor]) -> bool:
+    """Whether an alpha counts."""
+    return "oft_blocks" in parts or not parts.keys().isdisjoint(RANKED)
 
 
 def _rank(parts: Mapping[str, Tensor]) -> str | None:
@@ -221,7 +230,7 @@ def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
 
 def _oft_norm(parts: Mapping[str, Tensor]) -> float:
     blocks = parts["oft_blocks"]
-    return float(turn_of(blocks, max(0.0, alpha_of(parts, 0.0)) * blocks.shape[0] * blocks.shape[1]).norm())
+    return float(turn_of(blocks, constraint_of(parts) * blocks.shape[0] * blocks.shape[1]).norm())
 
 
 NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {

@@ -17,7 +17,10 @@ from lorasmith.text_names import text_layer
 from lorasmith.types import Aliased, Denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
+DOWN_BIAS, UP_BIAS = "lora_down.bias", "lora_up.bias"
 SPELLINGS = (
+    (r"\.lora_(A|down)(\.\w+)*\.bias", DOWN_BIAS),
+    (r"\.lora_(B|up)(\.\w+)*\.bias", UP_BIAS),
     (r"\.lora_(A|down)(\.(?!bias)\w+)*", DOWN),
     (r"\.lora_(B|up)(\.(?!bias)\w+)*", UP),
     (r"[._]lora\.down\.weight", DOWN),
@@ -27,7 +30,8 @@ SPELLINGS = (
     (r"\.lora_magnitude_vector(\.\w+)*", "lora_magnitude_vector"),
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
-    (r"\.(lora_mid\.weight|oft_R\.\w+|lora_[AB][.\w]*)", None),
+    (r"(\.lora_linear_layer|[._]lora)\.alpha", "alpha"),
+    (r"\.(lora_mid\.weight|oft_R\.\w+|[ab][12]\.weight)", None),
     (r"\.([^.]+)", None),
 )
 """How a key may end, and what that part of an adapter is called here, by kohya and LyCORIS; None: as it is spelt."""
@@ -37,16 +41,31 @@ RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b"
 """The parts that have as many rows as the rank."""
 OFFSETS = {"diff": "weight", "diff_b": "bias"}
 """The parts that are added to a parameter of the layer, and its name."""
+XLABS = re.compile(
+    r"((?:.*\.)?(?P<block>double|single)_blocks\.\d+)\.processor\.(?P<layer>\w+_lora[12]?)\.(?P<part>down|up)\.weight"
+)
+XLABS_LAYERS = {
+    ("double", "qkv_lora1"): "img_attn.qkv", ("double", "proj_lora1"): "img_attn.proj",
+    ("double", "qkv_lora2"): "txt_attn.qkv", ("double", "proj_lora2"): "txt_attn.proj",
+    ("single", "qkv_lora"): "linear1", ("single", "proj_lora"): "linear2",
+}  # fmt: skip
+"""{(kind of block, XLabs' name of a layer of Flux.1): the original code's}; of linear1 they adapt q, k and v alone."""
 PREFIXES = (
-    "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_", "lora_", "lycoris_", "unet_",
-    "transformer_", "model_diffusion_model_", "diffusion_model_",
+    "_orig_mod_", "pipe_dit_", "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_", "lora_",
+    "lycoris_", "unet_", "transformer_", "model_diffusion_model_", "diffusion_model_",
 )  # fmt: skip
 UNETS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {"UNet2DConditionModel": ldm_names}
 """{class of a diffusers net: its config -> {module path: the original checkpoint's}}."""
 
 
 def split(key: str) -> tuple[str, str]:
-    """A key -> the layer as the file calls it, and the part under kohya's or LyCORIS' name ("" where there is none)."""
+    """A key -> the layer as the file calls it, and the part under kohya's or LyCORIS' name ("" where there is none).
+
+    XLabs' layers are called by the original code's names.
+    """
+    own = XLABS.fullmatch(key)
+    if own and (own["block"], own["layer"]) in XLABS_LAYERS:
+        return f"{own[1]}.{XLABS_LAYERS[own['block'], own['layer']]}", DOWN if own["part"] == "down" else UP
     for ending, part in SPELLINGS:
         match = re.search(f"(?<=.){ending}$", key)
         if match:

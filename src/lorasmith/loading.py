@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
 from lorasmith.dora_scales import as_in_the_paper, warn_of_doubt
@@ -84,7 +83,7 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
         except ValueError as error:
             misfits.append(f"{key}: {error}")
     for path, adapter in adapters.items():
-        if isinstance(adapter, DoRAAdapter) and f"{path}.weight" in offsets:
+        if adapter.algorithm == "DoRA" and f"{path}.weight" in offsets:
             misfits.append(f"{path}: diff changes the weight that DoRA takes the lengths of, which cannot be trained")
     return Found(AdapterSet(adapters, offsets), misfits, unknown)
 
@@ -125,7 +124,7 @@ def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[
     for part in OFFSETS.keys() & parts.keys():
         parameter = dict(module.named_parameters(recurse=False)).get(OFFSETS[part])
         if parameter is None:
-            raise ValueError(f"{part} has no place: the layer has no {OFFSETS[part]}")
+            raise ValueError(f"a change of its {OFFSETS[part]} ({part}) has no place: the layer has no {OFFSETS[part]}")
         found[f"{path}.{OFFSETS[part]}"] = fitting(parts, part, tuple(parameter.shape))
     return found
 

@@ -55,7 +55,7 @@ MODEL_SIGNS = (
     (r"model\.diffusion_model\.input_blocks\.", "a UNet of the Stable Diffusion kind"),
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )
-LORA = re.compile(r"lora[._]|hada_w|lokr_w|oft_|dora_scale")
+LORA = re.compile(r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|\.[ab][12]\.weight$")
 UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")
 TEXT = re.compile(r"attn2_to_[kv]$")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lorasmith.digests import digest
 from lorasmith.header import Header, header_bytes
 from lorasmith.peft_config import with_alphas
+from lorasmith.plain_parts import in_float32, metadata_of, with_differences, with_whole_layers, without_idle_alphas
 from lorasmith.tucker import without_cores
 from lorasmith.types import Denoiser
 from lorasmith.whole import write_whole
@@ -56,12 +57,12 @@ def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """A file's tensors, with the alphas that PEFT keeps elsewhere and without cores (`tucker`), and metadata.
+    """A file's tensors as plain parts (`completed`), and its metadata.
 
     ValueError where it is not sound.
     """
     state, header = stored(path)
-    return completed(state, header), header.metadata
+    return completed(state, header), metadata_of(header)
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
@@ -75,8 +76,13 @@ def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
 
 
 def completed(state: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
-    """With the alphas that PEFT keeps elsewhere, and without cores; what stays as it is is the same object."""
-    return without_cores(with_alphas(state, header.metadata, header.path))
+    """A file's tensors as plain parts that every tool knows, times every scale that is kept elsewhere.
+
+    A tensor that stays as it is is the same object. ValueError where a scale or a bias does not fit.
+    """
+    plain = with_whole_layers(in_float32(state, header))
+    scaled = with_differences(without_cores(with_alphas(plain, header.metadata, header.path)))
+    return without_idle_alphas(scaled, header)
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:

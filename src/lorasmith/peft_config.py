@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 HEADER = "lora_adapter_metadata"  # diffusers' key in a file's metadata
 BROKEN = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-CONFIG = "adapter_config.json"  # PEFT's file beside adapter_model.safetensors
+CONFIG = "adapter_config.json"  # PEFT's file beside a LoRA
+OWNERS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+"""The names that PEFT and diffusers give the LoRA that it is of; where neither is there, it is of any file beside."""
+WRAPPER = "base_model.model."  # what PEFT's files have before a module's name, and its patterns have not
 
 
 def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
@@ -47,18 +50,19 @@ def _scaled(
     """What the configurations add or change, and how many layers with a rank nothing says the alpha of."""
     scaled, silent = {}, 0
     for layer, parts in layers.items():
-        config = configs.get(layer.partition(".")[0], configs.get(""))
+        net, _, module = layer.partition(".")
+        config, name = (configs[net], module) if net in configs else (configs.get(""), layer.removeprefix(WRAPPER))
         ranks = [len(parts[part]) for part in RANKED if part in parts and parts[part].ndim]
         if "alpha" in parts:
             continue
         if config is None:
             silent += bool(ranks)
         elif ranks:
-            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, layer, ranks[0]), dtype=torch.float32)
+            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, name, ranks[0]), dtype=torch.float32)
         elif "lokr_w1" in parts:
             # PEFT scales whole factors too, which every other reader uses as they are.
-            rank = config.get("r", 1)
-            scaled[f"{layer}.lokr_w1"] = parts["lokr_w1"] * (_alpha(config, layer, rank) / rank)
+            rank = _by_pattern(config, "rank_pattern", name, config.get("r", 1))
+            scaled[f"{layer}.lokr_w1"] = parts["lokr_w1"] * (_alpha(config, name, rank) / rank)
     return scaled, silent
 
 
@@ -74,7 +78,8 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any
     beside = path.with_name(CONFIG)
     if HEADER in metadata:
         return _unpacked(json.loads(metadata[HEADER]))
-    if beside.is_file() and path.name == "adapter_model.safetensors":
+    is_its = path.name in OWNERS or not any(path.with_name(name).exists() for name in OWNERS)
+    if is_its and beside.is_file():
         return {"": {**json.loads(beside.read_text(encoding="utf-8"))}}
     return {}
 
@@ -88,9 +93,13 @@ def _unpacked(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha as everyone else reads it: the update is scaled by alpha / rank."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = config.get("lora_alpha", config.get("alpha", rank))
-    alpha = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), alpha)
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha", rank)))
     return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+    """What a field says of a module, by the first pattern that its name ends with."""
+    patterns: Mapping[str, Any] = config.get(field) or {}
+    return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lorasmith.adapters.dora import DoRA, DoRAAdapter
+from lorasmith.adapters.dora_inputs import InputDoRAAdapter, is_over_inputs
 from lorasmith.adapters.layer import Adapter, Layer
 from lorasmith.adapters.loha import LoHa, LoHaAdapter
 from lorasmith.adapters.lokr import LoKr, LoKrAdapter
@@ -21,6 +22,31 @@ Kind = type[LoRAAdapter | LoHaAdapter | LoKrAdapter | OFTAdapter | DoRAAdapter]
 ADAPTERS: tuple[Kind, ...] = (LoRAAdapter, LoHaAdapter, LoKrAdapter, OFTAdapter, DoRAAdapter)
 
 
+UNREAD = {
+    "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
+    "on_input": "of (IA)^3",
+    "oft_R.weight": "of PEFT's OFT, which turns inputs",
+    "oft_diag": "of an OFT whose blocks are the rotations themselves",
+    "rescale": "of an OFT that scales too",
+    "scalar": "a factor of LyCORIS that its own files have multiplied in",
+    "lora_embedding_A": "of a table of embeddings", "lora_embedding_B": "of a table of embeddings",
+    "set_weight": "which replaces the layer's weight",
+    "reshape_weight": "which gives the layer's weight another shape",
+    "weight": "a whole weight, no change of one", "bias": "a whole bias, no change of one",
+    "scale": "a whole weight, no change of one",
+    "diff_m": "a change of a block's modulation, which is no layer's weight",
+    "lora_down.bias": "a bias beside dora_scale", "lora_up.bias": "a bias beside dora_scale",
+}  # fmt: skip
+"""{a part that other programs write and that is not read: what it is}."""
+
+
+def refuse_unread(parts: Collection[str], known: Collection[str]) -> None:
+    """ValueError that names the parts of a layer beyond those that are known, and what they are; or where none is."""
+    left = [f"{part} ({UNREAD[part]})" if part in UNREAD else part for part in sorted(set(parts) - set(known))]
+    if left or not parts:
+        raise ValueError(f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not read")
+
+
 def kind_of(parts: Collection[str]) -> Kind | None:
     """The kind of adapter that has parts of these names in a file; a LoRA with lengths is a DoRA."""
     kind = next((kind for kind in ADAPTERS if not kind.MARKS.isdisjoint(parts)), None)
@@ -33,7 +59,8 @@ def adapter_from_file(layer: Layer, tensors: Mapping[str, Tensor], base: nn.Modu
     base: the layer's module, which DoRA needs.
     """
     kind = kind_of(tensors)
-    left = sorted(tensors.keys() - (kind.SUFFIXES if kind else set()))
-    if kind is None or left:
-        raise ValueError(f"{', '.join(left)} cannot be trained here")
+    refuse_unread(tensors, kind.SUFFIXES if kind else ())
+    assert kind is not None
+    if kind is DoRAAdapter and is_over_inputs(layer, tensors):
+        return InputDoRAAdapter.from_file(layer, tensors, base)
     return kind.from_file(layer, tensors, base)

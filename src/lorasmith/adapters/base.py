@@ -53,6 +53,19 @@ def row_squares(base: nn.Module) -> Tensor:
     return lengths.square().clamp(min=SMALLEST).cpu()
 
 
+def column_lengths(base: nn.Module, delta: Tensor | None = None) -> Tensor:
+    """The lengths [n_in / g] of the columns of a layer's weight plus delta, 1e-15 at least, in float32 or wider.
+
+    Of a weight that is absent the least, as in `row_squares`.
+    """
+    if isinstance(base.weight, Absent):
+        return torch.full(base.weight.shape[1:2], SMALLEST, dtype=torch.float32).sqrt()
+    weight = _weight(base, torch.float32)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    changed = weight if delta is None else weight + delta.to(weight.device)
+    return torch.linalg.vector_norm(changed, dim=(0, *range(2, weight.ndim))).clamp(min=SMALLEST**0.5)
+
+
 def row_products(base: nn.Module, rows: Tensor) -> Tensor:
     """rows [r, n_in] or [r, n_in / g, k…] -> their products with each of a layer's rows [r, n_out], in its dtype."""
     rows = rows.detach()

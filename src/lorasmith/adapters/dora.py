@@ -113,7 +113,7 @@ class DoRAAdapter(nn.Module):
 
 
 def _magnitudes(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A file's m [n_out]; ValueError where it has none, two, or one for each input."""
+    """A file's m [n_out]; ValueError where it has none, or two."""
     if SCALE in tensors and VECTOR in tensors:
         raise ValueError(f"{SCALE} must not stand beside {VECTOR}")
     ones = (1,) * len(layer.kernel)
@@ -121,10 +121,5 @@ def _magnitudes(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
         return fitting(tensors, VECTOR, (1, layer.n_out, *ones) if ones else (layer.n_out,)).flatten()
     shape = (layer.n_out, 1, *ones)
     found = tuple(tensors[SCALE].shape) if SCALE in tensors else shape
-    if found == (1, layer.weight_shape[1], *ones) != shape:
-        raise ValueError(
-            f"{SCALE} must hold a number for each of {layer.n_out} outputs, got {list(found)}, one for each input: "
-            "that kind of DoRA cannot be trained here"
-        )
     is_matrix = found == shape[:2] and math.prod(layer.kernel) == 1  # as factors of such convolutions may be
     return fitting(tensors, SCALE, found if is_matrix else shape).flatten()

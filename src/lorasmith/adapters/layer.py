@@ -136,9 +136,17 @@ def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) ->
     return {**plain, "alpha": torch.tensor(alpha, dtype=torch.float32)}
 
 
-def alpha_of(tensors: Mapping[str, Tensor], default: float) -> float:
-    """A file's alpha; without one, the default; ValueError where it is not one finite number."""
+def alpha_of(tensors: Mapping[str, Tensor], default: float, *, also: float | None = None) -> float:
+    """A file's alpha; without one, the default; ValueError where it is not one finite number (or `also`)."""
     alpha = tensors.get("alpha", torch.tensor(default, dtype=torch.float32))
-    if alpha.numel() != 1 or alpha.is_complex() or not alpha.float().isfinite().all():
+    if alpha.numel() != 1 or alpha.is_complex() or not (math.isfinite(float(alpha)) or float(alpha) == also):
         raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
     return float(alpha)
+
+
+def idle_alpha(tensors: Mapping[str, Tensor]) -> float:
+    """A file's alpha where it scales nothing, so that its value does not matter; 1 where it is no finite number."""
+    try:
+        return alpha_of(tensors, 1.0)
+    except ValueError:
+        return 1.0

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, idle_alpha, size_of
 from lorasmith.adapters.lora import Alpha, Rank
 from lorasmith.component import Component
 from lorasmith.draws import kaiming
@@ -102,7 +102,8 @@ class LoKrAdapter(nn.Module):
             raise ValueError(
                 f"lokr_w1 and lokr_w2 must make a weight of {list(layer.weight_shape[:2])}, got {list(product)}"
             )
-        return cls(layer, factors, alpha_of(tensors, _rank(factors) or 1))
+        rank = _rank(factors)
+        return cls(layer, factors, alpha_of(tensors, rank) if rank else idle_alpha(tensors))
 
     @property
     def alpha(self) -> float | None:

@@ -50,7 +50,7 @@ class LoRAAdapter(nn.Module):
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
         self.alpha = alpha
-        self.operation, self.build = _way(layer, len(down))
+        self.operation, self.build = way(layer, len(down))
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoRAAdapter":
@@ -99,7 +99,7 @@ def read_factors(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, T
     return down, fitting(stored, "lora_up.weight", _up_shape(layer, rank))
 
 
-def _way(layer: Layer, rank: int) -> tuple[Operation, Build]:
+def way(layer: Layer, rank: int) -> tuple[Operation, Build]:
     """How the layer's delta is multiplied by: in the fewest multiplications for its shape."""
     if layer.is_cheaper_in_two(rank):
         return LowRankLinear() if layer.conv is None else LowRankConv(layer.conv), as_they_are

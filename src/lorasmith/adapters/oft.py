@@ -4,6 +4,7 @@ n blocks of s outputs each; R = (I + Q)(I - Q)^-1 with Q = B - B^T (Cayley's tra
 W becomes R^T times it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -66,11 +67,13 @@ class OFTAdapter(nn.Module):
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "OFTAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer."""
+        if tensors["oft_blocks"].ndim == 4:
+            raise ValueError("oft_blocks of 4 axes are of BOFT, which is not read")
         size = max(1, size_of(tensors, "oft_blocks", -1))
         blocks = fitting(tensors, "oft_blocks", (layer.n_out // size, size, size))
         if len(blocks) * size != layer.n_out:
             raise ValueError(f"oft_blocks must make {layer.n_out} outputs, got {list(blocks.shape)}")
-        return cls(layer, blocks, max(0.0, alpha_of(tensors, 0.0)))  # none below 0, as in LyCORIS
+        return cls(layer, blocks, constraint_of(tensors))
 
     @property
     def rank(self) -> int:
@@ -105,6 +108,12 @@ class OFTAdapter(nn.Module):
     @property
     def _limit(self) -> float:
         return self.constraint * self.layer.n_out
+
+
+def constraint_of(tensors: Mapping[str, Tensor]) -> float:
+    """A file's limit of Q; 0, where it is infinite or, as in LyCORIS, below 0, for none."""
+    alpha = alpha_of(tensors, 0.0, also=math.inf)
+    return max(0.0, alpha) if math.isfinite(alpha) else 0.0
 
 
 def turn_of(blocks: Tensor, limit: float) -> Tensor:

@@ -11,13 +11,14 @@ from typing import Any, cast
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import kind_of
+from lorasmith.adapters import kind_of, refuse_unread
 from lorasmith.adapters.layer import Layer, alpha_of, fitting
 from lorasmith.header import Header
 from lorasmith.kernels.convolution import ConvShape
 from lorasmith.layouts import DOWN, OFFSETS, UP, by_layer
 from lorasmith.looks import is_lora, lora_family, model_family
 from lorasmith.lorafile import DTYPE_NAMES
+from lorasmith.plain_parts import metadata_of, scaled_by
 from lorasmith.tensor_file import TensorFile
 
 Parts = Mapping[str, Tensor]
@@ -35,7 +36,7 @@ class LoRAFile:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        return self.header.metadata
+        return metadata_of(self.header)
 
     @classmethod
     def opened(cls, path: Path, called: Path | None = None) -> "LoRAFile":
@@ -68,9 +69,10 @@ class LoRAFile:
         """ValueError that names parts that no algorithm knows beside the others of its layer, or of a strange dtype."""
         for layer, parts in self.layers.items():
             kind = kind_of(parts)
-            left = sorted(parts.keys() - (kind.SUFFIXES if kind else {"alpha"}) - OFFSETS.keys())
-            if left:
-                raise ValueError(f"{self.path}: {layer} must hold known parts alone, got {', '.join(left)}")
+            try:
+                refuse_unread(parts, {*(kind.SUFFIXES if kind else ()), *OFFSETS})
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {layer}: {error}") from error
             odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]
             if odd:
                 raise ValueError(f"{self.path}: {layer} must be of float64, 32 or 16 or bfloat16, got {', '.join(odd)}")
@@ -115,8 +117,10 @@ def read_factors(parts: Parts) -> tuple[Tensor, Tensor, float]:
 
 
 def _keys_by_layer(header: Header) -> dict[str, dict[str, str]]:
-    """{layer: {part: the file's own key}}."""
-    return cast(Any, by_layer(cast(Any, {key: key for key in header.shapes})))
+    """{layer: {part: the file's own key}}, but for keys that name their layer in another way than it is called here."""
+    own = {key: key for key in header.shapes if scaled_by(key, header.shapes) is None}
+    keys: dict[str, dict[str, str]] = cast(Any, by_layer(cast(Any, own)))
+    return {layer: {p: key for p, key in parts.items() if key.startswith(layer)} for layer, parts in keys.items()}
 
 
 def layer_of(n_out: int, n_in: int, kernel: tuple[int, ...]) -> Layer:

@@ -60,9 +60,9 @@ def _resized(lora: LoRAFile, layer: str, cut: Cut, losses: Losses) -> Iterator[N
         parts[UP], parts[DOWN], rank = _smaller(before_up, before_down, cut)
         before = before_up.flatten(1).double(), before_down.flatten(1).double() * scale
         factor = scale * len(before_down) / rank  # the file's alpha over the new rank
-        if "alpha" not in lora.keys[layer] and "alpha" in parts:  # PEFT's, which the metadata no longer state
+        if "alpha" not in lora.keys[layer]:  # none, or PEFT's, which the metadata no longer state
             parts[UP], factor = (parts[UP].double() * factor).to(before_up.dtype), 1.0
-            del parts["alpha"]
+            parts.pop("alpha", None)
         after = parts[UP].flatten(1).double(), parts[DOWN].flatten(1).double() * factor
         losses.add(layer, rank, *squared_error(before, after))
     for part, tensor in sorted(parts.items()):
