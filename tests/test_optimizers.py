@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from lorasmith.contract import train_lora
 from lorasmith.devices import has_bf16
@@ -110,6 +111,27 @@ def test_schedules() -> None:
     cosine = [Cosine().factor(s, 100) for s in range(100)]
     assert cosine[50] == pytest.approx(0.5) and cosine[0] == 1 and cosine == sorted(cosine, reverse=True)
     assert [Constant(warmup=3).factor(s, 9) for s in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [(Linear(warmup=10), "linear"), (Cosine(warmup=10), "cosine"), (Constant(warmup=10), "constant_with_warmup")],
+)
+def test_schedules_fall_from_the_end_of_the_warmup_on_as_transformers_do(schedule: Any, name: str) -> None:
+    """transformers' warm-up begins with a rate of 0, ours does not; behind it they agree."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=50)
+    for step in range(50):
+        if step >= 10:
+            assert schedule.factor(step, 50) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        else:
+            assert schedule.factor(step, 50) == (step + 1) / 11
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_warmup_as_long_as_the_run_only_rises() -> None:
+    assert [Cosine(warmup=9).factor(step, 4) for step in range(4)] == [0.1, 0.2, 0.3, 0.4]
 
 
 def test_masters_do_not_stall() -> None:

@@ -90,6 +90,11 @@ def _warmed(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1))
 
 
+def _progress(step: int, steps: int, warmup: int) -> float:
+    """The share of the steps behind the warm-up that is done, 0 during it."""
+    return max(0, step - warmup) / max(1, steps - warmup)
+
+
 class Constant(Component):
     """The rate stays as it is."""
 
@@ -110,7 +115,7 @@ class Linear(Component):
 
     def factor(self, step: int, steps: int) -> float:
         """What the rate is multiplied by in step 0 to steps - 1."""
-        return _warmed(step, self.warmup) * (1 - (1 - self.end) * step / steps)
+        return _warmed(step, self.warmup) * (1 - (1 - self.end) * _progress(step, steps, self.warmup))
 
 
 class Cosine(Component):
@@ -122,7 +127,7 @@ class Cosine(Component):
 
     def factor(self, step: int, steps: int) -> float:
         """What the rate is multiplied by in step 0 to steps - 1."""
-        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+        fall = 0.5 * (1 + math.cos(math.pi * _progress(step, steps, self.warmup)))
         return _warmed(step, self.warmup) * (self.end + (1 - self.end) * fall)
 
 
