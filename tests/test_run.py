@@ -154,7 +154,7 @@ def test_the_file_tells_nothing_of_the_machine_or_the_hour(opened: Opened, tmp_p
     assert not re.search(r'["=]([A-Za-z]:)?[/\\]', text)  # a path from the root
     assert metadata["modelspec.title"] == "my LoRA"
     config = json.loads(metadata["lorasmith.config"])
-    assert config["data"] == {"folder": "cats", "resolution": 64}
+    assert config["data"] == {"folder": "cats", "resolution": 64, "caption_lines": "join"}
     assert config["model"] == metadata["ss_sd_model_name"] == BASE.name
 
 
