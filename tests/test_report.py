@@ -1,6 +1,7 @@
 """plots.py and report.py."""
 
 import base64
+import io
 import math
 import re
 import time
@@ -15,7 +16,7 @@ from lorasmith.plots import POINTS_MAX, loss_figure, save_loss_plot
 from lorasmith.report import LARGE, SMALL, save_comparison, save_page
 from lorasmith.types import Step
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "source"}
 HOSTILE = "<script src=http://x.test/a.js>alert('1')</script> \"&amp; $title ${config} $"
 
 
@@ -179,13 +180,24 @@ def _page(path: Path, num_steps: int = 3) -> _Page:
 
 
 def test_the_page_embeds_every_picture(tmp_path: Path) -> None:
-    images = _page(tmp_path).all("img")
-    assert [image["alt"] for image in images] == ["one", HOSTILE]
+    *images, loss = _page(tmp_path).all("img")
+    assert [image["alt"] for image in images] == ["one", HOSTILE] and loss["alt"] == "Training loss"
     assert [(image["width"], image["height"]) for image in images] == [("64", "32"), ("16", "16")]
     for image, name, media in zip(images, ("one.png", "two.jpg"), ("image/png", "image/jpeg"), strict=True):
         head, data = image["src"].split(",")
         assert head == f"data:{media};base64"
         assert base64.b64decode(data) == (tmp_path / name).read_bytes()
+
+
+def test_a_telephone_is_shown_a_loss_plot_of_its_own_width(tmp_path: Path) -> None:
+    page = _page(tmp_path)
+    (narrow,) = page.all("source")
+    assert narrow["media"] == "(max-width: 36rem)"
+    sizes = []
+    for source in (narrow["srcset"], page.all("img")[-1]["src"]):
+        with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
+            sizes.append(picture.size)
+    assert sizes == [(420, 480), (1000, 600)]
 
 
 def test_the_page_escapes_what_it_is_given_and_loads_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How much a LoRA adds to each layer, as a picture: a bar each layer, in the order of the net, coloured by its kind."""
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorasmith.plots import AXIS, BLUE, INK, MUTED, RED, TEAL, empty_figure, prepare
+from lorasmith.plots import AXIS, BLUE, INK, MUTED, RED, TEAL, empty_figure, png_of, prepare
 from lorasmith.whole import write_whole
 
 AMBER, PURPLE = "#c98a14", "#7a4fb5"
@@ -35,9 +34,7 @@ class LayerNorm(NamedTuple):
 
 def save_norms_plot(norms: Sequence[LayerNorm], title: str, path: Path) -> None:
     """Writes norms_figure as a PNG; equal norms give equal bytes. OSError if path cannot be written."""
-    content = io.BytesIO()
-    norms_figure(norms, title).savefig(content, format="png", metadata={"Software": None})
-    write_whole(path, content.getvalue())
+    write_whole(path, png_of(norms_figure(norms, title)))
 
 
 def kind_of_layer(layer: str) -> tuple[str, str]:

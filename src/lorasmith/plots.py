@@ -28,25 +28,34 @@ BLUE, PALE_BLUE, TEAL, RED = "#1c56b0", "#a3c0ea", "#0f8577", "#c4302b"
 
 def save_loss_plot(steps: Sequence[Step], path: Path) -> None:
     """Write loss_figure(steps) as a PNG; equal steps give equal bytes. OSError if path cannot be written."""
+    write_whole(path, png_of(loss_figure(steps)))
+
+
+def png_of(figure: Figure) -> bytes:
+    """Equal figures give equal bytes."""
     content = io.BytesIO()
-    loss_figure(steps).savefig(content, format="png", metadata={"Software": None})
-    write_whole(path, content.getvalue())
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
 
 
-def loss_figure(steps: Sequence[Step]) -> Figure:
+def loss_figure(steps: Sequence[Step], *, is_narrow: bool = False) -> Figure:
     """N >= 0 steps -> 1000x600 pixels: each loss and their smoothed course, below them the learning rate.
+
+    Narrow: 420x480 pixels, for a telephone's screen.
 
     Above 800 steps the losses show as the range, least to greatest, of equal bins of steps. Losses that are not finite
     leave gaps; they, and the few so high that the axis leaves them out, are marked and counted.
     """
     figure = empty_figure()
+    if is_narrow:
+        figure.set_size_inches(4.2, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
     for axes in (upper, lower):
         prepare(axes)
     number = np.array([step.step for step in steps], np.float64)
-    _draw_losses(upper, number, np.array([step.loss for step in steps], np.float64))
+    _draw_losses(upper, number, np.array([step.loss for step in steps], np.float64), is_narrow=is_narrow)
     _draw_rates(lower, number, np.array([step.lr for step in steps], np.float64))
-    _number_steps(lower, number)
+    _number_steps(lower, number, max_labels=4 if is_narrow else 10)
     figure.align_ylabels([upper, lower])
     return figure
 
@@ -77,20 +86,20 @@ def prepare(axes: Axes) -> None:
     axes.spines["bottom"].set_color(AXIS)
 
 
-def _number_steps(axes: Axes, number: Floats) -> None:
+def _number_steps(axes: Axes, number: Floats, max_labels: int = 10) -> None:
     """number [N] -> the axis below."""
     first, last = (number[0], number[-1]) if len(number) else (0.0, 1.0)
     margin = max(0.5, 0.015 * (last - first))
     axes.set_xlim(first - margin, last + margin)
     axes.set_xlabel("step (optimizer updates)", color=INK, fontsize=10.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=max_labels, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _draw_losses(axes: Axes, number: Floats, loss: Floats) -> None:
-    """number, loss [N] -> title, curves, marks and legend."""
-    axes.set_title("Training loss", loc="left", color=INK, fontsize=15, fontweight="bold", pad=34)
-    axes.set_ylabel("loss (mean over a step's samples)", color=INK, fontsize=10.5)
+def _draw_losses(axes: Axes, number: Floats, loss: Floats, *, is_narrow: bool = False) -> None:
+    """number, loss [N] -> title, curves, marks and legend, in one row or in one column."""
+    axes.set_title("Training loss", loc="left", color=INK, fontsize=15, fontweight="bold", pad=50 if is_narrow else 34)
+    axes.set_ylabel("loss" if is_narrow else "loss (mean over a step's samples)", color=INK, fontsize=10.5)
     finite = np.isfinite(loss)
     low, high = _limits(loss[finite])
     axes.set_ylim(low, high)
@@ -123,7 +132,7 @@ def _draw_losses(axes: Axes, number: Floats, loss: Floats) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=4,
+        ncols=1 if is_narrow else 4,
         frameon=False,
         labelcolor=INK,
         fontsize=9.5,

@@ -12,6 +12,7 @@ from string import Template
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from lorasmith.plots import loss_figure, png_of
 from lorasmith.types import Step
 from lorasmith.whole import write_whole
 
@@ -135,7 +136,7 @@ def save_page(
     *,
     steps: Sequence[Step],
 ) -> None:
-    """Write a page that needs no other file: summary (name, value), pictures (caption, file), config, 20 of the steps.
+    """Write a page that needs no other file: summary (name, value), pictures (caption, file), loss, config, 20 steps.
 
     All text is escaped and pictures are embedded. OSError if a picture cannot be read or path cannot be written.
     """
@@ -144,7 +145,7 @@ def save_page(
     page = Template(resources.files("lorasmith").joinpath("report_template.html").read_text("utf-8")).substitute(
         title=escape(title),
         summary="\n".join(_row([name, value]) for name, value in summary),
-        pictures="\n".join(_figure(caption, file) for caption, file in pictures),
+        pictures="\n".join([*(_figure(caption, file) for caption, file in pictures), *_loss_plot(steps)]),
         steps_note=f"all {len(steps):,}" if count == len(steps) else f"{count} of {len(steps):,}, evenly spaced",
         steps="\n".join(
             _row([f"{step.step:,}", *map(_number, (step.loss, step.lr, step.grad_norm, step.seconds))])
@@ -161,10 +162,23 @@ def _figure(caption: str, file: Path) -> str:
     data = file.read_bytes()
     with Image.open(io.BytesIO(data)) as picture:
         width, height, media = picture.width, picture.height, Image.MIME[str(picture.format)]
-    source = f"data:{media};base64,{base64.b64encode(data).decode()}"
     size = f'width="{width}" height="{height}" style="min-width: {min(width * 2 // 5, 900)}px"'
-    tag = f'<div class="wide"><img src="{source}" alt="{escape(caption)}" {size}></div>'
+    tag = f'<div class="wide"><img src="{_data_url(data, media)}" alt="{escape(caption)}" {size}></div>'
     return f"<figure>\n{tag}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+
+
+def _loss_plot(steps: Sequence[Step]) -> list[str]:
+    """The plot in two sizes, of which a browser shows the one that fits its window; none without steps."""
+    if not steps:
+        return []
+    wide, narrow = (png_of(loss_figure(steps, is_narrow=is_narrow)) for is_narrow in (False, True))
+    source = f'<source media="(max-width: 36rem)" srcset="{_data_url(narrow, "image/png")}">'
+    tag = f'<picture>{source}<img src="{_data_url(wide, "image/png")}" alt="Training loss"></picture>'
+    return [f"<figure>\n{tag}\n<figcaption>Loss</figcaption>\n</figure>"]
+
+
+def _data_url(data: bytes, media: str) -> str:
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
 
 
 def _row(cells: Sequence[str]) -> str:

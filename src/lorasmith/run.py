@@ -185,10 +185,10 @@ class Run:
             self.save()
         path, steps = self.folder.path, self.keeper.log.steps
         save_loss_plot(steps, path / "loss.png")
-        shown = [("Loss", path / "loss.png")]
+        shown = []
         if self.prompts:
             save_comparison(drawn, self.prompts, path / "before_after.png")
-            shown.insert(0, ("Before and after", path / "before_after.png"))
+            shown.append(("Before and after", path / "before_after.png"))
         summary = self.summary(steps, *measured)
         save_page(path / "report.html", path.name, summary, shown, toml_of(self.job.config), steps=steps)
         return summary
