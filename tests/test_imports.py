@@ -5,11 +5,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "progress"),
+    ("lorasmith", "types", "component", "progress", "meeting"),
     (
         "draws",
         "devices",
-        "openmp",
         "kernels",
         "ldm_names",
         "original_names",

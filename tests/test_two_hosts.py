@@ -13,7 +13,6 @@ from commands import TINY, made
 from two_processes import ended, torchrun
 
 ARGUMENTS = ("train", "cats", *TINY, "--steps", "6", "--checkpoints.steps", "2", "--targets.preset", "attention")
-MEETING = 110  # seconds
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 def launched(hosts: tuple[Host, Host], folders: list[Path]) -> list[subprocess.Popen[str]]:
     """The same run on each host, of which the second one's process dies once."""
-    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29500", "--max-restarts", "2")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29500", "--max-restarts", "1")
     found = []
     for is_meeting_place, host, folder in zip((1, 0), hosts, folders, strict=True):
         place = ("--local-addr", host.address, "--rdzv-conf", f"is_host={is_meeting_place}")
@@ -75,20 +74,13 @@ def launched(hosts: tuple[Host, Host], folders: list[Path]) -> list[subprocess.P
 
 @pytest.mark.timeout(400)  # on a machine that is busy
 def test_two_hosts_train_as_one_does_though_a_process_dies(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    """The second host has no run folder; its process is killed, and the checkpoint comes from the first host.
-
-    Now and then torchrun's agents miss each other after that, and wait for ever: then all begins anew, once.
-    """
+    """The second host has no run folder; its process is killed, and the checkpoint comes from the first host."""
     alone = made(tmp_path / "one" / "cats", "a cat", "a black cat").parent
     (whole,) = ended(torchrun(alone, "-m", "lorasmith", *ARGUMENTS))
     assert whole.code == 0, whole.err
 
     folders = [made(tmp_path / name / "cats", "a cat", "a black cat").parent for name in ("two", "three")]
-    try:
-        first, second = ended(*launched(hosts, folders), patience=MEETING)
-    except subprocess.TimeoutExpired:
-        folders = [made(tmp_path / name / "cats", "a cat", "a black cat").parent for name in ("four", "five")]
-        first, second = ended(*launched(hosts, folders), patience=MEETING)
+    first, second = ended(*launched(hosts, folders))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.err.count("resuming runs/cats after step 3 of 6") == 1, first.err
     assert "run folder: runs/cats\n" in first.out and second.out == ""

@@ -60,10 +60,10 @@ def torchrun(
     )
 
 
-def ended(*launched: subprocess.Popen[str], patience: float = PATIENCE) -> list[Ended]:
+def ended(*launched: subprocess.Popen[str]) -> list[Ended]:
     """Waits for each torchrun to end."""
     try:
-        printed = [process.communicate(timeout=patience) for process in launched]
+        printed = [process.communicate(timeout=PATIENCE) for process in launched]
         return [Ended(process.returncode, *texts) for process, texts in zip(launched, printed, strict=True)]
     finally:
         for process in launched:

@@ -1,16 +1,22 @@
 """The processes that train one LoRA together, as torchrun starts them (torch.distributed)."""
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lorasmith.meeting import COMING, met, watched
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # for the others, while the first process draws or writes
@@ -36,20 +42,19 @@ class World:
     def add_up(self, flat: Tensor) -> None:
         """Replaces the tensor, in place, by its sum over the processes; bitwise the same in each of them.
 
-        ConnectionError where another process has died.
+        ConnectionError where another process has died, as from all that travels.
         """
         if self.size > 1:
-            try:
+            with _together(self.rank):
                 dist.all_reduce(flat)
-            except RuntimeError as error:
-                raise ConnectionError(f"process {self.rank} has lost another process: {error}") from error
 
     def from_first(self, value: T) -> T:
         """The first process's value."""
         if self.size == 1:
             return value
         held: list[Any] = [value]
-        dist.broadcast_object_list(held, device=torch.device("cpu"))
+        with _together(self.rank):
+            dist.broadcast_object_list(held, device=torch.device("cpu"))
         return held[0]
 
     def of_all(self, value: T) -> list[T]:
@@ -57,7 +62,8 @@ class World:
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            with _together(self.rank):
+                dist.all_gather_object(values, value)
         return values
 
 
@@ -97,13 +103,32 @@ def joined(device: str) -> Iterator[World]:
     on_gpu = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # one machine's torchrun keeps the store over restarts, with the addresses of processes that have died
-        store = dist.PrefixStore(f"start {num_restarts()}", store)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    with _together(world.rank):
+        store, apart = (next(dist.rendezvous("env://", timeout=timedelta(seconds=COMING)))[0] for _ in range(2))
+        prefix = met(store, world.rank, size)
+    with watched(dist.PrefixStore(prefix, apart), world.rank, size, partial(_end, world.rank)):
+        store.set_timeout(PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        own = dist.PrefixStore(prefix, store)
+        with _together(world.rank):
+            dist.init_process_group(backend, store=own, rank=world.rank, world_size=size, timeout=PATIENCE)
+        try:
+            yield world
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _together(rank: int) -> Iterator[None]:
+    """ConnectionError in the place of torch's own."""
     try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"process {rank} has lost another process: {reason}") from error
+
+
+def _end(rank: int, reason: str) -> None:
+    """Ends this process at once, as it may wait in a library for another one that will never come."""
+    log.error("process %d ends: %s", rank, reason)
+    os._exit(1)
