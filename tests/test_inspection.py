@@ -1,6 +1,6 @@
 """inspect: what LoRA files, checkpoints and folders are said to be; norms against the deltas themselves."""
 
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,20 @@ def delta(adapter: Any) -> Tensor:
 def test_a_lora(tmp_path: Path, algorithm: Any) -> None:
     path, adapters = written(tmp_path, algorithm, {"lorasmith.steps": "7"})
     found = inspected(path)
-    facts = dict(found.facts)
-    assert facts["kind"] == "LoRA" and facts["algorithm"] == algorithm.name and facts["layers"] == "2"
-    assert facts["steps"] == "7" and facts["dtype"] == "float32"
-    assert [row[0] for row in found.rows] == ["down_blocks 0", "down_blocks 12"]
+    facts = found.facts
+    assert facts["kind"] == "LoRA" and facts["algorithms"] == {algorithm.name: 2} and facts["layers"] == 2
+    assert facts["steps"] == 7 and list(facts["dtypes"]) == ["float32"]
+    assert [row["block"] for row in found.rows] == ["down_blocks 0", "down_blocks 12"]
     for row, adapter in zip(found.rows, adapters.values(), strict=True):
-        assert float(row[3]) == pytest.approx(float(delta(adapter).norm()), rel=1e-3)
+        assert (
+            row["norm_greatest"]
+            == row["norm_root_mean_square"]
+            == pytest.approx(float(delta(adapter).norm()), rel=1e-3)
+        )
 
 
 def test_the_family_comes_from_the_names_and_sizes(tmp_path: Path) -> None:
-    assert dict(inspected(written(tmp_path, LoRA())[0]).facts)["family"] == "Stable Diffusion with a text width of 24"
+    assert inspected(written(tmp_path, LoRA())[0]).facts["family"] == "Stable Diffusion with a text width of 24"
 
 
 def test_what_is_beside_the_adapters_is_named(tmp_path: Path) -> None:
@@ -74,15 +78,16 @@ def test_what_is_beside_the_adapters_is_named(tmp_path: Path) -> None:
         "lora_unet_conv_in.dora_scale": torch.ones(4), "lora_unet_conv_out.diff_b": torch.tensor([1.0, float("nan")]),
     }  # fmt: skip
     save_file(state, tmp_path / "a.safetensors")
-    facts = dict(inspected(tmp_path / "a.safetensors").facts)
-    assert facts["algorithm"] == "DoRA" and facts["also"] == "diff_b"
-    assert facts["steps"] == "not stated" and facts["not finite"] == "1 tensors"
+    found = inspected(tmp_path / "a.safetensors")
+    assert found.facts["algorithms"] == {"DoRA": 1} and found.facts["other_parts"] == {"diff_b": 1}
+    assert found.facts["steps"] is None and found.facts["tensors_not_finite"] == 1
+    assert ("steps", "not stated") in found.facts_table and ("tensors not finite", "1") in found.facts_table
 
 
 def test_a_diffusers_folder() -> None:
     found = inspected(BASE)
-    assert dict(found.facts)["pipeline"] == "StableDiffusionPipeline"
-    assert [row[0] for row in found.rows] == ["text_encoder", "unet", "vae"]
+    assert found.facts["pipeline"] == "StableDiffusionPipeline"
+    assert [row["part"] for row in found.rows] == ["text_encoder", "unet", "vae"]
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -92,8 +97,12 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     }
     save_file(state, tmp_path / "model.safetensors", {"modelspec.title": "mine"})
     found = inspected(tmp_path / "model.safetensors")
-    assert dict(found.facts)["family"] == "Stable Diffusion 2.x" and found.metadata == {"modelspec.title": "mine"}
-    assert found.rows == [("cond_stage_model", "1", "8", "f16", "0.0"), ("model", "1", "288", "f32", "0.0")]
+    assert found.facts["family"] == "Stable Diffusion 2.x" and found.metadata == {"modelspec.title": "mine"}
+    assert found.document["parts"] == [
+        {"part": "cond_stage_model", "tensors": 1, "parameters": 8, "dtypes": ["f16"], "size": 16},
+        {"part": "model", "tensors": 1, "parameters": 288, "dtypes": ["f32"], "size": 1152},
+    ]
+    assert found.rows_table[1] == ("model", "1", "288", "f32", "0.0 MB")
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -109,14 +118,45 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    path, _ = written(tmp_path, LoRA(), {"modelspec.title": "x" * 200})
+    title = "x " * 200 + "\ta [bold]tab[/]"
+    path, _ = written(tmp_path, LoRA(), {"modelspec.title": title})
     ended = lorasmith(tmp_path, "inspect", str(path))
-    assert ended.code == 0 and re.search(r"algorithm +LoRA *\n", ended.out) and "down_blocks 12" in ended.out
-    assert ended.out.count("x") >= 200  # long metadata is folded, not cut
+    assert ended.code == 0 and "algorithms\tLoRA\n" in ended.out and "\ndown_blocks 12\t1\t8\t" in ended.out
+    assert f"\nmodelspec.title\t{title}\n" in ended.out  # neither wrapped nor padded
     refused = lorasmith(tmp_path, "inspect", "nowhere.safetensors")
     assert refused.code == 2 and refused.err == (
         "lorasmith: nowhere.safetensors must be a safetensors file, got nothing there\n"
     )
+
+
+def test_json(tmp_path: Path) -> None:
+    metadata = {"modelspec.title": "grün\n" * 99, "lorasmith.steps": "7"}
+    path, adapters = written(tmp_path, LoRA(rank=4, alpha=2), metadata)
+    num_parameters = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
+    ended = lorasmith(tmp_path, "inspect", str(path), "--json", "--plot", "norms.png")
+    found = json.loads(ended.out)
+    blocks = found.pop("blocks")
+    assert (ended.code, ended.err) == (0, "") and found == {
+        "kind": "LoRA", "family": "Stable Diffusion with a text width of 24", "algorithms": {"LoRA": 2}, "layers": 2,
+        "ranks": {"4": 2}, "alphas": {"2": 2}, "parameters": num_parameters,
+        "dtypes": {"float32": 4}, "steps": 7, "other_parts": {}, "tensors_not_finite": 0,
+        "metadata": metadata, "plot": "norms.png",
+    }  # fmt: skip
+    assert [block["ranks"] for block in blocks] == [[4], [4]]
+    for block, adapter in zip(blocks, adapters.values(), strict=True):
+        assert block["norm_greatest"] == pytest.approx(float(delta(adapter).norm()), rel=1e-5)
+    model = json.loads(lorasmith(tmp_path, "inspect", "demo", "--json").out)
+    assert model["kind"] == "model, a diffusers folder" and {type(part["size"]) for part in model["parts"]} == {int}
+
+
+def test_norms_that_are_no_numbers_are_null(tmp_path: Path) -> None:
+    state = {
+        "lora_unet_a.lora_down.weight": torch.tensor([[float("nan")]]),
+        "lora_unet_a.lora_up.weight": torch.ones(1, 1),
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    (block,) = json.loads(lorasmith(tmp_path, "inspect", "a.safetensors", "--json").out)["blocks"]
+    assert block["norm_greatest"] is None and block["norm_root_mean_square"] is None
 
 
 def test_the_picture_has_a_bar_for_each_layer(tmp_path: Path) -> None:

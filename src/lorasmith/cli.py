@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from lorasmith import __version__
-from lorasmith.file_commands import COMMANDS
+from lorasmith.file_commands import COMMANDS, Json
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def sample(
 
 
 @app.command
-def inspect(file: Path, /, *, plot: Path | None = None) -> int:
+def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> int:
     """Show what a LoRA file, a checkpoint or a diffusers folder is.
 
     Parameters
@@ -122,21 +122,27 @@ def inspect(file: Path, /, *, plot: Path | None = None) -> int:
         safetensors file or diffusers folder, or demo for the embedded model
     plot
         PNG file to draw the norms of a LoRA's layers into
+    json
+        print one JSON document
     """
-    from lorasmith.console import show_table
+    from lorasmith.console import show_json, show_table
     from lorasmith.inspection import inspected, layer_norms
 
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
     inspection = inspected(Path(_with_model({"model": str(file)})["model"]))
-    show_table(inspection.facts)
-    show_table(inspection.rows, inspection.columns)
-    show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+    if not json:
+        show_table(inspection.facts_table)
+        show_table(inspection.rows_table, inspection.columns)
+        show_table(sorted(inspection.metadata.items()), ("metadata", ""))
     if plot is not None:
         from lorasmith.norms_plot import save_norms_plot
 
         save_norms_plot(layer_norms(file), f"What {file.name} adds", plot)
-        print(plot)
+        if not json:
+            print(plot)
+    if json:
+        show_json({**inspection.document, **({} if plot is None else {"plot": str(plot)})})
     return 0
 
 

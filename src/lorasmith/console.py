@@ -1,13 +1,14 @@
 """What a terminal shows of a run: logs, a progress bar, a summary; and Ctrl-C as a flag that is read between steps."""
 
 import io
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -150,8 +151,16 @@ def tracked(names: Sequence[str], what: str) -> Iterator[str]:
 
 
 def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:
-    """Rows of text, under the names of their columns where these are given; nothing without rows."""
+    """Rows of text, under the names of their columns where these are given; nothing without rows.
+
+    Where no terminal shows it, each row is its cells as they are, with tabs between them.
+    """
     if not rows:
+        return
+    if not console.is_terminal:
+        for row in (tuple(columns), *rows) if columns else rows:
+            _print("\t".join(row))
+        _print("")
         return
     names = columns or [""] * len(rows[0])
     table = Table(*(Column(n, overflow="fold") for n in names), show_header=bool(columns), box=None, pad_edge=False)
@@ -159,3 +168,14 @@ def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> 
         table.add_row(*row)
     console.print(table)
     console.print()
+
+
+def show_json(document: Mapping[str, Any]) -> None:
+    """One JSON document, and nothing else, on stdout."""
+    _print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _print(line: str) -> None:
+    """Exactly as it is: rich would expand tabs and break lines."""
+    if not console.quiet:
+        print(line, file=console.file)

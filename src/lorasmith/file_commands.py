@@ -1,6 +1,7 @@
 """The commands for files: convert, merge, resize, extract, metadata. What they need is imported when they run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 Dtype = Literal["fp32", "bf16", "fp16"]
 Flag = Annotated[bool, Parameter(negative="")]
 Overwrite = Flag
+Json = Flag
 
 
 def resize(
@@ -125,6 +127,7 @@ def extract(
 def metadata(
     file: Path, /, *, set: Annotated[list[str] | None, Parameter(negative="")] = None,
     strip: Annotated[bool, Parameter(negative="")] = False, output: Path | None = None, overwrite: Overwrite = False,
+    json: Json = False,
 ) -> int:  # fmt: skip
     """Show what a safetensors file says of itself, or write it with other metadata and the same tensors.
 
@@ -135,26 +138,35 @@ def metadata(
     set
         key=value to write; may be given several times
     strip
-        leave out what tells of captions, prompts, folders, people and times
+        keep only what training settings and loading need: no captions, prompts, paths, links, people or times
     output
         safetensors file to write; only with set or strip
     overwrite
         write over a file that is there
+    json
+        print one JSON document: metadata and, of a file that is written, left_out, reduced and output
     """
-    from lorasmith.console import show_table
-    from lorasmith.files.metadata import changes_of, rewrite, shown
+    from lorasmith.console import show_json, show_table
+    from lorasmith.files.metadata import changes_of, rewrite
     from lorasmith.header import Header
 
     if not set and not strip:
         if output is not None:
             raise ValueError("output is written only with --set or --strip")
-        show_table(shown(Header.of(file).metadata))
+        found = Header.of(file).metadata
+        if json:
+            show_json({"metadata": found})
+        else:
+            _show_metadata(found)
         return 0
     if output is None:
         raise ValueError("output must be given with --set or --strip; the file itself only with --overwrite")
-    found, removed = rewrite(file, output, changes=changes_of(set or []), strip=strip, overwrite=overwrite)
-    show_table([("left out", key) for key in removed])
-    show_table(shown(found))
+    written = rewrite(file, output, changes=changes_of(set or []), strip=strip, overwrite=overwrite)
+    if json:
+        show_json({**asdict(written), "output": str(output)})
+        return 0
+    show_table([("left out", key) for key in written.left_out] + [("left out in part", key) for key in written.reduced])
+    _show_metadata(written.metadata)
     print(output)
     return 0
 
@@ -222,6 +234,13 @@ def _shown(what: str) -> Any:
         return tracked(names, what)
 
     return through
+
+
+def _show_metadata(metadata: Mapping[str, str]) -> None:
+    from lorasmith.console import console, show_table
+    from lorasmith.files.metadata import shown
+
+    show_table(shown(metadata) if console.is_terminal else sorted(metadata.items()))
 
 
 def _show_losses(losses: Any) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +26,68 @@ from lorasmith.norms_plot import LayerNorm
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
-BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-Row = tuple[str, ...]
+Value = str | int | float | None | Sequence[str | int] | Mapping[str, int]
+"""What there is to say of a thing: a text, a number, several of them, or how often each of some names occurs."""
+Row = Mapping[str, Value]
 KNOWN = frozenset[str]().union(*(kind.SUFFIXES for kind in ADAPTERS))
-PARTS = ("part", "tensors", "numbers", "dtype", "MB")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to say of a file or folder."""
+    """What there is to say of a file or folder: of the whole, and of its blocks or parts."""
 
-    facts: Sequence[tuple[str, str]]
-    columns: Row
+    facts: Row
+    kind: str  # of the rows: "blocks" or "parts"
     rows: Sequence[Row]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**self.facts, self.kind: list(self.rows), "metadata": dict(self.metadata)}
 
-def _size(headers: Sequence[Header], keys: Iterable[str] | None = None) -> Row:
-    """Of these tensors (all): how many, their numbers, dtypes and megabytes."""
+    @property
+    def columns(self) -> list[str]:
+        return [name.replace("_", " ") for name in self.rows[0]] if self.rows else []
+
+    @property
+    def facts_table(self) -> list[tuple[str, str]]:
+        """For people; what there is none of is left out."""
+        return [
+            (name.replace("_", " "), _text(name, value)) for name, value in self.facts.items() if value not in (0, {})
+        ]
+
+    @property
+    def rows_table(self) -> list[tuple[str, ...]]:
+        return [tuple(_text(name, value) for name, value in row.items()) for row in self.rows]
+
+
+def _text(name: str, value: Value) -> str:
+    """ "8 (57), 4 (1)" of counts, "12.3 MB" of a size."""
+    if isinstance(value, Mapping):
+        if len(value) == 1:
+            return next(iter(value))
+        counts = sorted(value.items(), key=lambda item: -item[1])
+        return ", ".join(f"{one} ({count})" for one, count in counts[:8]) + ("…" if len(counts) > 8 else "")
+    if isinstance(value, int):
+        return f"{value / 1e6:,.1f} MB" if name == "size" else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None:
+        return "not stated" if name == "steps" else "-"
+    return value if isinstance(value, str) else ", ".join(map(str, value))
+
+
+def _sizes(headers: Sequence[Header], keys: Iterable[str] | None = None) -> Row:
+    """Of these tensors (all): how many, their parameters, dtypes and bytes."""
     wanted = None if keys is None else set(keys)
-    tensors = [
-        (math.prod(header.shapes[key]), header.dtypes[key])
-        for header in headers
-        for key in header.shapes
-        if wanted is None or key in wanted
-    ]
-    size = sum(count * BYTES.get(dtype, 1) for count, dtype in tensors)
-    dtypes = ", ".join(sorted({dtype.lower() for _, dtype in tensors}))
-    return str(len(tensors)), f"{sum(count for count, _ in tensors):,}", dtypes, f"{size / 1e6:,.1f}"
+    found = [(header, key) for header in headers for key in header.shapes if wanted is None or key in wanted]
+    return {
+        "tensors": len(found),
+        "parameters": sum(math.prod(header.shapes[key]) for header, key in found),
+        "dtypes": sorted({header.dtypes[key].lower() for header, key in found}),
+        "size": sum(header.num_bytes(key) for header, key in found),
+    }
 
 
 def inspected(path: Path) -> Inspection:
@@ -71,9 +106,8 @@ def _folder(path: Path) -> Inspection:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a diffusers folder with a model_index.json that names its class") from error
     parts = sorted({file.parent for file in path.glob("*/*.safetensors")})
-    rows = [(part.name, *_size([Header.of(file) for file in part.glob("*.safetensors")])) for part in parts]
-    facts = [("kind", "model, a diffusers folder"), ("pipeline", kind)]
-    return Inspection(facts, PARTS, rows)
+    rows = [{"part": part.name, **_sizes([Header.of(file) for file in part.glob("*.safetensors")])} for part in parts]
+    return Inspection({"kind": "model, a diffusers folder", "pipeline": kind}, "parts", rows)
 
 
 def _checkpoint(path: Path, header: Header) -> Inspection:
@@ -81,42 +115,38 @@ def _checkpoint(path: Path, header: Header) -> Inspection:
     parts: dict[str, list[str]] = {}
     for key in header.shapes:
         parts.setdefault(key.partition(".")[0], []).append(key)
-    rows = [(part, *_size([header], keys)) for part, keys in sorted(parts.items())]
-    facts = [
-        ("kind", "model or other weights, one file"),
-        ("family", model_family(header.shapes)),
-        ("size", f"{path.stat().st_size / 1e6:,.1f} MB"),
-    ]
-    return Inspection(facts, PARTS, rows, header.metadata)
+    rows = [{"part": part, **_sizes([header], keys)} for part, keys in sorted(parts.items())]
+    facts: Row = {
+        "kind": "model or other weights, one file",
+        "family": model_family(header.shapes),
+        "size": path.stat().st_size,
+    }
+    return Inspection(facts, "parts", rows, header.metadata)
 
 
 def _lora(path: Path) -> Inspection:
     """A LoRA: a row each block, with the norm of what it adds."""
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
-    algorithms = Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts)))
-    alphas = Counter(_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts and _is_scaled(parts))
     num_bad = sum(
         not _is_finite(tensor) for parts in layers.values() for part, tensor in parts.items()
         if part != "alpha" or _is_scaled(parts)
     )  # fmt: skip
-    others = Counter(part for parts in layers.values() for part in parts.keys() - KNOWN)
-    facts = [
-        ("kind", "LoRA"),
-        ("family", lora_family(layers)),
-        ("algorithm", _counted(algorithms)),
-        ("layers", str(len(layers))),
-        ("rank", _counted(Counter(rank for parts in layers.values() if (rank := _rank(parts))))),
-        ("alpha", _counted(alphas)),
-        ("numbers", f"{sum(t.numel() for parts in layers.values() for p, t in parts.items() if p != 'alpha'):,}"),
-        ("dtype", _counted(Counter(str(t.dtype).removeprefix("torch.") for k, t in state.items() if t.ndim))),
-        ("steps", metadata.get("lorasmith.steps") or metadata.get("ss_steps") or "not stated"),
-        *([("also", _counted(others))] if others else []),
-        *([("not finite", f"{num_bad} tensors")] if num_bad else []),
-    ]
-    return Inspection(
-        facts, ("block", "layers", "rank", "norm, root mean square", "greatest"), _blocks(layers), metadata
-    )
+    alphas = (_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts and _is_scaled(parts))
+    facts: Row = {
+        "kind": "LoRA",
+        "family": lora_family(layers),
+        "algorithms": Counter(kind.algorithm for parts in layers.values() if (kind := kind_of(parts))),
+        "layers": len(layers),
+        "ranks": Counter(str(rank) for parts in layers.values() if (rank := _rank(parts))),
+        "alphas": Counter(alphas),
+        "parameters": sum(t.numel() for parts in layers.values() for part, t in parts.items() if part != "alpha"),
+        "dtypes": Counter(str(t.dtype).removeprefix("torch.") for t in state.values() if t.ndim),
+        "steps": next((n for key in lorafile.STEPS_KEYS if (n := lorafile.stated_number(metadata, key))), None),
+        "other_parts": Counter(part for parts in layers.values() for part in parts.keys() - KNOWN),
+        "tensors_not_finite": num_bad,
+    }
+    return Inspection(facts, "blocks", _blocks(layers), metadata)
 
 
 def layer_norms(path: Path) -> list[LayerNorm]:
@@ -127,14 +157,7 @@ def layer_norms(path: Path) -> list[LayerNorm]:
     norms = [LayerNorm(_block(layer), layer, _norm(parts)) for layer, parts in layers.items() if kind_of(parts)]
     if not norms:
         raise ValueError(f"{path} must hold an adapter to have norms, which it does not")
-    return sorted(norms, key=lambda one: (_place((one.block,)), one.layer))
-
-
-def _counted(values: Counter[str]) -> str:
-    """ "8 (57 layers), 4 (1)"; a single value alone."""
-    if len(values) < 2:
-        return next(iter(values), "none")
-    return ", ".join(f"{value} ({count})" for value, count in values.most_common(8)) + ("…" if len(values) > 8 else "")
+    return sorted(norms, key=lambda one: (_place(one.block), one.layer))
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -152,34 +175,42 @@ def _is_scaled(parts: Mapping[str, Tensor]) -> bool:
     return "oft_blocks" in parts or not parts.keys().isdisjoint(RANKED)
 
 
-def _rank(parts: Mapping[str, Tensor]) -> str | None:
+def _rank(parts: Mapping[str, Tensor]) -> int | str | None:
     """The rank, or OFT's block, that the shapes show."""
     if "oft_blocks" in parts:
         return f"blocks of {size_of(parts, 'oft_blocks', -1)}"
     factor = next((parts[part] for part in RANKED if part in parts), None)
-    return None if factor is None or not factor.ndim else str(len(factor))
+    return None if factor is None or not factor.ndim else len(factor)
 
 
 def _blocks(layers: Layers) -> list[Row]:
-    """A row each block: layers, ranks, and the norms of what they add."""
+    """A row each block: layers, ranks, and the norms of what they add, None where these are not finite."""
     blocks: dict[str, list[Mapping[str, Tensor]]] = {}
     for layer, parts in layers.items():
         if kind_of(parts):
             blocks.setdefault(_block(layer), []).append(parts)
-    rows = []
-    for block, members in blocks.items():
+    rows: list[Row] = []
+    for block in sorted(blocks, key=_place):
+        members = blocks[block]
         norms = torch.tensor([_norm(parts) for parts in members])
-        ranks = sorted({rank for parts in members if (rank := _rank(parts))})
         mean, most = float(norms.square().mean().sqrt()), float(norms.max())
-        rows.append((block, str(len(members)), ", ".join(ranks), f"{mean:.4g}", f"{most:.4g}"))
-    return sorted(rows, key=_place)
+        rows.append(
+            {
+                "block": block,
+                "layers": len(members),
+                "ranks": sorted({rank for parts in members if (rank := _rank(parts))}, key=str),
+                "norm_root_mean_square": mean if math.isfinite(mean) else None,
+                "norm_greatest": most if math.isfinite(most) else None,
+            }
+        )
+    return rows
 
 
-def _place(row: Row) -> tuple[int, str, int]:
-    """Where a block's row comes: by the way of data through the net, then by name and number."""
-    name, _, number = row[0].rpartition(" ")
-    way = next((place for place, words in enumerate(WAY) if row[0].startswith(words)), 1)
-    return (way, name, int(number)) if number.isdigit() else (way, row[0], 0)
+def _place(block: str) -> tuple[int, str, int]:
+    """Where a block comes: by the way of data through the net, then by name and number."""
+    name, _, number = block.rpartition(" ")
+    way = next((place for place, words in enumerate(WAY) if block.startswith(words)), 1)
+    return (way, name, int(number)) if number.isdigit() else (way, block, 0)
 
 
 def _block(layer: str) -> str:

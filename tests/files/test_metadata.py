@@ -10,7 +10,7 @@ from commands import lorasmith
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorasmith.files.metadata import changes_of, private_keys, rewrite
+from lorasmith.files.metadata import changes_of, rewrite
 
 
 def data_of(path: Path) -> bytes:
@@ -35,13 +35,8 @@ PRIVATE = {
     "listing": '["~/cats"]',
 }
 PUBLIC = {
-    "ss_network_dim": "8", "ss_sd_model_name": "v1-5.safetensors", "modelspec.title": "cats/dogs and/or birds",
-    "ratio": "1/2", "url": "https://example.com/home/x", "tags": "a:b, c/d",
+    "ss_network_dim": "8", "ss_base_model_version": "sd_v1", "modelspec.prediction_type": "epsilon",
 }  # fmt: skip
-
-
-def test_what_is_private_by_name_or_by_a_path() -> None:
-    assert private_keys(PRIVATE | PUBLIC) == sorted(PRIVATE)
 
 
 def test_tensors_stay_byte_for_byte(tmp_path: Path) -> None:
@@ -51,11 +46,12 @@ def test_tensors_stay_byte_for_byte(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors", PRIVATE | PUBLIC)
     before = (tmp_path / "a.safetensors").read_bytes()
-    metadata, removed = rewrite(
+    written = rewrite(
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", changes={"modelspec.title": "new = better"}, strip=True
     )
-    assert removed == sorted(PRIVATE) and metadata == PUBLIC | {"modelspec.title": "new = better"}
-    assert metadata_of(tmp_path / "b.safetensors") == metadata
+    assert written.left_out == sorted(PRIVATE) and not written.reduced
+    assert written.metadata == PUBLIC | {"modelspec.title": "new = better"}
+    assert metadata_of(tmp_path / "b.safetensors") == written.metadata
     assert data_of(tmp_path / "b.safetensors") == data_of(tmp_path / "a.safetensors")
     loaded = load_file(tmp_path / "b.safetensors")
     assert all(
@@ -80,7 +76,7 @@ def test_settings_that_are_none(setting: str) -> None:
 def test_the_command(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", PRIVATE | PUBLIC)
     shown = lorasmith(tmp_path, "metadata", "a.safetensors")
-    assert shown.code == 0 and "for my friend" in shown.out and "ss_network_dim" in shown.out
+    assert shown.out == "".join(f"{key}\t{value}\n" for key, value in sorted((PRIVATE | PUBLIC).items())) + "\n"
     ended = lorasmith(
         tmp_path, "metadata", "a.safetensors", "--strip", "--set", "modelspec.author=me", "--set", "x=", "--output",
         "b.safetensors",
@@ -102,3 +98,18 @@ def test_the_command(tmp_path: Path) -> None:
     ended = lorasmith(tmp_path, "metadata", "a.safetensors", "--strip", "--output", "a.safetensors", "--overwrite")
     assert ended.code == 0 and metadata_of(tmp_path / "a.safetensors") == PUBLIC
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_json(tmp_path: Path) -> None:
+    odd = {"ss_network_args": '{"conv_dim": 4, "x": "y"}', "long": "x \t\n\x1b" * 99, "grün": "猫"}
+    metadata = PRIVATE | PUBLIC | odd
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", metadata)
+    shown = lorasmith(tmp_path, "metadata", "a.safetensors", "--json")
+    assert (shown.code, shown.err) == (0, "") and json.loads(shown.out) == {"metadata": metadata}
+    ended = lorasmith(tmp_path, "metadata", "a.safetensors", "--strip", "--json", "--output", "b.safetensors")
+    assert (ended.code, ended.err) == (0, "") and json.loads(ended.out) == {
+        "metadata": PUBLIC | {"ss_network_args": '{"conv_dim": 4}'},
+        "left_out": sorted([*PRIVATE, "long", "grün"]),
+        "reduced": ["ss_network_args"],
+        "output": "b.safetensors",
+    }

@@ -3,31 +3,26 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lorasmith.files.harmless import harmless
 from lorasmith.files.outputs import refuse_output
 from lorasmith.header import Header, header_bytes
 from lorasmith.tensor_file import copied
 from lorasmith.whole import write_pieces
 
-PRIVATE = (
-    "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_tag_frequency", "ss_bucket_info",
-    "ss_output_name", "ss_session_id", "ss_training_comment", "ss_training_started_at", "ss_training_finished_at",
-    "ss_sample_prompts", "ss_wandb_run_name", "prompt", "workflow", "parameters", "lorasmith.config",
-    "lorasmith.history", "modelspec.author", "modelspec.date", "modelspec.thumbnail", "training_info",
-    "user", "hostname",
-)  # fmt: skip
-"""The keys that tell of captions, prompts, folders, people and times."""
-PATH = re.compile(
-    r"(?:^|[\s\"'=:,(\[])(?:/(?:home|Users|root|mnt|media|data|workspace|content|kaggle|tmp|var|opt|srv)/|~/|[A-Za-z]:\\|\\\\\w)"
-)
-"""What a path of somebody's machine looks like in a value."""
 NAME = re.compile(r"[^=\s][^=]*")
 
 
-def private_keys(metadata: Mapping[str, str]) -> list[str]:
-    """The keys that are private by their name, or whose value holds a path of a machine."""
-    return sorted(key for key, value in metadata.items() if key in PRIVATE or PATH.search(value))
+@dataclass(frozen=True)
+class Rewritten:
+    """What a file says now, and which keys it no longer has, or has in part."""
+
+    metadata: Mapping[str, str]
+    left_out: Sequence[str]
+    reduced: Sequence[str]
 
 
 def changes_of(settings: Sequence[str]) -> dict[str, str]:
@@ -43,14 +38,21 @@ def changes_of(settings: Sequence[str]) -> dict[str, str]:
 
 def rewrite(
     source: Path, output: Path, *, changes: Mapping[str, str], strip: bool, overwrite: bool = False
-) -> tuple[Mapping[str, str], list[str]]:
-    """Writes the file with other metadata, its tensors byte for byte the same; returns them, and the keys taken out."""
+) -> Rewritten:
+    """Writes the file with other metadata, its tensors byte for byte the same.
+
+    strip: nothing stays but what may be published (`harmless`); the changes are written as they are given.
+    """
     refuse_output(output, overwrite=overwrite)
     header = Header.of(source)
-    removed = private_keys(header.metadata) if strip else []
-    metadata = {key: value for key, value in header.metadata.items() if key not in removed} | dict(changes)
-    write_pieces(output, _pieces(header, metadata))
-    return metadata, removed
+    kept = harmless(header.metadata, header.shapes.keys()) if strip else header.metadata
+    rewritten = Rewritten(
+        {**kept, **changes},
+        sorted(header.metadata.keys() - kept.keys()),
+        sorted(key for key in kept if _parsed(kept[key]) != _parsed(header.metadata[key])),
+    )
+    write_pieces(output, _pieces(header, rewritten.metadata))
+    return rewritten
 
 
 def _pieces(header: Header, metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -63,13 +65,18 @@ def _pieces(header: Header, metadata: Mapping[str, str]) -> Iterator[bytes]:
 
 
 def shown(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Sorted, JSON in values laid out plainly."""
-    return [(key, _plain(value)) for key, value in sorted(metadata.items())]
+    """For people: sorted, JSON in values over several lines."""
+    return [(key, _spread(value)) for key, value in sorted(metadata.items())]
 
 
-def _plain(value: str) -> str:
+def _spread(value: str) -> str:
+    found = _parsed(value)
+    return json.dumps(found, indent=1, ensure_ascii=False) if isinstance(found, dict | list) else value
+
+
+def _parsed(value: str) -> Any:
+    """JSON as what it stands for, other text as it is."""
     try:
-        found = json.loads(value)
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return json.dumps(found, indent=1, ensure_ascii=False) if isinstance(found, dict | list) else value
