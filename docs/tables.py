@@ -2,6 +2,7 @@
 
     <!-- table: settings optimizer -->  … <!-- end -->   a table from the schema
     <!-- table: files -->               … <!-- end -->   which program reads which LoRA file, as tests prove it
+    <!-- table: from kohya -->          … <!-- end -->   another trainer's names, and what they are here
     <!-- table: refused -->             … <!-- end -->   a list of calls that are refused, each with the message
     <!-- run --> and a block of Python                   an example that runs
     <!-- output --> and a block of text                  what the example before it prints
@@ -20,9 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lorasmith import settings as schema
 from lorasmith.contract import NAMES, train_lora
+from lorasmith.other_tools import TOOLS
+from lorasmith.other_tools.name import Name
 from lorasmith.settings import Setting, configured, merged, parsed, settings
+from lorasmith.settings.schema import leaf
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -101,10 +104,10 @@ def _setting_rows(rows: Sequence[Setting]) -> str:
     if not rows:
         return "It has no settings of its own.\n"
     cells = (
-        _row(f"`{row.key}`", row.rule, f"`{row.default}`", row.help.replace("[]", "`[]`").replace("<", "&lt;"))
+        _row(f"`{row.key}`", row.help.replace("[]", "`[]`").replace("<", "&lt;"), f"`{row.default}`", row.rule)
         for row in rows
     )
-    return _head("setting", "value", "default", "meaning") + "".join(cells)
+    return _head("setting", "meaning", "default", "value") + "".join(cells)
 
 
 def _settings(part: str) -> str:
@@ -125,9 +128,7 @@ def _kind(key: str) -> str:
 def _part(key: str, name: str) -> str:
     """The settings of one part: parts of a kind may share a key with other defaults."""
     part = type(getattr(configured({key: name}), key))
-    return _setting_rows(
-        [schema._leaf(f"{key}.{field}", info) for field, info in part.model_fields.items() if field != "name"]
-    )
+    return _setting_rows([leaf(f"{key}.{field}", info) for field, info in part.model_fields.items() if field != "name"])
 
 
 def _input(name: str) -> str:
@@ -148,8 +149,26 @@ def _files() -> str:
     return runpy.run_path(str(DOCS.parent / "tests" / "file_table.py"))["table"]()
 
 
+def _from(program: str) -> str:
+    """Another program's names, and what they are here."""
+    (tool,) = (tool for tool in TOOLS if tool.whose.partition("'")[0].lower() == program)
+    return _head("there", "here", "") + "".join(_name_row(name, tool.prefix) for name in tool.names)
+
+
+def _name_row(name: Name, prefix: str) -> str:
+    theirs = name.shown or ", ".join(f"`{prefix}{one}`" for one in name.names)
+    default = f" (default {name.default})" if name.default else ""
+    if name.is_needless:
+        return _row(theirs, "", f"not needed: {name.note}")
+    if name.is_nearest or not name.ours:
+        nearest = f"nearest: `{name.ours}`" if name.ours else ""
+        return _row(theirs + default, "none", "; ".join(part for part in (name.note, nearest) if part))
+    ours = " ".join(f"`{part.strip()}`" for part in re.split(r" (?=--)", name.ours))
+    return _row(theirs + default, ours, name.note)
+
+
 TABLES: dict[str, Callable[..., str]] = {
-    "settings": _settings, "kind": _kind, "part": _part, "input": _input, "files": _files,
+    "settings": _settings, "kind": _kind, "part": _part, "input": _input, "files": _files, "from": _from,
 }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 
 from lorasmith import __version__, cli, file_commands, lorafile, training
 from lorasmith.demo import BASE
-from lorasmith.settings import settings
 
 NOT_YET = "output must be a folder that does not exist yet, unless --resume is given"
 
@@ -90,7 +89,7 @@ def test_pictures_are_drawn_and_losses_measured_before_and_after(home: Path) -> 
     )  # fmt: skip
     assert ended.code == 0
     assert listing(home / "runs" / "cats") == FILES | {"before_after.png"}
-    assert re.search(r"held-out loss .* before, .* after", ended.out)
+    assert re.search(r"validation loss .* before, .* after", ended.out)
     assert re.search(r"drift loss .* before, .* after", ended.out)
     with Image.open(home / "runs" / "cats" / "before_after.png") as picture:
         assert picture.width > 2 * 192 and picture.height > 2 * 192  # a column a caption, and two rows
@@ -230,6 +229,7 @@ BAD: list[tuple[Prepare, str, str]] = [
     (written("cats/1.heic", b"x"), "cats", r"cats.1\.heic needs the extra 'heif': pip install 'lorasmith\[heif\]'"),
     (nothing, "cats --model none", "model must be set: there is no default"),
     (nothing, "cats --model none/such", r"none.such must be a diffusers folder .*, got no such folder"),
+    (nothing, "cats --model SDXL", r"model must be .*, got 'SDXL': for Stable Diffusion XL, --model stabilityai/.*"),
     (nothing, "cats --model cats", r"cats must be a diffusers folder .*, got a folder without it"),
     (truncated_model, "cats --model broken", "cannot load broken.vae: .+"),
     (pickled_model, "cats --model pickled", "pickled.unet must hold safetensors weights: pickles can run code .*"),
@@ -239,7 +239,7 @@ BAD: list[tuple[Prepare, str, str]] = [
         "output must be a folder that does not exist yet, unless --resume is given, got cats",
     ),
     (written("run.toml", b""), "cats --output run.toml/x", r".*run\.toml.x.*"),
-    (nothing, "cats --rank 4", r"there is no setting rank: did you mean adapter\.rank\?"),
+    (nothing, "cats --rank 4", r"--rank is diffusers' name: here it is --adapter\.rank 4"),
     (nothing, "cats --seed -1", "seed must be 0 to 18446744073709551615, got '-1'"),
     (nothing, "cats --device cuda:99", "device must be one that this machine has, got cuda:99: .+"),
     (nothing, "cats --targets.include (", r"targets\.include must be a regular expression .*, got '\('"),
@@ -250,8 +250,8 @@ BAD: list[tuple[Prepare, str, str]] = [
     (nothing, "run.toml", r"cannot read run\.toml: No such file or directory"),
     (folder("run.toml"), "run.toml", r"cannot read run\.toml: .+"),
     (written("run.toml", b"[data"), "run.toml", r"cannot read run\.toml: .+"),
-    (written("run.toml", b"adapter = 3"), "run.toml", "adapter must be one of LoRA.*, got 3"),
-    (written("run.toml", b'data = "x"'), "run.toml", "data must be a table of settings, got 'x'"),
+    (written("run.toml", b"adapter = 3"), "run.toml", r"run\.toml line 1: adapter must be one of LoRA.*, got 3"),
+    (written("run.toml", b'data = "x"'), "run.toml", r"run\.toml line 1: data must be a table .*, got 'x'"),
     (written("run.toml", b"[data]\nfoldr = 3"), "run.toml", r".* setting data\.foldr: did you mean data\.folder\?"),
 ]
 
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_written_is_refused(home: Path) -> None:
         (["sample", "\udcff", "--model", "demo"], r"arguments must be UTF-8, got '\\udcff'"),
         (["demo", "x"], "demo takes settings only, got x"),
         (["demo", "--concept", "x"], "concept must be one of line_drawing, flat, got 'x'"),
-        (["demo", "--rank", "3"], r"there is no setting rank: did you mean adapter\.rank\?"),
+        (["demo", "--rank", "3"], r"--rank is diffusers' name: here it is --adapter\.rank 3"),
     ],
 )
 def test_other_commands_refuse_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -303,7 +303,7 @@ def test_other_commands_refuse_in_one_line(tmp_path: Path, arguments: list[str],
     assert not listing(tmp_path)
 
 
-COMMANDS = "Usage: lorasmith COMMAND.* demo .* sample .* train .*"
+COMMANDS = "Usage: lorasmith COMMAND\n.* demo .* sample .* train .*"
 
 
 @pytest.mark.parametrize(
@@ -329,21 +329,14 @@ def test_help_says_what_each_option_is(tmp_path: Path, command: Callable[..., in
     names = [name for name, p in inspect.signature(command).parameters.items() if p.kind is not p.VAR_POSITIONAL]
     assert [*documented] == names
     path = ("comfyui", "install") if command is cli.install_comfyui else (command.__name__,)
-    shown = re.sub(r"[\s│]+", " ", lorasmith(tmp_path, *path, "--help").out)
+    shown = lorasmith(tmp_path, *path, "--help").out
     assert all(what in shown for what in documented.values())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["cats", "--steps", "3", "--help"]])
-def test_help_of_train_lists_every_setting(tmp_path: Path, arguments: list[str]) -> None:
-    ended = lorasmith(tmp_path, "train", *arguments)
-    assert (ended.code, ended.err) == (0, "")
-    listed = [line.split()[0] for line in ended.out.splitlines() if line.startswith("--")]
-    assert listed == [f"--{key}" for key in settings()]
-
-
-def test_help_is_quick(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "cats", "--steps", "3", "-h"]])
+def test_help_is_quick(tmp_path: Path, arguments: list[str]) -> None:
     program = (
-        "import sys\nfrom lorasmith.cli import main\nsys.argv = ['lorasmith', '--help']\n"
+        f"import sys\nfrom lorasmith.cli import main\nsys.argv = ['lorasmith', *{arguments}]\n"
         "try:\n    main()\nexcept SystemExit:\n    print(*sys.modules)\n"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)

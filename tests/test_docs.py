@@ -73,7 +73,7 @@ def test_examples_run_and_print_what_is_shown(page: Path, tmp_path: Path, monkey
 def test_the_contract_lists_every_input_with_its_range_and_default(page: str) -> None:
     rows = {}
     for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
-        if match := re.fullmatch(r"\| \[`(\w+)`\]\(inputs/(\w+)\.md\) \| (.*?) ?\| (.*?) ?\| .+ \|", line):
+        if match := re.fullmatch(r"\| \[`(\w+)`\]\(inputs/(\w+)\.md\) \| .+ \| (.*?) ?\| (.*?) ?\|", line):
             assert match[1] == match[2]
             rows[match[1]] = (match[3], match[4].strip("`"))
     assert list(rows)[:16] == INPUTS[:16] and set(rows) == set(INPUTS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "progress", "meeting"),
+    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting"),
     (
         "draws",
         "devices",
@@ -18,6 +18,7 @@ FLOORS = (
         "world",
         "digests",
         "experts",
+        "other_tools",
     ),
     (
         "noise",
@@ -65,7 +66,7 @@ FLOORS = (
         "packing",
         "fusing",
     ),
-    ("diagnosis", "checkpoints", "files"),
+    ("diagnosis", "checkpoints", "files", "invocation", "train_help"),
     ("training", "resuming"),
     ("job", "inputs"),
     ("keeping", "run_folder"),
@@ -119,6 +120,8 @@ def climbs(module: str, imported: str) -> bool:
         "data",
         "families",
         "files",
+        "other_tools",
+        "settings",
     )
     if module == "training" and imported.startswith("families"):  # the loop knows a Denoiser, not a model
         return True

@@ -149,7 +149,7 @@ def test_seeds_have_all_64_bits() -> None:
 
 
 UNKNOWN = [
-    ("rank", "there is no setting rank: did you mean adapter.rank?"),
+    ("alpha", "there is no setting alpha: did you mean adapter.alpha?"),
     ("setps", "there is no setting setps: did you mean steps?"),
     ("learning_rat", "there is no setting learning_rat: did you mean learning_rate?"),
     ("data.foldr", "there is no setting data.foldr: did you mean data.folder?"),
@@ -176,8 +176,8 @@ def test_unknown_keys_name_the_nearest(key: str, message: str) -> None:
 
 
 def test_a_table_given_a_value_names_a_setting_in_it() -> None:
-    with pytest.raises(ValueError, match=r"^there is no setting data: did you mean data\.folder\?$"):
-        parsed(["--data", "x"])
+    with pytest.raises(ValueError, match=r"^there is no setting sampling: did you mean sampling\.prompts\?$"):
+        parsed(["--sampling", "x"])
 
 
 def test_a_field_of_another_part_is_refused() -> None:

@@ -8,65 +8,73 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
+from lorasmith.faults import Faults
 from lorasmith.file_commands import COMMANDS, Json
+from lorasmith.help_layout import HelpPages
 
 log = logging.getLogger(__name__)
 
-app = App(
-    name="lorasmith", version=__version__, help="Trains LoRAs for diffusion models.", suppress_keyboard_interrupt=False
+ABOUT = """Train LoRAs for diffusion models.
+
+Start with `lorasmith demo`, or with your own pictures: `lorasmith train PICTURES --model MODEL --steps 1000`.
+
+`lorasmith COMMAND --help` explains a command.
+"""
+TRAINING, FILES, OTHER = (
+    Group(name, sort_key=place) for place, name in enumerate(("Train and generate", "LoRA files", "Other"))
 )
-comfyui = App(name="comfyui", help="The nodes for ComfyUI.")
+app = App(
+    name="lorasmith", version=__version__, help=ABOUT, help_formatter=HelpPages(), suppress_keyboard_interrupt=False,
+    group_commands=TRAINING, group_parameters=Group("Options"),
+)  # fmt: skip
+app["--help"].group = app["--version"].group = OTHER
+comfyui = App(name="comfyui", help="The nodes for ComfyUI.", group=OTHER, group_commands=Group("Commands"))
 app.command(comfyui)
 for command in COMMANDS:
-    app.command(command)
+    app.command(command, group=FILES)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Resume = Annotated[bool, Parameter(negative="")]
 INTERRUPTED = 130
 
 
 @app.command(help_flags=[])
-def train(*tokens: Tokens, resume: bool = False) -> int:
-    """Train a LoRA: `lorasmith train PICTURES --model MODEL`. `lorasmith train --help` lists every setting.
-
-    PICTURES is a folder of pictures with captions (.txt) beside them. A TOML file of settings serves as well. With
-    `--resume`, an interrupted run goes on from its newest checkpoint: give the same command, or its run.toml.
-    """
-    from lorasmith.settings import configured, merged, parsed, read_toml
-
+def train(*tokens: Tokens, resume: Resume = False) -> int:
+    """Train a LoRA on a folder of captioned pictures."""
     if {"--help", "-h"} & set(tokens):
-        return _show_settings()
-    sources, values = parsed(tokens)
-    if len(sources) != 1 or not sources[0]:
-        raise ValueError(f"train needs one folder of pictures or one TOML file, got {' '.join(sources) or 'none'}")
-    source = Path(sources[0])
-    if source.suffix.lower() == ".toml":
-        values = merged(read_toml(source), values)
-    else:
-        values = merged({"data": {"folder": str(source)}}, values)
-    folder = source.parent if resume and source.name == "run.toml" and source.is_file() else None
-    return _execute(configured(_with_model(values)), resume=resume, folder=folder)
+        from lorasmith.train_help import show
+
+        show(_word_after_help(tokens))
+        return 0
+    from lorasmith.invocation import invocation
+
+    asked = invocation(tokens, is_resuming=resume)
+    return _execute(asked.config, resume=resume, folder=asked.folder)
 
 
 @app.command
-def demo(*tokens: Tokens, concept: str = "line_drawing", resume: bool = False) -> int:
+def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False) -> int:
     """Train a LoRA on the embedded model and pictures, and show what it learnt.
+
+    Every setting of `lorasmith train` can be given too.
 
     Parameters
     ----------
     concept
-        the style to learn: line_drawing, plain to the eye, or flat, the subtler one
+        the style to learn: line_drawing, which is easy to see, or flat, which is subtler
     resume
-        go on from the newest checkpoint of the last demo that was interrupted
+        continue the last demo that was interrupted, from its newest checkpoint
     """
     from lorasmith.demo import demo_settings
     from lorasmith.run_folder import numbered_folder
     from lorasmith.settings import configured, merged, parsed
+    from lorasmith.settings.arguments import stray_words
 
     others, values = parsed(tokens)
     if others:
-        raise ValueError(f"demo takes settings only, got {' '.join(others)}")
+        raise ValueError(f"demo takes settings only, got {' '.join(others)}{stray_words(tokens)}")
     folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
     return _execute(configured(merged({**demo_settings(concept), **folder}, values)), resume=resume)
 
@@ -77,12 +85,12 @@ def sample(
     ignore_unknown: bool = False, output: Path = Path("samples.png"), seed: int = 0, steps: int = 25,
     guidance: float = 5.0,
 ) -> int:  # fmt: skip
-    """Draw prompts without and with a LoRA, into one labelled picture.
+    """Generate images without and with a LoRA, in one labelled picture.
 
     Parameters
     ----------
     prompts
-        what to draw, a picture each
+        prompts to generate, an image each
     model
         base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
     encoders
@@ -100,19 +108,20 @@ def sample(
     guidance
         classifier-free guidance; 1 for none
     """
+    from lorasmith.invocation import with_model
     from lorasmith.run import draw_comparison
     from lorasmith.settings import configured
 
     values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
     named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
-    config = configured(_with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
+    config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
     _prepare_terminal()
     draw_comparison(config, lora, output)
     print(output)
     return 0
 
 
-@app.command
+@app.command(group=FILES)
 def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> int:
     """Show what a LoRA file, a checkpoint or a diffusers folder is.
 
@@ -127,10 +136,11 @@ def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> i
     """
     from lorasmith.console import show_json, show_table
     from lorasmith.inspection import inspected, layer_norms
+    from lorasmith.invocation import with_model
 
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
-    inspection = inspected(Path(_with_model({"model": str(file)})["model"]))
+    inspection = inspected(Path(with_model({"model": str(file)})["model"]))
     if not json:
         show_table(inspection.facts_table)
         show_table(inspection.rows_table, inspection.columns)
@@ -164,11 +174,10 @@ def install_comfyui(path: Path, /) -> int:
     return 0
 
 
-def _with_model(values: dict[str, Any]) -> dict[str, Any]:
-    """The name demo stands for the embedded model."""
-    from lorasmith.demo import BASE
-
-    return {**values, "model": str(BASE)} if values.get("model") == "demo" else values
+def _word_after_help(tokens: Sequence[str]) -> str | None:
+    """The word that `train --help WORD` asks about."""
+    start = next(index for index, token in enumerate(tokens) if token in ("--help", "-h")) + 1
+    return tokens[start] if start < len(tokens) and not tokens[start].startswith("--") else None
 
 
 def _prepare_terminal() -> None:
@@ -176,20 +185,6 @@ def _prepare_terminal() -> None:
 
     set_up_logging()
     quiet_libraries()
-
-
-def _show_settings() -> int:
-    from rich.table import Column, Table
-
-    from lorasmith.console import console
-    from lorasmith.settings import settings
-
-    console.print("Usage: lorasmith train PICTURES|RUN.toml --model MODEL [--KEY VALUE …] [--resume]\n")
-    table = Table(Column("setting", no_wrap=True), "value", "default", "what", box=None, pad_edge=False)
-    for setting in settings().values():
-        table.add_row(f"--{setting.key}", setting.rule, setting.default, setting.help)
-    console.print(table)
-    return 0
 
 
 def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
@@ -276,7 +271,8 @@ def _refused(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is not None:  # of Python's own, without a verb
         error = OSError(f"cannot use {error.filename}: {error.strerror}")
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):  # bad input is every process's
-        print(f"lorasmith: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error) if isinstance(error, Faults) else " ".join(str(error).split())
+        print(f"lorasmith: {text}", file=sys.stderr)
     return 2
 
 

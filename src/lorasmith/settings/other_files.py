@@ -1,0 +1,90 @@
+"""Settings files of other programs, in YAML or JSON: what they say, as a file that lorasmith reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import tomli_w
+import yaml
+
+from lorasmith.faults import Faults
+from lorasmith.other_tools import TOOLS
+from lorasmith.other_tools.name import Tool
+from lorasmith.settings.schema import Setting, settings
+from lorasmith.settings.translation import Answer, found, in_toml, listed
+from lorasmith.settings.unknown import Unknown, answered
+from lorasmith.settings.values import nested
+
+SUFFIXES = (".yaml", ".yml", ".json")
+EMPTY = ("", "false", "0", "0.0", "null", "none", "[]")
+"""Values of what another program has switched off."""
+
+
+def refusal(path: Path) -> Faults:
+    """What is said of such a file: the TOML file with the same settings. ValueError where it cannot be read."""
+    known = settings()
+    unknown = [Unknown(key, text, line) for key, text, line in entries(path)]
+    tool = _tool_of(unknown, known)
+    whose = "" if tool is None else f" (its keys are {tool.whose}s)"
+    answers = {one: _answer(one, known, tool) for one in unknown}
+    pairs = [pair for answer in answers.values() for pair in answer.pairs if pair[0] in known]
+    values = {key: in_toml(known[key], text) for key, text in reversed(pairs)}
+    lines = tomli_w.dumps(nested({key: values[key] for key in known if key in values})).splitlines()
+    heading = f"settings are read from TOML, and {path} is none{whose}. As {path.with_suffix('.toml').name}:"
+    return Faults(heading, *lines, *_comments(answers))
+
+
+def _answer(one: Unknown, known: Mapping[str, Setting], tool: Tool | None) -> Answer:
+    """As of any unknown key; but some names are lorasmith's own, too."""
+    if one.key in known and found(one.key, known, tool) is None:
+        return Answer("", ((one.key, one.text),))
+    return answered(one, known, as_toml=True, preferred=tool)
+
+
+def _comments(answers: Mapping[Unknown, Answer]) -> Iterator[str]:
+    """What is said of each setting, as comments; those that nothing is known of, together."""
+    left = []
+    for one, answer in answers.items():
+        if answer.is_needless or (one.text in EMPTY and not answer.pairs):
+            continue
+        if answer.text.startswith("there is no setting"):
+            left.append(f"{one.key} (line {one.line})")
+        elif answer.text:
+            yield f"# line {one.line}: {answer.text}"
+    if left:
+        yield f"# without a counterpart: {', '.join(left)}"
+
+
+def _tool_of(unknown: Sequence[Unknown], known: Mapping[str, Setting]) -> Tool | None:
+    """The program that has most of the names."""
+    parts = {part for one in unknown for part in one.key.split(".")}
+    marked = [tool for tool in TOOLS if parts.intersection(tool.sections)]
+    if marked:
+        return marked[0]
+    entries = [found(one.key, known) for one in unknown]
+    tools = [entry[0] for entry in entries if entry is not None]
+    return max(tools, key=tools.count) if tools else None
+
+
+def entries(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(dotted key, value as text, line) of each setting of a YAML or JSON file; ValueError where it is neither."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").expandtabs(1)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must be a file of settings, and has none")
+    return _entries(root, "")
+
+
+def _entries(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str, int]]:
+    for name, value in node.value:
+        key, line = f"{prefix}{name.value}", name.start_mark.line + 1
+        members = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        tables = [member for member in members if isinstance(member, yaml.MappingNode)]
+        for table in tables:
+            yield from _entries(table, f"{key}.")
+        if not tables:
+            yield key, value.value if members == [value] else listed([member.value for member in members]), line
