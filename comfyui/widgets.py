@@ -37,10 +37,12 @@ FIRST = (
 
 TOOLTIPS = {
     "steps": "optimizer steps",
+    "targets_preset": "attention layers, MLP layers too, or all linear layers and convolutions",
+    "targets_include": "regular expressions of layer paths to adapt as well, one a line",
     "alpha": "the update is scaled by alpha / rank; 0: the rank. Of OFT: the limit of its rotation; 0: none",
     "factor": "of LoKr: rows and columns of the smaller Kronecker factor; 0: near square",
-    "save_every": "write a checkpoint every so many steps; 0: by minutes alone",
-    "checkpoints_minutes": "write a checkpoint every so many minutes, for at most 1 % of the time; 0: by steps alone",
+    "save_every": "write a checkpoint every N steps; 0: only every so many minutes",
+    "checkpoints_minutes": "write a checkpoint every N minutes, for at most 1 % of the time; 0: only by steps",
     "checkpoints_keep": "how many checkpoints are kept while it trains; they go when it ends",
     "non_finite_returns": "how often it goes back to its last checkpoint by steps (save_every) instead of stopping",
 }
@@ -80,7 +82,7 @@ def _config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[st
     changed = {}
     for name, setting in _further().items():
         value = values.get(name, _default(setting))
-        if value != _default(setting):
+        if value != _default(setting) or name == "targets_preset":  # which holds beside targets_include, as it is shown
             changed[setting.key] = tuple(filter(None, value.splitlines())) if setting.kind is tuple else value
     if "non_finite.returns" in changed and "checkpoints.steps" not in changed:
         raise ValueError("save_every must be set where non_finite_returns is, got 0")

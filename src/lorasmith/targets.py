@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from lorasmith.adapters.layer import ADAPTABLE
@@ -31,14 +31,27 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class Targets(Component):
-    """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`."""
+    """The layers that get an adapter: those of the preset and of `include`, without those of `exclude`.
+
+    Where `include` is given without a preset, it chooses alone.
+    """
 
     preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
         default="attention+mlp",
-        description="layers of the attention, of the MLPs too, or all linear layers and convolutions",
+        description="attention layers, MLP layers too, or all linear layers and convolutions; none where only include "
+        "is given",
     )
-    include: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to adapt as well")
+    include: tuple[Pattern, ...] = Field(
+        default=(),
+        description="regular expressions of layer paths: only these layers, or with a preset these as well",
+    )
     exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_included(cls, values: Any) -> Any:
+        is_alone = isinstance(values, dict) and values.get("include") and "preset" not in values
+        return {**values, "preset": "none"} if is_alone else values
 
     def matches(self, path: str) -> bool:
         wanted = (*PRESETS[self.preset], *self.include)
