@@ -74,13 +74,13 @@ def test_a_weight_that_is_changed_is_plain_wherever_it_is_used() -> None:
 def test_the_log_says_what_the_blocks_take(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     if not has_packed_products(CPU, dtype):
         pytest.skip("the processor has no bf16")
-    caplog.set_level(logging.INFO, "lorasmith")
+    caplog.set_level(logging.DEBUG, "lorasmith")
     layers = (nn.Linear(512, 1024), nn.Conv2d(128, 256, 3), nn.Conv2d(64, 128, 3, stride=2), nn.Conv2d(256, 512, 1))
     numbers = sum(layer.weight.numel() for layer in layers)  # of sizes that fill their blocks
     assert pack(Plain(net_of(*layers).net.to(dtype)), "all") == 4
     size = 2 * numbers * dtype.itemsize / 1e6
     assert [record.getMessage() for record in caplog.records] == [
-        f"4 layers packed for this processor: {size:.1f} MB in blocks (pack)"
+        f"4 layers repacked for the processor: {size:.1f} MB (pack)"
     ]
     caplog.clear()
     assert pack(net_of(), "all") == pack(net_of(*layers), "none") == 0 and not caplog.records

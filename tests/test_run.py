@@ -118,7 +118,7 @@ def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opene
         assert len(list(measured.steps())) == 2
         summary = dict(measured.finish())
     number = r"[+-]?\d+\.\d+"
-    for name in ("held-out", "drift"):
+    for name in ("validation", "drift"):
         line = rf"({number}) ± {number} before, ({number}) ± {number} after: {number} ± {number}"
         found = re.fullmatch(line, summary[f"{name} loss"])
         assert found and f"{name} loss" in Path("runs/cats/report.html").read_text("utf-8")

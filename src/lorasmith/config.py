@@ -28,11 +28,11 @@ class Data(Component):
     folder: UserPath | None = Field(default=None, description="folder of pictures with captions beside them")
     held_out: UserPath | None = Field(
         default=None,
-        description="pictures never trained on, like the trained ones: their loss is measured before and after",
+        description="pictures that are never trained on: the validation loss is measured on them before and after",
     )
     drift: UserPath | None = Field(
         default=None,
-        description="pictures that the model should go on drawing as before: their loss is measured as well",
+        description="pictures of what the model must not forget: their loss is measured before and after",
     )
     resolution: int | None = Field(
         default=None,
@@ -46,29 +46,29 @@ class Data(Component):
 
 
 class Sampling(Component):
-    """The pictures drawn before and after training."""
+    """The images generated before and after training."""
 
     prompts: tuple[str, ...] | None = Field(
-        default=None, description="prompts to draw; none: the first captions; []: no pictures"
+        default=None, description="prompts to generate; none: the first captions; []: no images"
     )
-    steps: int = Field(default=25, ge=1, le=1000, description="denoising steps a picture")
+    steps: int = Field(default=25, ge=1, le=1000, description="denoising steps per image")
     guidance: float = Field(
         default=5.0, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance; 1: none"
     )
-    seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives the noise that pictures start from")
-    every: Steps | None = Field(default=None, description="draw the prompts every so many steps too; none: at the end")
+    seed: int = Field(default=0, ge=0, le=SEED_MAX, description="seed of the noise that images start from")
+    every: Steps | None = Field(default=None, description="also generate every N steps; none: only before and after")
 
 
 class Checkpoints(Component):
     """The checkpoints that an interrupted run resumes from."""
 
-    steps: Steps | None = Field(default=None, description="write one every so many steps; none: by minutes alone")
+    steps: Steps | None = Field(default=None, description="write one every N steps; none: only every so many minutes")
     minutes: float = Field(
         default=5.0,
         ge=0,
         le=10_000,
         allow_inf_nan=False,
-        description="write one every so many minutes, but spend at most 1 % of the time on these; 0: by steps alone",
+        description="write one every N minutes, spending at most 1 % of the time on these; 0: only every so many steps",
     )
     keep: int = Field(default=2, ge=1, le=1000, description="how many of the newest are kept")
 
@@ -120,54 +120,60 @@ class Config(Component):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
-    seed: int = Field(default=0, ge=0, le=SEED_MAX, description="drives initialisation, sample order, times and noise")
+    seed: int = Field(
+        default=0, ge=0, le=SEED_MAX, description="seed of initialisation, sample order, timesteps and noise"
+    )
     existing_lora: UserPath | None = Field(
-        default=None, description="LoRA file to go on training, whose algorithm, rank and alpha hold"
+        default=None, description="LoRA file to continue training; its algorithm, rank and alpha are kept"
     )
     ignore_unknown: bool = Field(
         default=False, description="leave out layers of existing_lora that the model does not have, instead of stopping"
     )
     file_layout: LayoutName | None = Field(
-        default=None, description="whose names the LoRA file has; none: those that most programs read"
+        default=None, description="program whose key names the LoRA file uses; none: those that most programs read"
     )
-    steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 views of each picture")
-    batch_size: int = Field(default=1, ge=1, le=10_000, description="samples a micro-batch")
-    grad_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="micro-batches an optimizer step")
-    learning_rate: float = Field(default=5e-4, ge=1e-7, le=1.0, allow_inf_nan=False, description="the optimizer's rate")
+    steps: Steps | None = Field(default=None, description="optimizer steps; none: 100 passes over the pictures")
+    batch_size: int = Field(default=1, ge=1, le=10_000, description="images per forward pass")
+    grad_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="forward passes per optimizer step")
+    learning_rate: float = Field(
+        default=5e-4, ge=1e-7, le=1.0, allow_inf_nan=False, description="learning rate of the optimizer"
+    )
     max_grad_norm: float = Field(
         default=1.0,
         ge=0,
         le=1e6,
         allow_inf_nan=False,
-        description="longest gradient; longer ones are scaled to it; 0: any",
+        description="gradient clipping norm; 0: off",
     )
     training_dtype: TrainingDtypeName = Field(
         default="bf16", description="dtype the model computes in; none: its own, with scaled losses where that is fp16"
     )
     lora_dtype: DtypeName = Field(default="bf16", description="dtype of the adapters, in compute and in the file")
-    gradient_checkpointing: bool = Field(default=True, description="compute activations again to save memory")
+    gradient_checkpointing: bool = Field(
+        default=True, description="recompute activations in the backward pass, to save memory"
+    )
     checkpoint_depth: int = Field(
-        default=2, ge=1, le=5, description="which blocks are computed again: 1 the outermost, 5 the innermost"
+        default=2, ge=1, le=5, description="which blocks are recomputed: 1 the outermost, 5 the innermost"
     )
     offloading: bool = Field(default=False, description="leave the blocks' weights on the CPU when training elsewhere")
     quantized_backward: bool = Field(
-        default=False, description="take gradients through linear layers as int8 products, a few percent off"
+        default=False, description="compute gradients through linear layers as int8 products, with a few percent error"
     )
     base_dtype: BaseDtypeName = Field(
         default="none", description="keep the frozen weights of linear layers in 8 or 4 bits to save memory"
     )
     pack: Literal["none", "conv", "all"] = Field(
         default="all",
-        description="which frozen layers are laid out anew for the processor: faster, for more memory",
+        description="which frozen layers are repacked for the processor: faster, but takes more memory",
     )
     native_kernels: bool = Field(
-        default=True, description="use kernels in C where the processor has what they need, and a compiler is there"
+        default=True, description="use kernels in C where the processor supports them and a compiler is installed"
     )
     memory_ladder: bool = Field(
         default=False,
         description="where memory runs out, checkpoint activations, then halve batch_size, instead of stopping",
     )
-    sharded: bool = Field(default=False, description="share the model's weights out over the processes (FSDP2)")
+    sharded: bool = Field(default=False, description="shard the model's weights over the processes (FSDP2)")
     adapter: Algorithm = LoRA()
     targets: Targets = Targets()
     text_encoder: TextEncoder = TextEncoder()
@@ -178,7 +184,7 @@ class Config(Component):
         default="native",
         description="what is compared: the model's own target (noise, velocity), or the clean latents it implies",
     )
-    times: Times = Field(default=Uniform(), description="law that noise levels are drawn from")
+    times: Times = Field(default=Uniform(), description="distribution of the noise levels (timesteps)")
     sampling: Sampling = Sampling()
     checkpoints: Checkpoints = Checkpoints()
     non_finite: NonFinite = NonFinite()

@@ -80,9 +80,9 @@ def train_lora(
         {"samples": such a tensor}, or a list of these.
     positive: one conditioning for each latent, or one for all: ComfyUI's [tensor [1,L,D], dict] pairs, tensors [L,D] or
         [1,L,D], dicts of named tensors, or captions, which the model's own encoders encode. With a list of latents, a
-        list of such lists serves as well.
-    batch_size: 1 to 10000 samples a micro-batch.
-    grad_accumulation_steps: 1 to 1024 micro-batches an optimizer step.
+        list of such lists also works.
+    batch_size: 1 to 10000 images per forward pass.
+    grad_accumulation_steps: 1 to 1024 forward passes per optimizer step.
     steps: 1 to 100000 optimizer steps.
     learning_rate: 1e-7 to 1.
     rank: 1 to 128, the inner dimension of the adapters; of OFT, the size of a block (see `lorasmith.adapters`).
@@ -91,7 +91,7 @@ def train_lora(
     training_dtype: what the model computes in; fp32 where the device has no bf16, which is logged; none: its own dtype,
         with scaled losses where that is fp16.
     lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
-    gradient_checkpointing: compute activations again in the backward pass, to save memory.
+    gradient_checkpointing: recompute activations in the backward pass, to save memory.
     existing_lora: a LoRA file to go on training, whose algorithm, rank and alpha hold.
     encoders: where model is a single file, the diffusers folder or hub id of what it lacks; None: it lacks nothing.
     alpha: the update is scaled by alpha / rank; None: the rank. Of OFT: the limit of its rotation; None: none.
@@ -99,7 +99,7 @@ def train_lora(
     targets: the layers to adapt; None: attention and MLPs.
     checkpoint_depth: 1 to 5: gradient_checkpointing computes the outermost blocks again at 1, the innermost at 5.
     offloading: refused, as the model that comes in stays on the device that it is trained on.
-    quantized_backward: take gradients through linear layers as int8 products, a few percent off, with torchao.
+    quantized_backward: compute gradients through linear layers as int8 products, with a few percent error (torchao).
     base_dtype: keep the frozen weights of linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes) while
         it trains, to save memory; model_with_lora has whole ones.
     bucket_mode: latents may be a list of several sizes; every step trains on samples of one size.

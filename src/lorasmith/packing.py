@@ -36,7 +36,7 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
             layer.weight = nn.Parameter(last, requires_grad=False)
     num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in free)
     if free:
-        log.info("%d layers packed for this processor: %.1f MB in blocks (pack)", len(free), num_bytes / 1e6)
+        log.debug("%d layers repacked for the processor: %.1f MB (pack)", len(free), num_bytes / 1e6)
     return len(free)
 
 

@@ -66,7 +66,7 @@ class Run:
     job: Job
     codec: Codec
     captions: Sequence[str]
-    measured: dict[str, list[Cached]]  # what is measured before and after: {"held-out": samples, "drift": samples}
+    measured: dict[str, list[Cached]]  # what is measured before and after: {"validation": samples, "drift": samples}
     folder: RunFolder | None  # of the first process alone, as are the logs
     keeper: Keeper
     tensorboard: TensorBoardLog | None = None
@@ -78,7 +78,7 @@ class Run:
         found = examples(config.data.folder, config.data.caption_lines)
         measured = {
             name: examples(path, config.data.caption_lines)
-            for name, path in (("held-out", config.data.held_out), ("drift", config.data.drift))
+            for name, path in (("validation", config.data.held_out), ("drift", config.data.drift))
             if path is not None
         }
         family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
@@ -204,7 +204,8 @@ class Run:
             ("pictures", str(len(job.dataset.samples))),
             (
                 "adapters",
-                f"{'+'.join(job.adapters.algorithms)} on {len(job.adapters.adapters)} layers, {trained:,} numbers",
+                f"{'+'.join(job.adapters.algorithms)} on {len(job.adapters.adapters)} layers, "
+                f"{trained:,} trainable parameters",
             ),
             ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
         ]

@@ -331,7 +331,7 @@ def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
         list(run.steps())
         (path,) = run.save()
         summary = dict(run.finish())
-    assert "held-out loss" in summary
+    assert "validation loss" in summary
     state, metadata = lorafile.read(path)
     assert metadata["ss_text_encoder_lr"] == "0.005" and any(key.startswith("lora_te_") for key in state)
     changed = [("steps", 3), ("existing_lora", str(path)), ("output", str(tmp_path / "next"))]
