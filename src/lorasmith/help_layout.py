@@ -34,14 +34,15 @@ def section(heading: str, rows: Rows, width: int | None) -> str:
     return "\n".join(lines)
 
 
-def paragraph(text: str, width: int | None, indent: int = 0) -> list[str]:
-    """A text's lines."""
+def paragraph(text: str, width: int | None, indent: int = 0, hanging: int = 0) -> list[str]:
+    """A text's lines; those after the first are indented by `hanging` more."""
     if width is None:
         return [" " * indent + text] if text else []
     margin = " " * indent
     columns = max(min(width, WIDEST), indent + 20)
+    after = margin + " " * hanging
     return textwrap.wrap(
-        text, columns, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+        text, columns, initial_indent=margin, subsequent_indent=after, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -9,9 +9,11 @@ from lorasmith.help_layout import paragraph, section, width_of_output
 if TYPE_CHECKING:
     from lorasmith.settings import Setting
 
-USAGE = """Usage: lorasmith train PICTURES --model MODEL [--KEY VALUE ...]
-       lorasmith train SETTINGS.toml [--KEY VALUE ...]
-       lorasmith train RUN_FOLDER --resume"""
+USAGE = (
+    "Usage: lorasmith train PICTURES --model MODEL [--KEY VALUE ...]",
+    "lorasmith train SETTINGS.toml [--KEY VALUE ...]",
+    "lorasmith train RUN_FOLDER --resume",
+)
 ABOUT = "Train a LoRA on a folder of pictures, each with its caption in a .txt file of the same name."
 EXAMPLES = """Examples:
   lorasmith train cats --model demo --steps 10
@@ -58,8 +60,10 @@ RESUME = BASICS["Interrupted runs"][0]
 
 def show(word: str | None) -> None:
     """Prints the basics, or with "all" every setting, or those that a word is about; ValueError where none is."""
-    print(USAGE, flush=True)  # before what takes a while
     width = width_of_output()
+    for line in USAGE:
+        indent = 0 if line.startswith("Usage") else 7
+        print("\n".join(paragraph(line, width, indent, hanging=7)), flush=True)  # before what takes a while
     parts = _basics(width) if word is None else _all(width) if word == "all" else _about(word, width)
     for part in parts:
         print(f"\n{part}")
@@ -111,5 +115,6 @@ def _speaks_of(word: str, text: str) -> bool:
 
 
 def _row(setting: "Setting") -> tuple[str, str]:
-    default = f"default {setting.default}" if setting.default not in ("none", "[]") else "no default"
+    has_default = setting.default not in ("none", "[]") or setting.default in setting.options
+    default = f"default {setting.default}" if has_default else "no default"
     return f"--{setting.key}", f"{setting.help} ({setting.rule}; {default})"
