@@ -11,6 +11,7 @@ from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attach, attached
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.noise import Flow
+from lorasmith.settings import configured, parsed
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cond
 
@@ -118,6 +119,15 @@ def test_include_and_exclude() -> None:
     targets = Targets(preset="attention", include=(r"conv_in$",), exclude=(r"attn2",))
     assert targets.matches("unet.conv_in") and targets.matches("unet.x.attn1.to_q")
     assert not targets.matches("unet.x.attn2.to_q") and not targets.matches("unet.conv_in.norm")
+
+
+def test_what_is_included_is_all_unless_a_preset_is_given() -> None:
+    from_tokens = ("--targets.include", "attn2", "--targets.include", "conv_in")
+    for alone in (Targets(include=("attn2", "conv_in")), configured(parsed(from_tokens)[1]).targets):
+        assert alone.matches("unet.x.attn2.to_q") and alone.matches("unet.conv_in")
+        assert not alone.matches("unet.x.attn1.to_q") and alone.preset == "none"
+        assert Targets.model_validate(alone.model_dump()) == alone  # as a run.toml has it
+    assert Targets(include=()).preset == Targets(exclude=("attn2",)).preset == "attention+mlp"
 
 
 def test_no_target_is_an_error_that_shows_layers() -> None:
