@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,7 @@ def stray_words(tokens: Sequence[str]) -> str:
         key = token.removeprefix("--").replace("-", "_")
         if not token.startswith("--") or key not in known:
             continue
-        words = _until_next_key(tokens[start + 1 :])
-        if words and Path(words[-1]).exists():  # what is to be trained on
-            words.pop()
+        words = list(takewhile(lambda word: not (word.startswith("--") or Path(word).exists()), tokens[start + 1 :]))
         setting = known[key]
         if len(words) < 2 or setting.kind in (int, float, bool) or setting.options:
             continue
@@ -67,11 +66,6 @@ def stray_words(tokens: Sequence[str]) -> str:
         several = f"; several values need the key each time: {repeated}" if setting.kind is tuple else ""
         return f": a value of several words needs quotes: {quoted}{several}"
     return ""
-
-
-def _until_next_key(tokens: Sequence[str]) -> list[str]:
-    end = next((index for index, token in enumerate(tokens) if token.startswith("--")), len(tokens))
-    return list(tokens[:end])
 
 
 def _unknown_keys(
