@@ -243,7 +243,7 @@ BAD: list[tuple[Prepare, str, str]] = [
     (nothing, "cats --seed -1", "seed must be 0 to 18446744073709551615, got '-1'"),
     (nothing, "cats --device cuda:99", "device must be one that this machine has, got cuda:99: .+"),
     (nothing, "cats --targets.include (", r"targets\.include must be a regular expression .*, got '\('"),
-    (nothing, "", "train needs one folder of pictures or one TOML file, got none"),
+    (nothing, "", "train needs one folder of pictures or one TOML file, got none: lorasmith train .*"),
     (nothing, "cats dogs", "train needs one folder of pictures or one TOML file, got cats dogs"),
     (nothing, "cats --output \udcff", r"arguments must be UTF-8, got '\\udcff'"),
     (written("run.toml", b""), "run.toml --model none", "model must be set: there is no default"),

@@ -152,4 +152,7 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Pa
     assert (built.returncode, built.stdout + built.stderr) == (0, "")
     for page in tmp_path.rglob("*.html"):
         assert not EXTERNAL.search(page.read_text(encoding="utf-8")), page
+    for file in ("search/search_index.js", "assets/iframe-worker.js"):  # which the search needs without a server
+        assert (tmp_path / file).is_file()
+    assert "assets/iframe-worker.js" in (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Entradas" in (tmp_path / "es" / "contract.html").read_text(encoding="utf-8")

@@ -72,7 +72,7 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False)
     from lorasmith.settings import configured, merged, parsed
     from lorasmith.settings.arguments import stray_words
 
-    others, values = parsed(tokens)
+    others, values = parsed(tokens, "demo")
     if others:
         raise ValueError(f"demo takes settings only, got {' '.join(others)}{stray_words(tokens)}")
     folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
