@@ -89,8 +89,8 @@ def test_pictures_are_drawn_and_losses_measured_before_and_after(home: Path) -> 
     )  # fmt: skip
     assert ended.code == 0
     assert listing(home / "runs" / "cats") == FILES | {"before_after.png"}
-    assert re.search(r"validation loss .* before, .* after", ended.out)
-    assert re.search(r"drift loss .* before, .* after", ended.out)
+    assert re.search(r"validation loss\t.* before, .* after", ended.out)
+    assert re.search(r"drift loss\t.* before, .* after", ended.out)
     with Image.open(home / "runs" / "cats" / "before_after.png") as picture:
         assert picture.width > 2 * 192 and picture.height > 2 * 192  # a column a caption, and two rows
 

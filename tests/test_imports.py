@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting"),
+    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun"),
     (
         "draws",
         "devices",
@@ -19,6 +19,9 @@ FLOORS = (
         "digests",
         "experts",
         "other_tools",
+        "pace",
+        "streams",
+        "signals",
     ),
     (
         "noise",
@@ -37,6 +40,9 @@ FLOORS = (
         "step_log",
         "lock",
         "tensor_file",
+        "bars",
+        "lines",
+        "display",
     ),
     (
         "targets",
@@ -50,6 +56,7 @@ FLOORS = (
         "tucker",
         "comfyui_pack",
         "fused",
+        "events",
     ),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
@@ -69,9 +76,9 @@ FLOORS = (
     ("diagnosis", "checkpoints", "files", "invocation", "train_help"),
     ("training", "resuming"),
     ("job", "inputs"),
-    ("keeping", "run_folder"),
-    ("run", "contract", "console"),
-    ("file_commands",),
+    ("keeping", "run_folder", "console"),
+    ("run", "contract", "run_report"),
+    ("file_commands", "execution"),
     ("cli",),
     ("__main__",),
 )
