@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Iterator
 from itertools import pairwise
@@ -22,14 +21,12 @@ from step_time_model import NUM_TOKENS, SIZES, net_of
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from lorasmith.console import opened_display
+from lorasmith.console import follow
 from lorasmith.data.cache import Dataset
 from lorasmith.demo import demo_settings
-from lorasmith.display import follow
 from lorasmith.families.sd import StableDiffusionDenoiser
 from lorasmith.job import Job
 from lorasmith.noise import Diffusion
-from lorasmith.pace import Pace, Training
 from lorasmith.run import opened_run
 from lorasmith.settings import configured, merged
 from lorasmith.types import Cached, Step
@@ -74,9 +71,7 @@ def followed(job: Job, steps: Iterator[Step]) -> Seconds:
             stamps.append((time.perf_counter(), net.seconds))
 
     assert job.config.steps is not None
-    training = Training(Pace(job.config.steps), earlier=0, steps_per_epoch=1)
-    with opened_display() as display:
-        follow(noted(), training, display, threading.Event())
+    follow(noted(), job.config.steps, 0)
     return [(b - a, b - a - (after - before)) for (a, before), (b, after) in pairwise(stamps[WARMUP:])]
 
 

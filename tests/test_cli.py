@@ -89,8 +89,8 @@ def test_pictures_are_drawn_and_losses_measured_before_and_after(home: Path) -> 
     )  # fmt: skip
     assert ended.code == 0
     assert listing(home / "runs" / "cats") == FILES | {"before_after.png"}
-    assert re.search(r"validation loss\t.* before, .* after", ended.out)
-    assert re.search(r"drift loss\t.* before, .* after", ended.out)
+    assert re.search(r"validation loss .* before, .* after", ended.out)
+    assert re.search(r"drift loss .* before, .* after", ended.out)
     with Image.open(home / "runs" / "cats" / "before_after.png") as picture:
         assert picture.width > 2 * 192 and picture.height > 2 * 192  # a column a caption, and two rows
 
@@ -243,7 +243,7 @@ BAD: list[tuple[Prepare, str, str]] = [
     (nothing, "cats --seed -1", "seed must be 0 to 18446744073709551615, got '-1'"),
     (nothing, "cats --device cuda:99", "device must be one that this machine has, got cuda:99: .+"),
     (nothing, "cats --targets.include (", r"targets\.include must be a regular expression .*, got '\('"),
-    (nothing, "", "train needs one folder of pictures or one TOML file, got none: lorasmith train .*"),
+    (nothing, "", "train needs one folder of pictures or one TOML file, got none"),
     (nothing, "cats dogs", "train needs one folder of pictures or one TOML file, got cats dogs"),
     (nothing, "cats --output \udcff", r"arguments must be UTF-8, got '\\udcff'"),
     (written("run.toml", b""), "run.toml --model none", "model must be set: there is no default"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun"),
+    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting"),
     (
         "draws",
         "devices",
@@ -19,9 +19,6 @@ FLOORS = (
         "digests",
         "experts",
         "other_tools",
-        "pace",
-        "streams",
-        "signals",
     ),
     (
         "noise",
@@ -40,9 +37,6 @@ FLOORS = (
         "step_log",
         "lock",
         "tensor_file",
-        "bars",
-        "lines",
-        "display",
     ),
     (
         "targets",
@@ -56,7 +50,6 @@ FLOORS = (
         "tucker",
         "comfyui_pack",
         "fused",
-        "events",
     ),
     ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
@@ -76,9 +69,9 @@ FLOORS = (
     ("diagnosis", "checkpoints", "files", "invocation", "train_help"),
     ("training", "resuming"),
     ("job", "inputs"),
-    ("keeping", "run_folder", "console"),
-    ("run", "contract", "run_report"),
-    ("file_commands", "execution"),
+    ("keeping", "run_folder"),
+    ("run", "contract", "console"),
+    ("file_commands",),
     ("cli",),
     ("__main__",),
 )

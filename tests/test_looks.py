@@ -9,8 +9,10 @@ from torch import Tensor
 from lorasmith.looks import FOLDER_PART, MODEL_SIGNS, SIGNS, TEXT_WIDTHS, lora_family, model_family, n_in
 
 FAMILIES = {  # a layer as its programs name it: the family
-    "lora_te2_text_model_encoder_layers_0_mlp_fc1": "SDXL",
-    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": "SDXL",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": "SDXL or Stable Diffusion 3",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": "SDXL or Stable Diffusion 3",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "Flux or Stable Diffusion 3",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": "Flux or Stable Diffusion 3",
     "unet.add_embedding.linear_1": "SDXL",
     "diffusion_model.label_emb.0.0": "SDXL",
     "transformer.single_transformer_blocks.0.attn.to_q": "Flux",

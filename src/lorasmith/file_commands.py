@@ -1,15 +1,11 @@
 """The commands for files: convert, merge, resize, extract, metadata. What they need is imported when they run."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-
-from lorasmith.pace import counted
-from lorasmith.progress import tracked
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Flag = Annotated[bool, Parameter(negative="")]
@@ -35,11 +31,11 @@ def resize(
     overwrite
         write over a file that is there
     """
-    with _working("resizing") as shown:
-        from lorasmith.files.resizing import resize
-        from lorasmith.files.truncation import Cut
+    from lorasmith.files.resizing import resize
+    from lorasmith.files.truncation import Cut
 
-        losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=shown)
+    _prepare()
+    losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=_shown("resizing"))
     _show_losses(losses)
     print(output)
     return 0
@@ -68,27 +64,26 @@ def merge(
     overwrite
         write over a file that is there
     """
+    from lorasmith.files.merging import Source, merge
+
+    _prepare()
+    sources = [Source.parsed(text) for text in loras]
     if model is None:
         if ignore_unknown:
             raise ValueError("ignore_unknown leaves out layers that a model does not have: give it with --model")
-        with _working("merging") as shown:
-            from lorasmith.files.merging import Source, merge
-
-            sources = [Source.parsed(text) for text in loras]
-            losses = merge(sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=shown)
+        losses = merge(
+            sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=_shown("merging")
+        )  # fmt: skip
         _show_losses(losses)
     else:
+        from lorasmith.files.merging_into import merge_into
+
         if rank is not None or dtype is not None:
             raise ValueError("rank and dtype are those of a LoRA: give them without --model")
-        with _working("merging", with_models=True) as shown:
-            from lorasmith.files.merging import Source
-            from lorasmith.files.merging_into import merge_into
-
-            sources = [Source.parsed(text) for text in loras]
-            num_changed = merge_into(
-                _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=shown
-            )
-        print(f"{counted(num_changed, 'weight')} changed")
+        num_changed = merge_into(
+            _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=_shown("merging")
+        )
+        print("1 weight changed" if num_changed == 1 else f"{num_changed} weights changed")
     print(output)
     return 0
 
@@ -116,14 +111,14 @@ def extract(
     overwrite
         write over a file that is there
     """
-    with _working("extracting", with_models=True) as shown:
-        from lorasmith.files.extraction import extract
-        from lorasmith.files.truncation import Cut
+    from lorasmith.files.extraction import extract
+    from lorasmith.files.truncation import Cut
 
-        own = _dtype(dtype)
-        assert own is not None
-        cut = Cut(rank=rank, keep=keep)
-        losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=shown)
+    _prepare()
+    own = _dtype(dtype)
+    assert own is not None
+    cut = Cut(rank=rank, keep=keep)
+    losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=_shown("extracting"))
     _show_losses(losses)
     print(output)
     return 0
@@ -197,14 +192,21 @@ def convert(
     overwrite
         write over a file that is there
     """
-    with _working("converting", with_models=True):
-        from lorasmith.files.conversion import convert
+    from lorasmith.files.conversion import convert
 
-        own = None if model is None else _model(model)
-        found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
-    print(counted(found, "layer"))
+    _prepare()
+    own = None if model is None else _model(model)
+    found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
+    print("1 layer" if found == 1 else f"{found} layers")
     print(output)
     return 0
+
+
+def _prepare() -> None:
+    from lorasmith.console import quiet_libraries, set_up_logging
+
+    set_up_logging()
+    quiet_libraries()
 
 
 def _model(model: str) -> str:
@@ -224,25 +226,21 @@ def _dtype(name: Dtype | None) -> Any:
     return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-@contextmanager
-def _working(what: str, *, with_models: bool = False) -> Iterator[Any]:
-    """A display with the libraries loaded; its value runs through names and shows how far it has come."""
-    from lorasmith.console import MODEL_LIBRARIES, load, opened_display
+def _shown(what: str) -> Any:
+    """Runs through names with a progress bar."""
+    from lorasmith.console import tracked
 
-    with opened_display() as display:
-        load(display, "libraries", MODEL_LIBRARIES if with_models else ("torch", "lorasmith.lorafile"))
+    def through(names: Sequence[str]) -> Iterable[str]:
+        return tracked(names, what)
 
-        def through(names: Sequence[str]) -> Iterable[str]:
-            return tracked(names, what, display, len(names))
-
-        yield through
+    return through
 
 
 def _show_metadata(metadata: Mapping[str, str]) -> None:
-    from lorasmith.console import show_table, stdout
+    from lorasmith.console import console, show_table
     from lorasmith.files.metadata import shown
 
-    show_table(shown(metadata) if stdout.isatty() else sorted(metadata.items()))
+    show_table(shown(metadata) if console.is_terminal else sorted(metadata.items()))
 
 
 def _show_losses(losses: Any) -> None:

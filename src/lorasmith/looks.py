@@ -5,11 +5,16 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from lorasmith.text_names import text_layer
+
 UP = "lora_up.weight"
 Layers = Mapping[str, Mapping[str, Tensor]]
 """{layer as a file calls it: {part: tensor}}."""
 TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 SD3, TRANSFORMER, DOUBLE = "Stable Diffusion 3", "a transformer of diffusers", "Flux, Chroma or Qwen-Image"
+UNETS = "a UNet of the Stable Diffusion kind"
+TEXTS, SECOND_TEXTS, T5_TEXTS = "a text encoder", "SDXL or Stable Diffusion 3", "Flux or Stable Diffusion 3"
+UNKNOWN = "an unknown model"
 SIGNS = (
     (r"add_embedding|label_emb", "SDXL"),
     (r"distilled_guidance_layer", "Chroma"),
@@ -23,7 +28,6 @@ SIGNS = (
     (r"(^transformer_|(?<!transformer_))blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
     (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", SD3),
     (r"(?<!\d_)transformer_blocks_\d+_(attn\d?|ff)_", TRANSFORMER),
-    (r"lora_te2_|text_encoder_2", "SDXL"),
 )
 WIDTHS = {
     SD3: {3072: DOUBLE},
@@ -52,7 +56,7 @@ MODEL_SIGNS = (
     (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
     (r"cond_stage_model\.transformer\.", "Stable Diffusion 1.x"),
     (DENOISER + r"label_emb\.", "SDXL"),
-    (r"model\.diffusion_model\.input_blocks\.", "a UNet of the Stable Diffusion kind"),
+    (r"model\.diffusion_model\.input_blocks\.", UNETS),
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )
 LORA = re.compile(r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|\.[ab][12]\.weight$")
@@ -73,8 +77,11 @@ def model_family(keys: Iterable[str]) -> str:
 
 def lora_family(layers: Layers) -> str:
     """The family, in words, that the names and sizes of a LoRA's layers show; "an unknown model" where none does."""
-    names = {layer.replace(".", "_"): parts for layer, parts in layers.items()}
-    if any(UNET.search(name) for name in names):
+    names, encoders = _of_the_denoiser(layers)
+    if not names and encoders:
+        return T5_TEXTS if "t5" in encoders else SECOND_TEXTS if "2" in encoders else TEXTS
+    is_unet = any(UNET.search(name) for name in names)
+    if is_unet:
         widths = {n_in(parts) for name, parts in names.items() if TEXT.search(name)} - {None}
         if len(widths) == 1:
             (width,) = widths
@@ -82,20 +89,33 @@ def lora_family(layers: Layers) -> str:
     shown = next((family for sign, family in SIGNS if any(re.search(sign, name) for name in names)), None)
     if shown is not None:
         return _by_size(names, shown) or shown
+    if is_unet:
+        return "SDXL" if "2" in encoders else UNETS
+    return UNKNOWN
+
+
+def transformer_width(layers: Layers) -> int | None:
+    """The inputs of a transformer's attention; None where the layers show none, or several."""
+    names, _ = _of_the_denoiser(layers)
     if any(UNET.search(name) for name in names):
-        return "a UNet of the Stable Diffusion kind"
-    if names and all(re.search(r"(^|_)te(xt)?_|text_encoder|text_model", name) for name in names):
-        return "a text encoder"
-    return "an unknown model"
+        return None
+    widths = {n_in(parts) for name, parts in names.items() if ATTENTION.search(name)} - {None}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _of_the_denoiser(layers: Layers) -> tuple[Layers, set[str]]:
+    """The layers that are of no text encoder, with underscores for points, and the text encoders that others are of."""
+    texts = {layer: text for layer in layers if (text := text_layer(layer))}
+    names = {layer.replace(".", "_"): parts for layer, parts in layers.items() if layer not in texts}
+    return names, {text.encoder for text in texts.values()}
 
 
 def _by_size(names: Layers, shown: str) -> str | None:
     """The family that sizes show where its names are others' too; None where they show none."""
-    widths = {n_in(parts) for name, parts in names.items() if ATTENTION.search(name)} - {None}
     for name, parts in names.items():
         if LINEAR1.search(name) and len(parts.get(UP, ())) == ROWS_OF_FLUX2 * (n_in(parts) or 0):
             return "Flux.2"
-    return WIDTHS.get(shown, {}).get(next(iter(widths)) or 0) if len(widths) == 1 else None
+    return WIDTHS.get(shown, {}).get(transformer_width(names) or 0)
 
 
 def n_in(parts: Mapping[str, Tensor]) -> int | None:

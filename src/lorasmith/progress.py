@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
@@ -19,19 +18,12 @@ class Progress(Protocol):
         """
         ...
 
-    def wrote(self, what: Literal["checkpoint", "sample"], path: Path) -> None:
-        """A file is there that the run goes on after."""
-        ...
-
 
 class Silent:
     """Nobody watches."""
 
     def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
         return nullcontext(lambda count: None)
-
-    def wrote(self, what: Literal["checkpoint", "sample"], path: Path) -> None:
-        pass
 
 
 SILENT = Silent()

@@ -25,9 +25,7 @@ from lorasmith.job import Job
 from lorasmith.keeping import Keeper
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
-from lorasmith.pace import counted
 from lorasmith.plots import save_loss_plot
-from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.report import save_comparison, save_page
 from lorasmith.run_folder import RunFolder, chosen_folder
 from lorasmith.sampling import picture_of
@@ -46,9 +44,8 @@ NUM_PROMPTS = 4
 
 @contextmanager
 def opened_run(
-    config: Config, *, is_resuming: bool = False, folder: Path | None = None, world: World = ALONE,
-    progress: Progress = SILENT,
-) -> Iterator["Run"]:  # fmt: skip
+    config: Config, *, is_resuming: bool = False, folder: Path | None = None, world: World = ALONE
+) -> Iterator["Run"]:
     """Loads the model, encodes the data, and makes the run folder or takes up the one that is there.
 
     folder: the run folder to resume in, where it is known. ValueError on bad input, and then nothing is written. A new
@@ -57,7 +54,7 @@ def opened_run(
     if config.model is None or config.data.folder is None:
         raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
     held = RunFolder(folder or chosen_folder(config, is_resuming=is_resuming)) if world.is_first else None
-    with held.held() if held else nullcontext(), closing(Run.of(config, held, world, progress)) as run:
+    with held.held() if held else nullcontext(), closing(Run.of(config, held, world)) as run:
         run.begin()
         yield run
 
@@ -72,11 +69,10 @@ class Run:
     measured: dict[str, list[Cached]]  # what is measured before and after: {"validation": samples, "drift": samples}
     folder: RunFolder | None  # of the first process alone, as are the logs
     keeper: Keeper
-    progress: Progress
     tensorboard: TensorBoardLog | None = None
 
     @classmethod
-    def of(cls, config: Config, folder: RunFolder | None, world: World, progress: Progress = SILENT) -> "Run":
+    def of(cls, config: Config, folder: RunFolder | None, world: World) -> "Run":
         """Writes nothing."""
         assert config.model is not None and config.data.folder is not None
         found = examples(config.data.folder, config.data.caption_lines)
@@ -85,15 +81,12 @@ class Run:
             for name, path in (("validation", config.data.held_out), ("drift", config.data.drift))
             if path is not None
         }
-        with progress.stage("loading the model", 2) as advance:
-            family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
-            device = _device(config, world)
-            advance(1)
-            codec = family.codec(device)
-            advance(1)
+        family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
+        device = _device(config, world)
+        codec = family.codec(device)
         resolution = config.data.resolution or codec.resolution
         config = _resolved(config, found, resolution, world)
-        samples = list(tracked(encoded(found, codec, resolution), "encoding pictures", progress, len(found)))
+        samples = list(encoded(found, codec, resolution))
         dataset = Dataset.of(
             samples,
             [example.repeats for example in found],
@@ -102,14 +95,11 @@ class Run:
         )
         metadata = {**_base_metadata(family, config), "ss_tag_frequency": tag_frequency(found)}
         job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
-        encoded_measured = {
-            name: list(tracked(encoded(these, codec, resolution), f"encoding {name} pictures", progress, len(these)))
-            for name, these in measured.items()
-        }
+        encoded_measured = {name: list(encoded(these, codec, resolution)) for name, these in measured.items()}
         path = folder.checkpoints_path if folder else Path()
         made_again = folder.made_again if folder else lambda: False
-        keeper = Keeper(job, CheckpointFolder.of(path, config), made_again, progress=progress)
-        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, keeper, progress)
+        keeper = Keeper(job, CheckpointFolder.of(path, config), made_again)
+        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, keeper)
 
     def begin(self) -> None:
         """Goes on from the newest sound checkpoint, if there is one, and makes the folder's files ready."""
@@ -210,12 +200,12 @@ class Run:
         job = self.job
         trained = sum(p.numel() for p in job.adapters.parameters())
         rows = [
-            ("steps", f"{self.num_done} of {self.num_steps}, {counted(job.dataset.order.group_size, 'sample')} each"),
+            ("steps", f"{self.num_done} of {self.num_steps}, {job.dataset.order.group_size} samples each"),
             ("pictures", str(len(job.dataset.samples))),
             (
                 "adapters",
-                f"{'+'.join(job.adapters.algorithms)} on {counted(len(job.adapters.adapters), 'layer')}, "
-                f"{counted(trained, 'trainable parameter')}",
+                f"{'+'.join(job.adapters.algorithms)} on {len(job.adapters.adapters)} layers, "
+                f"{trained:,} trainable parameters",
             ),
             ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
         ]
@@ -244,18 +234,15 @@ class Run:
             with errors_name(path.parent):
                 path.parent.mkdir(exist_ok=True)
             save_comparison([(f"step {self.num_done}", drawn)], self.prompts, path)
-            self.progress.wrote("sample", path)
 
     def _draw(self) -> list[Image.Image]:
-        return pictures(self.job.denoiser, self.codec, self.prompts, self.job.config.sampling, self.progress)
+        return pictures(self.job.denoiser, self.codec, self.prompts, self.job.config.sampling)
 
     def _measure(self) -> dict[str, Tensor]:
         return {name: held_out_losses(self.job.denoiser, samples) for name, samples in self.measured.items()}
 
 
-def pictures(
-    denoiser: Denoiser, codec: Codec, prompts: Sequence[str], sampling: Sampling, progress: Progress
-) -> list[Image.Image]:
+def pictures(denoiser: Denoiser, codec: Codec, prompts: Sequence[str], sampling: Sampling) -> list[Image.Image]:
     """A picture for each prompt, numbered in that order, at the model's own resolution."""
     side = codec.resolution
     return [
@@ -265,17 +252,16 @@ def pictures(
                 guidance=sampling.guidance,
             )
         )
-        for number, prompt in enumerate(tracked(prompts, "generating samples", progress, len(prompts)))
+        for number, prompt in enumerate(prompts)
     ]  # fmt: skip
 
 
-def draw_comparison(config: Config, lora: Path | None, output: Path, *, progress: Progress = SILENT) -> None:
+def draw_comparison(config: Config, lora: Path | None, output: Path) -> None:
     """Draws the sampling prompts without and, where there is one, with the LoRA, into one labelled picture."""
     assert config.model is not None and config.sampling.prompts
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
-    with progress.stage("loading the model"):
-        family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
+    family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
     device = _device(config, ALONE)
     adapters = None
     if lora is not None:
@@ -283,11 +269,11 @@ def draw_comparison(config: Config, lora: Path | None, output: Path, *, progress
         adapters = adapters_from(state, family.denoiser, metadata, ignore_unknown=config.ignore_unknown)
     denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
     codec = family.codec(device)
-    rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling, progress))]
+    rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling))]
     if adapters is not None:
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         with attached(denoiser, adapters):
-            rows.append(("with LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling, progress)))
+            rows.append(("with LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling)))
     save_comparison(rows, config.sampling.prompts, output)
 
 

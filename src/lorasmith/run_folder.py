@@ -10,8 +10,8 @@ from pathlib import Path
 from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder
 from lorasmith.config import Checkpoints, Config
 from lorasmith.lock import PATIENCE, FolderLock
-from lorasmith.torchrun import launch
 from lorasmith.whole import make_folder, remove_partial, write_whole
+from lorasmith.world import launch
 
 log = logging.getLogger(__name__)
 

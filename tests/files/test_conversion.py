@@ -154,6 +154,22 @@ def test_without_a_model(tmp_path: Path) -> None:
     assert torch.equal(load_file(output)[key], torch.ones(12288))
 
 
+def test_unknown_layers_are_left_out_where_that_is_asked_for(tmp_path: Path, caplog: Any) -> None:
+    known = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    layers = {known: (640, 2048), "lora_te3_x": (2, 2)}
+    state = {f"{layer}.lora_{w}.weight": torch.ones(shape) for layer, (n_out, n_in) in layers.items()
+             for w, shape in (("up", (n_out, 1)), ("down", (1, n_in)))}  # fmt: skip
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({key: state[key] for key in state if "te3" in key}, tmp_path / "c.safetensors")
+    arguments = tmp_path / "b.safetensors", None, "diffusers"
+    with pytest.raises(ValueError, match="lora_te3_x .*: the model has no such layer"):
+        convert(tmp_path / "a.safetensors", *arguments)
+    assert convert(tmp_path / "a.safetensors", *arguments, ignore_unknown=True) == 1
+    assert caplog.messages[-1] == "1 layer that the model does not have is left out: lora_te3_x"
+    with pytest.raises(ValueError, match="must hold a layer that the model has, got lora_te3_x"):
+        convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", BASE, "kohya", ignore_unknown=True)
+
+
 def test_the_command_and_diffusers(tmp_path: Path, family: StableDiffusion) -> None:
     written(tmp_path / "a.safetensors", family, LoRA(rank=4, alpha=2), torch.float32)
     arguments = ("convert", "a.safetensors", "--model", "demo", "--to", "diffusers", "--output", "b.safetensors")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorasmith.files.merging import Source, canonical, merge
+from lorasmith.files.alike import canonical
+from lorasmith.files.merging import Source, merge
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 NAME = "lora_unet_mid_block_attn1_to_q"
@@ -171,7 +172,11 @@ REFUSED = [
     (lora(), lora(dora_scale=torch.ones(3, 1)), "holds DoRA, which depends on the model's weights: .* with --model"),
     (lora(), {f"{NAME}.oft_blocks": torch.zeros(1, 3, 3)}, "holds OFT, which depends"),
     (lora(), lora() | lora("unet.mid_block.attn1.to_q"), "must be named once, but another name means the same"),
-    (lora(), lora("lora_unet_middle_block_1"), "must name layers alike, got names of the original code in one"),
+    (
+        lora(),
+        lora("lora_unet_middle_block_1"),
+        "must name layers alike to be added up, but do not, and look like LoRAs for a UNet .* fit no published model",
+    ),
     (lora(), lora(foo=torch.ones(1)), "foo is not read"),
     (lora(), lora(alpha=torch.tensor(torch.inf)), "alpha must be one finite number"),
 ]
@@ -183,6 +188,41 @@ def test_refusals(tmp_path: Path, one: dict[str, Tensor], other: dict[str, Tenso
     with pytest.raises(ValueError, match=message):
         merge(sources((a, 1.0), (b, 1.0)), tmp_path / "c.safetensors")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def flux(*layers: str, width: int = 3072) -> dict[str, Tensor]:
+    return {key: tensor for layer in layers for key, tensor in lora(f"transformer.{layer}", width, width).items()}
+
+
+def test_loras_of_one_family_may_touch_other_blocks(tmp_path: Path) -> None:
+    double, single = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"
+    texts = lora("lora_te2_encoder_block_0_layer_0_SelfAttention_q") | lora(
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    )
+    a, b, c = written(tmp_path, {"a": flux(double), "b": flux(double, single), "c": texts})
+    merge(sources((a, 1.0), (b, 1.0)), tmp_path / "ab.safetensors")
+    merged = load_file(tmp_path / "ab.safetensors")
+    assert merged.keys() == flux(double, single).keys()
+    assert len(merged[f"transformer.{double}.lora_down.weight"]) == 2
+    wan = {f"diffusion_model.blocks.{n}.self_attn.q": size for n, size in ((0, 1536), (1, 5120))}
+    d, e = written(tmp_path, {n: lora(layer, w, w) for n, (layer, w) in zip("de", wan.items(), strict=True)})
+    with pytest.raises(ValueError, match=r"made for Wan of width 1536 \(.*d.safetensors\) and Wan of width 5120"):
+        merge(sources((d, 1.0), (e, 1.0)), tmp_path / "de.safetensors")
+    with pytest.raises(ValueError, match="look made for Flux, Chroma or Qwen-Image .* and Wan"):
+        merge(sources((a, 1.0), (d, 1.0)), tmp_path / "ad.safetensors")
+    merge(sources((c, 1.0), (c, 1.0)), tmp_path / "cc.safetensors")
+
+
+def test_files_of_two_experts_are_not_added_up(tmp_path: Path) -> None:
+    for name in ("high_noise", "low_noise"):
+        save_file(
+            lora("diffusion_model.blocks.0.self_attn.q"), tmp_path / f"{name}.safetensors", {"lorasmith.expert": name}
+        )
+    found = sources(*((tmp_path / f"{name}.safetensors", 1.0) for name in ("high_noise", "low_noise")))
+    with pytest.raises(
+        ValueError, match="must be for the same expert of a model, but are for high_noise .* and low_noise"
+    ):
+        merge(found, tmp_path / "c.safetensors")
 
 
 def test_a_loha_that_does_not_say_its_kernel_is_refused(tmp_path: Path) -> None:

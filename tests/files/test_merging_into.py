@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import lorasmith
 from diffusers import StableDiffusionPipeline
+from originals import original
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
@@ -263,6 +264,42 @@ def test_pickles_are_left_out_with_a_warning(tmp_path: Path, family: StableDiffu
     with caplog.at_level(logging.WARNING):
         merge_into(tmp_path / "base", [source], tmp_path / "out")
     assert "old.bin is left out: a pickle" in caplog.text and not (tmp_path / "out" / "unet" / "old.bin").exists()
+
+
+def test_only_what_changes_is_counted(tmp_path: Path, caplog: Any) -> None:
+    """Too little for the dtype is no change."""
+    name = "lora_unet_time_embedding_linear_1"
+    n_out, n_in = weights_of(BASE)["time_embedding.linear_1.weight"].shape
+    for alpha, count in ((1e-9, 0), (1.0, 1)):
+        save_file(factors(name, n_out, n_in) | {f"{name}.alpha": torch.tensor(alpha)}, tmp_path / "a.safetensors")
+        ended = lorasmith(tmp_path, "merge", "a.safetensors", "--model", "demo", "--output", f"out{count}")
+        assert ended.out.startswith(f"{count} weight{'' if count == 1 else 's'} changed\n")
+        assert ("no weight has changed" in caplog.text) == (not count)
+        caplog.clear()
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+def test_unknown_layers_are_left_out_where_that_is_asked_for(
+    tmp_path: Path, family: StableDiffusion, kind: str, caplog: Any
+) -> None:
+    base, output = BASE, tmp_path / "out"
+    if kind == "single file":
+        base, output = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+        unet = original(family.denoiser.unet)
+        save_file({f"model.diffusion_model.{key}": tensor for key, tensor in unet.items()}, base)
+    n_out, n_in = weights_of(BASE)["time_embedding.linear_1.weight"].shape
+    state = factors("unet.time_embedding.linear_1", n_out, n_in)
+    save_file(state | factors("lora_te3_encoder_block_0") | factors("x.y"), tmp_path / "a.safetensors")
+    source = Source.parsed(str(tmp_path / "a.safetensors"))
+    with pytest.raises(
+        ValueError, match=r"a.safetensors does not fit .*2 of its 3 layers do|of its 3 layers have names"
+    ):
+        merge_into(base, [source], output)
+    assert merge_into(base, [source], output, ignore_unknown=True) == 1
+    assert "2 layers that the model does not have are left out: lora_te3_encoder_block_0; x.y" in caplog.messages
+    save_file(factors("x.y"), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="1 of its 1 layers do not"):
+        merge_into(base, [Source.parsed(str(tmp_path / "b.safetensors"))], output, ignore_unknown=True, overwrite=True)
 
 
 def test_the_command(tmp_path: Path, family: StableDiffusion) -> None:

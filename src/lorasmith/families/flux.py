@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lorasmith.families.pipeline import (
     unpacked,
     warn_of_cuts,
 )
+from lorasmith.families.texts import Texts
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
@@ -81,6 +82,7 @@ class Flux(PipelineFamily):
     """Flux.1 dev and schnell."""
 
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+    TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"})
 
     def denoiser_of(self, components: Components) -> FluxDenoiser:
         return FluxDenoiser(components.net("transformer"), flow_of(components.scheduler))

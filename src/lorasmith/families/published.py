@@ -5,11 +5,12 @@ the published weights. What no layer's name or shape depends on is left out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorasmith.families.sizes import Config
-from lorasmith.looks import DOUBLE, SD3, TEXT_WIDTHS, TRANSFORMER
+from lorasmith.looks import DOUBLE, SD3, SECOND_TEXTS, T5_TEXTS, TEXT_WIDTHS, TEXTS, TRANSFORMER, UNKNOWN
+from lorasmith.looks import UNETS as OF_UNETS
 
 Part = tuple[str, str, Config]
 """Library, class, and config of a part."""
@@ -41,11 +42,17 @@ def _transformer(name: str, pipeline: str, kind: str, **config: Any) -> Publishe
     return Published(name, pipeline, {"transformer": ("diffusers", kind, config)})
 
 
+def _with(published: Published, **encoders: Part) -> Published:
+    return replace(published, parts={**published.parts, **encoders})
+
+
 def _sd3(name: str, num_layers: int, **config: Any) -> Published:
-    return _transformer(
+    without = _transformer(
         name, "StableDiffusion3Pipeline", "SD3Transformer2DModel", num_layers=num_layers,
         num_attention_heads=num_layers, caption_projection_dim=64 * num_layers, **config,
     )  # fmt: skip
+    first = _clip(768, 12, "CLIPTextModelWithProjection")
+    return _with(without, text_encoder=first, text_encoder_2=CLIP_G, text_encoder_3=T5_XXL)
 
 
 def _klein(name: str, num_layers: int, num_single_layers: int, num_heads: int, text_width: int) -> Published:
@@ -60,7 +67,14 @@ def _wan(name: str, **config: Any) -> Published:
     return _transformer(name, "WanPipeline", "WanTransformer3DModel", **config)
 
 
-CLIP_L = _clip(768, 12)
+CLIP_L, CLIP_G = _clip(768, 12), _clip(1280, 32, "CLIPTextModelWithProjection")
+T5_XXL: Part = (
+    "transformers", "T5EncoderModel",
+    {
+        "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    },
+)  # fmt: skip
 SD1 = _unet("Stable Diffusion 1.5", "StableDiffusionPipeline", {"cross_attention_dim": 768}, text_encoder=CLIP_L)
 SD2 = _unet(
     "Stable Diffusion 2.1", "StableDiffusionPipeline",
@@ -77,14 +91,17 @@ SDXL = _unet(
         "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    text_encoder=CLIP_L, text_encoder_2=_clip(1280, 32, "CLIPTextModelWithProjection"),
+    text_encoder=CLIP_L, text_encoder_2=CLIP_G,
 )  # fmt: skip
 SD3_KINDS = (
     _sd3("SD 3.5 medium", 24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), pos_embed_max_size=384),
     _sd3("SD 3 medium", 24, pos_embed_max_size=192),
     _sd3("SD 3.5 large", 38, qk_norm="rms_norm", pos_embed_max_size=192),
 )
-FLUX = _transformer("FLUX.1", "FluxPipeline", "FluxTransformer2DModel", guidance_embeds=True)
+FLUX = _with(
+    _transformer("FLUX.1", "FluxPipeline", "FluxTransformer2DModel", guidance_embeds=True),
+    text_encoder=CLIP_L, text_encoder_2=T5_XXL,
+)  # fmt: skip
 CHROMA = _transformer("Chroma1", "ChromaPipeline", "ChromaTransformer2DModel")
 FLUX2 = (
     _transformer("FLUX.2 dev", "Flux2Pipeline", "Flux2Transformer2DModel"),
@@ -111,8 +128,10 @@ PUBLISHED: Mapping[str, tuple[Published, ...]] = {
     TEXT_WIDTHS[768]: (SD1,),
     TEXT_WIDTHS[1024]: (SD2,),
     "SDXL": (SDXL,),
-    "a UNet of the Stable Diffusion kind": UNETS,
-    "a text encoder": UNETS,
+    OF_UNETS: UNETS,
+    TEXTS: UNETS,
+    SECOND_TEXTS: (SDXL, SD3_KINDS[0]),
+    T5_TEXTS: (FLUX, SD3_KINDS[0]),
     SD3: SD3_KINDS,
     "Flux": (FLUX, CHROMA, SMALLEST_KLEIN),
     "Flux.2": FLUX2,
@@ -126,3 +145,13 @@ PUBLISHED: Mapping[str, tuple[Published, ...]] = {
     "Wan": WAN,
 }
 """{what a LoRA looks like, as `looks.lora_family` says it: the models that it may be for}."""
+
+
+def may_be_one(family: str, other: str) -> bool:
+    """Whether two LoRAs that look like these may be for one model: there is a published one that both may be for."""
+    if family == other or UNKNOWN in (family, other):
+        return True
+    models, others = ({model.name for model in PUBLISHED.get(name, ())} for name in (family, other))
+    if not models or not others:  # a UNet of another text width than published ones
+        return OF_UNETS in (family, other)
+    return not models.isdisjoint(others)

@@ -181,7 +181,7 @@ class OpenPipeline:
 class StableDiffusion:
     """The family: a source -> denoiser, codec, and a pipeline around a changed denoiser."""
 
-    TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te"}, text_of, lambda encoders: ())
+    TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te"}, text_of)
 
     def __init__(self, source: Source) -> None:
         self.denoiser = StableDiffusionDenoiser(source.unet, diffusion(source.scheduler))

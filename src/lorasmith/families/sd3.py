@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from lorasmith.families.pipeline import (
     refuse_odd,
     warn_of_cuts,
 )
+from lorasmith.families.texts import Texts
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
@@ -76,6 +77,9 @@ class SD3(PipelineFamily):
     """Stable Diffusion 3 medium, 3.5 medium and 3.5 large, with or without T5."""
 
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+    TEXTS: ClassVar[Texts | None] = Texts(
+        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
+    )
 
     def denoiser_of(self, components: Components) -> SD3Denoiser:
         return SD3Denoiser(components.net("transformer"), flow_of(components.scheduler))

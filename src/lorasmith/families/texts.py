@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.targets import adaptable_layers
+from lorasmith.text_names import text_layer
 from lorasmith.types import Codec, Cond, Denoiser, Process, unread
 
 LEVEL = "text_model."
@@ -19,11 +20,13 @@ LEVEL = "text_model."
 
 @dataclass(frozen=True)
 class Texts:
-    """How a family's text encoders are trained."""
+    """How layers of a family's text encoders are named in LoRA files, and how they are trained."""
 
     prefixes: Mapping[str, str]  # {net: kohya's name of it}
-    encode: Callable[[Mapping[str, Any], Cond], Cond]  # nets, {name: [B,L]} -> {name: [B,L,D] or [B,D]}
-    idle: Callable[[Mapping[str, Any]], tuple[str, ...]]  # nets -> how paths of layers begin that nobody reads
+    encode: Callable[[Mapping[str, Any], Cond], Cond] | None = None
+    """nets, {name: [B,L]} -> {name: [B,L,D] or [B,D]}; None: they are not trained yet."""
+    idle: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda encoders: ()
+    """nets -> how paths of layers begin that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TextDenoiser:
             raise ValueError(
                 f"positive must be captions where text encoders are trained, got {found} without {missing[0]}"
             )
+        assert self.texts.encode is not None
         others = {name: value for name, value in cond.items() if name not in tokens}
         return self.inner.predict(x_t, t, {**others, **self.texts.encode(self.encoders, cond)})
 
@@ -74,8 +78,9 @@ class TextDenoiser:
         }
 
     def _with_level(self, net: str, module: str) -> str:
+        text = text_layer(f"{net}.{module}")
         has_level = LEVEL.rstrip(".") in dict(self.encoders[net].named_children())
-        return module if has_level else f"{LEVEL}{module}"
+        return f"{LEVEL}{module}" if text and text.is_clip and not has_level else module
 
 
 def tokens_of(encoder: str) -> str:
@@ -126,7 +131,7 @@ class WithTexts:
     def of(cls, family: TextFamily) -> "WithTexts":
         """ValueError where its text encoders are missing, or of a kind that is not trained."""
         texts = family.TEXTS
-        if texts is None:
+        if texts is None or texts.encode is None:
             raise ValueError("text_encoder.train must be false for this model: its text encoders are not trained yet")
         pipe = family.pipeline(family.denoiser)
         encoders = {name: getattr(pipe, name) for name in texts.prefixes}

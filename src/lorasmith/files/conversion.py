@@ -45,7 +45,7 @@ def convert(
     lora.refuse_strange_parts()
     try:
         if model is None:
-            (fitted,) = fitted_to_published([lora], layout, ignore_unknown=ignore_unknown)
+            (fitted,) = _published(lora, layout, ignore_unknown=ignore_unknown)
         else:
             fitted = Fitted.of(lora, denoiser_for(lora, model), ignore_unknown=ignore_unknown)
         if not fitted.num_adapters:
@@ -58,6 +58,13 @@ def convert(
             f"--model must say which model it is for"
         ) from error
     return fitted.num_adapters
+
+
+def _published(lora: LoRAFile, layout: LayoutName, *, ignore_unknown: bool) -> Sequence["Fitted"]:
+    try:
+        return fitted_to_published([lora], layout, ignore_unknown=ignore_unknown)
+    except ValueError as error:
+        raise ValueError(f"{lora.path} {error}: --model must say which it is for") from error
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def fitted_to_published(
 ) -> Sequence[Fitted]:
     """For the published models that all of them may be for, of which those that they fit must agree on their names.
 
-    ignore_unknown: those count that lack the fewest layers.
+    ignore_unknown: those count that lack the fewest layers. ValueError that goes on where the files' names stand.
     """
     family = lora_family({layer: parts for lora in loras for layer, parts in lora.layers.items()})
     with_texts = any(map(_has_texts, loras))
@@ -165,10 +172,9 @@ def fitted_to_published(
     if len(found) != 1:
         fits = f"fits {' and '.join(found)}, whose names differ" if found else "fits no published model"
         reason = f", not even {misfits[0]}" if misfits and not found else ""
-        files = " and ".join(str(lora.path) for lora in loras)
         look = "looks like a LoRA for" if len(loras) == 1 else "look like LoRAs for"
         what = fits if len(loras) == 1 else fits.replace("fits", "fit", 1)
-        raise ValueError(f"{files} {look} {family}, but {what}{reason}: --model must say which it is for")
+        raise ValueError(f"{look} {family}, but {what}{reason}")
     return next(iter(found.values()))
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,14 +11,17 @@ from torch import Tensor
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer, size_of
+from lorasmith.experts import EXPERT
+from lorasmith.families.published import may_be_one
+from lorasmith.files.alike import canonical, named_alike
 from lorasmith.files.factors import LoRAFile, layer_of
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
-from lorasmith.layouts import DOWN, OFFSETS, UP, normal, spellings
+from lorasmith.layouts import DOWN, OFFSETS, UP, normal
+from lorasmith.looks import lora_family, transformer_width
 from lorasmith.tensor_file import Named, write_streamed
+from lorasmith.text_names import text_layer
 
-VAGUE = ("an unknown model", "a UNet of the Stable Diffusion kind", "a text encoder")
-ORIGINAL, DIFFUSERS = re.compile(r"(input|output|middle)_block"), re.compile(r"(down|up|mid)_block")
 CONVOLUTION = re.compile(r"conv|sampler|(in|out)_layers|skip_connection|_op$")
 
 
@@ -74,21 +77,44 @@ def merge(
     if len(sources) < 2:
         raise ValueError(f"merge needs two LoRAs or more, or a model to merge one into, got {len(sources)}")
     cut = None if rank is None else Cut(rank=rank)
-    shares = _by_layer(sources)
-    _refuse_what_cannot_be_added(shares, rank)
+    _refuse_what_cannot_be_added(sources, rank)
+    _refuse_other_models(sources)
     losses = Losses()
     what = f"merge of {', '.join(map(str, sources))}" + (f" at {cut}" if cut else "")
-    write_streamed(
-        output,
-        (named for layer in shown(sorted(shares)) for named in _added(shares[layer], cut, dtype, losses)),
-        lambda: {
-            **derived(_agreed([source.lora.metadata for source in sources]), what),
-            **network_dim(losses.ranks.values()),
-            "ss_network_alpha": network_dim(losses.ranks.values())["ss_network_dim"],
-            "modelspec.merged_from": ", ".join(source.lora.path.name for source in sources),
-        },
-    )
+    with named_alike([source.lora for source in sources], output) as loras:
+        alike = [replace(source, lora=lora) for source, lora in zip(sources, loras, strict=True)]
+        shares, names = _by_layer(alike), Names.of(loras)
+        write_streamed(
+            output,
+            (named for layer in shown(sorted(shares)) for named in _added(shares[layer], cut, dtype, losses, names)),
+            lambda: {
+                **derived(_agreed([lora.metadata for lora in loras]), what),
+                **network_dim(losses.ranks.values()),
+                "ss_network_alpha": network_dim(losses.ranks.values())["ss_network_dim"],
+                "modelspec.merged_from": ", ".join(lora.path.name for lora in loras),
+            },
+        )
     return losses
+
+
+@dataclass(frozen=True)
+class Names:
+    """How the keys of a file are written, after the first one's."""
+
+    endings: Mapping[str, str]  # {part: how it is spelt}
+    has_alphas: bool
+
+    @classmethod
+    def of(cls, loras: Sequence[LoRAFile]) -> "Names":
+        endings: dict[str, str] = {}
+        for lora in loras:
+            for layer, parts in lora.keys.items():
+                for part, key in parts.items():
+                    endings.setdefault(part, key.removeprefix(layer))
+        return cls(endings, any("alpha" in parts for parts in loras[0].keys.values()))
+
+    def key(self, layer: str, part: str) -> str:
+        return f"{layer}{self.endings.get(part, f'.{part}')}"
 
 
 def _agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -97,56 +123,63 @@ def _agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def canonical(layer: str) -> str:
-    """A layer's name without the prefixes of programs; of a text encoder's layer, what all of its names mean."""
-    return list(spellings(layer))[-1]
-
-
 def _by_layer(sources: Sequence[Source]) -> dict[str, list[_Share]]:
-    """{canonical name: who has a part in it}; ValueError where they are not for one and the same model."""
-    families = {source.lora.family: source.lora.path for source in sources if source.lora.family not in VAGUE}
-    if len(families) > 1:
-        raise ValueError(
-            "the LoRAs must be for the same model, but look made for "
-            + " and ".join(f"{family} ({path})" for family, path in families.items())
-        )
+    """{canonical name: who has a part in it}; ValueError where one file names a layer twice."""
     shares: dict[str, list[_Share]] = {}
-    for number, source in enumerate(sources):
-        source.lora.refuse_strange_parts()
+    for source in sources:
         for layer in source.lora.layers:
             found = shares.setdefault(canonical(layer), [])
             if any(share.source is source for share in found):
                 raise ValueError(f"{source.lora.path}: {layer} must be named once, but another name means the same")
             found.append(_Share(source, layer))
-        if number and _spelling(source) != _spelling(sources[0]):
-            raise ValueError(
-                f"{sources[0].lora.path} and {source.lora.path} must name layers alike, got names of the original code "
-                "in one and diffusers' in the other: convert one of them first"
-            )
     return shares
 
 
-def _spelling(source: Source) -> tuple[bool, bool]:
-    """Whether there are names of the original code, and of diffusers."""
-    names = [normal(layer) for layer in source.lora.layers]
-    return any(ORIGINAL.search(name) for name in names), any(DIFFUSERS.search(name) for name in names)
-
-
-def _refuse_what_cannot_be_added(shares: Mapping[str, Sequence[_Share]], rank: int | None) -> None:
-    for share in (share for found in shares.values() for share in found):
-        if share.algorithm in ("DoRA", "OFT"):
+def _refuse_other_models(sources: Sequence[Source]) -> None:
+    """ValueError where they are not for one and the same model, as far as names, sizes and metadata say."""
+    first, *others = [source.lora for source in sources]
+    for other in others:
+        looks = [_look(first), _look(other)]
+        (family, width), (other_family, other_width) = looks
+        if not may_be_one(family, other_family) or len({width, other_width} - {None}) > 1:
+            shown = (f"{name}{f' of width {wide}' if wide and width != other_width else ''}" for name, wide in looks)
             raise ValueError(
-                f"{share.source.lora.path} holds {share.algorithm}, which depends on the model's weights: "
-                "merge it into the model, with --model"
+                "the LoRAs must be for the same model, but look made for "
+                + " and ".join(f"{look} ({lora.path})" for look, lora in zip(shown, (first, other), strict=True))
             )
-        if share.algorithm not in ("LoRA", None) and rank is None:
+        stated = {lora.metadata[EXPERT]: lora.path for lora in (first, other) if EXPERT in lora.metadata}
+        if len(stated) > 1:
             raise ValueError(
-                f"{share.source.lora.path} holds {share.algorithm}, which adds to others only through its delta: "
-                "give --rank, at which the sum is cut off"
+                f"the LoRAs must be for the same expert of a model, but are for "
+                f"{' and '.join(f'{expert} ({path})' for expert, path in stated.items())}"
             )
 
 
-def _added(shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype | None, losses: Losses) -> Iterator[Named]:
+def _look(lora: LoRAFile) -> tuple[str, int | None]:
+    """The family that the denoiser's layers show, and the width of a transformer."""
+    layers = {layer: parts for layer, parts in lora.layers.items() if not text_layer(layer)}
+    return lora_family(layers), transformer_width(layers)
+
+
+def _refuse_what_cannot_be_added(sources: Sequence[Source], rank: int | None) -> None:
+    for source in sources:
+        source.lora.refuse_strange_parts()
+        for algorithm in sorted({source.lora.algorithm(layer) or "LoRA" for layer in source.lora.layers}):
+            if algorithm in ("DoRA", "OFT"):
+                raise ValueError(
+                    f"{source.lora.path} holds {algorithm}, which depends on the model's weights: "
+                    "merge it into the model, with --model"
+                )
+            if algorithm != "LoRA" and rank is None:
+                raise ValueError(
+                    f"{source.lora.path} holds {algorithm}, which adds to others only through its delta: "
+                    "give --rank, at which the sum is cut off"
+                )
+
+
+def _added(
+    shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype | None, losses: Losses, names: Names
+) -> Iterator[Named]:
     """The tensors of the sum, under the first source's names; the scale is 1."""
     first = shares[0]
     own = dtype or _widest(shares)
@@ -154,20 +187,16 @@ def _added(shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype | None,
     try:
         if trained:
             up, down = _sum(trained, cut, own, losses, first.layer)
-            yield _key(first, UP), up
-            yield _key(first, DOWN), down
-            if "alpha" in first.source.lora.keys[first.layer]:
-                yield _key(first, "alpha"), torch.tensor(len(down), dtype=torch.float32)
+            yield names.key(first.layer, UP), up
+            yield names.key(first.layer, DOWN), down
+            if names.has_alphas:
+                yield names.key(first.layer, "alpha"), torch.tensor(len(down), dtype=torch.float32)
         for part in OFFSETS:
             found = [share for share in shares if part in share.parts]
             if found:
-                yield _key(first, part), _offset(found, part).to(own)
+                yield names.key(first.layer, part), _offset(found, part).to(own)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{first.layer}: {error}") from error
-
-
-def _key(share: _Share, part: str) -> str:
-    return share.source.lora.key(share.layer, part)
 
 
 def _widest(shares: Sequence[_Share]) -> torch.dtype:
