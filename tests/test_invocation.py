@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from commands import lorasmith
 
 from lorasmith.demo import BASE
 from lorasmith.invocation import Invocation, invocation, with_model
@@ -102,8 +103,7 @@ def test_a_fault_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
 def test_files_of_other_programs_are_answered(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"config{suffix}"
     path.write_text('{"network_dim": 4}', encoding="utf-8")
-    assert refused(f"{path} --model demo").endswith("As config.toml:\n[adapter]\nrank = 4\n# line 1: network_dim is "
-                                                    "kohya's name: here it is adapter.rank = 4")  # fmt: skip
+    assert refused(f"{path} --model demo").endswith("As config.toml:\n[adapter]\nrank = 4")
 
 
 @pytest.mark.parametrize("name", ["SDXL", "sd-1.5", "FLUX.1-dev"])
@@ -114,3 +114,14 @@ def test_the_name_of_a_family_is_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     Path(name).mkdir()
     assert with_model({"model": name}) == {"model": name}
     assert with_model({"model": "demo"}) == {"model": str(BASE)} and with_model({}) == {}
+
+
+def test_several_faults_are_shown_line_by_line(tmp_path: Path) -> None:
+    ended = lorasmith(tmp_path, "train", "pics", "--network_dim", "32", "--lr", "1e-4")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.splitlines() == [
+        "lorasmith: 2 of the settings are not lorasmith's:",
+        "  --network_dim is kohya's name: here it is --adapter.rank 32",
+        "  --lr is another trainer's name: here it is --learning_rate 1e-4",
+        "  together: lorasmith train pics --adapter.rank 32 --learning_rate 1e-4",
+    ]

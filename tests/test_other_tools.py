@@ -52,6 +52,17 @@ def test_every_answer_works_when_it_is_pasted(tool: Tool, name: Name) -> None:
         assert bool(lines) == any(key in KNOWN for key, _ in found.pairs)
 
 
+@pytest.mark.parametrize("text", ["false", "0"])
+def test_what_is_off_is_left_out(text: str) -> None:
+    assert answered(Unknown("use_dora", text), KNOWN).pairs == ()
+    assert "can be left out: it is off" in answered(Unknown("fp8_base", text), KNOWN).text
+
+
+def test_examples_are_not_in_the_whole_command() -> None:
+    lines = said("pics --epochs 5 --network_dim 256 --save_every_n_epochs 1 --optimizer_type Prodigy --unet_lr 1e-4")
+    assert lines.splitlines()[-1] == "  together: lorasmith train pics --learning_rate 1e-4"
+
+
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.whose.split()[0])
 def test_a_name_stands_once_for_each_program(tool: Tool) -> None:
     names = [theirs.lower() for name in tool.names for theirs in name.names]

@@ -159,11 +159,14 @@ def test_a_file_of_onetrainer_becomes_toml(tmp_path: Path) -> None:
 
 def test_a_file_of_the_kohya_gui_becomes_toml(tmp_path: Path) -> None:
     gui = {"LoRA_type": "Standard", "network_dim": 8, "max_resolution": "512,512", "optimizer": "AdamW8bit",
-           "learning_rate": 1e-4, "lr_scheduler": "cosine", "xformers": "xformers", "noise_offset": 0}  # fmt: skip
+           "learning_rate": 1e-4, "lr_scheduler": "cosine", "xformers": "xformers", "noise_offset": 0,
+           "network_weights": "", "unet_lr": 0.0, "epoch": 10, "fp8_base": False, "gradient_checkpointing": False,
+           "use_8bit_adam": None, "save_every_n_epochs": 1}  # fmt: skip
     heading, values, comments = as_toml(written(tmp_path, "gui.json", json.dumps(gui, indent=2)))
     assert "kohya's names" in heading and "noise_offset" not in comments
     assert values == {"adapter": {"name": "LoRA", "rank": 8}, "data": {"resolution": 512}, "optimizer": "AdamW",
-                      "learning_rate": 1e-4, "schedule": "cosine"}  # fmt: skip
+                      "learning_rate": 1e-4, "schedule": "cosine", "gradient_checkpointing": False}  # fmt: skip
+    assert [line.partition(": ")[0] for line in comments.splitlines()] == [f"# line {line}" for line in (5, 12, 16)]
 
 
 @pytest.mark.parametrize(

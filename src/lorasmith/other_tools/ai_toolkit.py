@@ -72,7 +72,7 @@ DIFFUSION_PIPE = Tool("diffusion-pipe's name", "ai-toolkit", "", (
     Name("micro_batch_size_per_gpu", "--batch_size"),
     Name("gradient_clipping", "--max_grad_norm"),
     Name("warmup_steps", "--schedule.warmup"),
-    Name("activation_checkpointing", "--gradient_checkpointing", is_flag=True),
+    Name("activation_checkpointing", "--gradient_checkpointing"),
     Name("checkpoint_every_n_minutes", "--checkpoints.minutes"),
     missing("checkpoint_every_n_epochs", "in steps, not in epochs", "--checkpoints.steps 500"),
     Name("save_dtype", "--lora_dtype", "default bf16"),

@@ -50,7 +50,7 @@ DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
     Name("max_grad_norm", "--max_grad_norm", "1 in both"),
     Name("mixed_precision", "--training_dtype", "default bf16"),
     needless("allow_tf32", "it computes in bf16 or fp32"),
-    Name("gradient_checkpointing", "--gradient_checkpointing", "on by default", is_flag=True),
+    Name("gradient_checkpointing", "--gradient_checkpointing", "on by default"),
     Name("seed", "--seed", "default 0", default="none"),
     Name("validation_prompt validation_prompts", "--sampling.prompts", "generated before and after training"),
     Name("validation_steps", "--sampling.every"),

@@ -78,7 +78,7 @@ KOHYA = Tool("kohya's name", "kohya", "--", (
     missing("full_fp16", "adapters are in bf16 or fp32", "--lora_dtype bf16", is_flag=True),
     Name("save_precision", "--lora_dtype", "default bf16"),
     Name("fp8_base fp8_scaled", "--base_dtype fp8", is_flag=True),
-    Name("gradient_checkpointing", "--gradient_checkpointing", "on by default", is_flag=True),
+    Name("gradient_checkpointing", "--gradient_checkpointing", "on by default"),
     Name("max_grad_norm", "--max_grad_norm", "1 in both"),
     Name("seed", "--seed", "default 0", default="random"),
     needless("v2 v_parameterization zero_terminal_snr", "what the model predicts is read from it"),

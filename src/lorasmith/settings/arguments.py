@@ -1,11 +1,11 @@
 """Settings on the command line: --adapter.rank 16 --schedule cosine …"""
 
+import os
 import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from lorasmith.faults import Faults
@@ -57,7 +57,7 @@ def stray_words(tokens: Sequence[str]) -> str:
         key = token.removeprefix("--").replace("-", "_")
         if not token.startswith("--") or key not in known:
             continue
-        words = list(takewhile(lambda word: not (word.startswith("--") or Path(word).exists()), tokens[start + 1 :]))
+        words = list(takewhile(lambda word: not (word.startswith("--") or os.path.exists(word)), tokens[start + 1 :]))
         setting = known[key]
         if len(words) < 2 or setting.kind in (int, float, bool) or setting.options:
             continue
@@ -76,7 +76,8 @@ def _unknown_keys(
     if len(answers) == 1:
         return ValueError(answers[0].text)
     lines = [f"  {answer.text}" for answer in answers]
-    pairs = [pair for answer in answers for pair in answer.pairs if pair[0] in known or pair[0] == "resume"]
+    sure = [answer for answer in answers if not answer.is_example]
+    pairs = [pair for answer in sure for pair in answer.pairs if pair[0] in known or pair[0] == "resume"]
     if pairs:
         lines.append(f"  together: {_command(others, given, pairs, known)}")
     return Faults(f"{len(answers)} of the settings are not lorasmith's:", *lines)

@@ -10,13 +10,13 @@ from lorasmith.faults import Faults
 from lorasmith.other_tools import TOOLS
 from lorasmith.other_tools.name import Tool
 from lorasmith.settings.schema import Setting, settings
-from lorasmith.settings.translation import Answer, found, in_toml, listed
+from lorasmith.settings.translation import Answer, found, in_toml, listed, ours_of, split, typed
 from lorasmith.settings.unknown import Unknown, answered
 from lorasmith.settings.values import nested
 
 SUFFIXES = (".yaml", ".yml", ".json")
-EMPTY = ("", "false", "0", "0.0", "null", "none", "[]")
-"""Values of what another program has switched off."""
+EMPTY = ("", "false", "False", "0", "0.0", "null", "none", "None", "[]", "~")
+"""Values of what another program does not use."""
 
 
 def refusal(path: Path) -> Faults:
@@ -25,8 +25,11 @@ def refusal(path: Path) -> Faults:
     unknown = [Unknown(key, text, line) for key, text, line in entries(path)]
     tool = _tool_of(unknown, known)
     whose = "" if tool is None else f" (its keys are {tool.whose}s)"
-    answers = {one: _answer(one, known, tool) for one in unknown}
-    pairs = [pair for answer in answers.values() for pair in answer.pairs if pair[0] in known]
+    answers = {
+        one: _answer(one, known, tool) for one in unknown if one.text not in EMPTY or _is_switch(one, known, tool)
+    }
+    sure = [answer for answer in answers.values() if not answer.is_example]
+    pairs = [pair for answer in sure for pair in answer.pairs if pair[0] in known]
     values = {key: in_toml(known[key], text) for key, text in reversed(pairs)}
     lines = tomli_w.dumps(nested({key: values[key] for key in known if key in values})).splitlines()
     heading = f"settings are read from TOML, and {path} is none{whose}. As {path.with_suffix('.toml').name}:"
@@ -35,16 +38,27 @@ def refusal(path: Path) -> Faults:
 
 def _answer(one: Unknown, known: Mapping[str, Setting], tool: Tool | None) -> Answer:
     """As of any unknown key; but some names are lorasmith's own, too."""
-    if one.key in known and found(one.key, known, tool) is None:
-        return Answer("", ((one.key, one.text),))
-    return answered(one, known, as_toml=True, preferred=tool)
+    if one.key not in known:
+        return answered(one, known, as_toml=True, preferred=tool)
+    setting, value = known[one.key], ours_of(known[one.key], one.text)
+    if value is None:
+        return Answer(f"{one.key} must be {setting.rule}, got {one.text}")
+    pairs = split(value.typed) if value.typed.startswith("--") else ((one.key, value.typed),)
+    return Answer(f"{typed(pairs, known, True)} is the nearest to {one.text}" if value.is_nearest else "", pairs)
+
+
+def _is_switch(one: Unknown, known: Mapping[str, Setting], tool: Tool | None) -> bool:
+    """Whether a setting may be on here where it is off there."""
+    entry = found(one.key, known, tool)
+    key = one.key if entry is None else entry[1].ours.removeprefix("--")
+    return one.text.lower() == "false" and key in known and known[key].kind is bool
 
 
 def _comments(answers: Mapping[Unknown, Answer]) -> Iterator[str]:
-    """What is said of each setting, as comments; those that nothing is known of, together."""
+    """What is said of each setting that is not the same here, as comments; those that nothing is known of, together."""
     left = []
     for one, answer in answers.items():
-        if answer.is_needless or (one.text in EMPTY and not answer.pairs):
+        if answer.is_needless or answer.is_exact:
             continue
         if answer.text.startswith("there is no setting"):
             left.append(f"{one.key} (line {one.line})")

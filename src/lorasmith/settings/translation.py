@@ -23,6 +23,7 @@ EXAMPLES = {
 }  # fmt: skip
 """Values where the default is none, or shows nothing."""
 FILE = "SETTINGS.toml"
+OFF = ("false", "no", "0", "off", "none")
 DEFAULT = re.compile(r"(^|; )default[: ].*")
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 Pairs = tuple[tuple[str, str], ...]
@@ -42,6 +43,8 @@ class Answer:
 
     text: str
     pairs: Pairs = ()
+    is_example: bool = False  # whether their values are only examples, or they are not quite the same
+    is_exact: bool = False  # whether they mean the same
     is_needless: bool = False
 
 
@@ -94,6 +97,8 @@ def example(setting: Setting, text: str = "") -> str:
 def answer(shown: str, tool: Tool, name: Name, text: str, known: Mapping[str, Setting], as_toml: bool) -> Answer:
     """What is said of a setting that is shown so and has this value, "" for none."""
     note = _note(name, text)
+    if name.is_flag and text.lower() in OFF:
+        return Answer(f"{shown} ({tool.whose}) can be left out: it is off", is_needless=True)
     if name.is_needless:
         return Answer(f"{shown} ({tool.whose}) can be left out: {note}", is_needless=True)
     pairs, value = _pairs(name, text, known)
@@ -102,14 +107,16 @@ def answer(shown: str, tool: Tool, name: Name, text: str, known: Mapping[str, Se
     ours = typed(pairs, known, as_toml)
     if name.is_nearest:
         reason = f": {note}" if note else ""
-        return Answer(f"there is no {shown} here ({tool.whose}){reason}; the nearest is {ours}", pairs)
+        return Answer(f"there is no {shown} here ({tool.whose}){reason}; the nearest is {ours}", pairs, is_example=True)
     said = f"{shown} is {tool.whose}: here it is {ours}"
     setting = known.get(pairs[-1][0])
     if value is not None and value.is_nearest:
         said += f", the nearest to {text}"
     elif value is None and setting is not None and text and _carries(name):
-        return Answer(f"{said}; {setting.key} must be {setting.rule}, got {text}", pairs)
-    return Answer(said + (f" ({note})" if note else ""), pairs)
+        return Answer(f"{said}; {setting.key} must be {setting.rule}, got {text}", pairs, is_example=True)
+    is_example = name.is_other_value or (value is None and _carries(name))
+    is_exact = not is_example and (value is None or not value.is_nearest)
+    return Answer(said + (f" ({note})" if note else ""), pairs, is_example, is_exact)
 
 
 def _note(name: Name, text: str) -> str:
