@@ -4,7 +4,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
 from lorasmith.faults import Faults
-from lorasmith.file_commands import COMMANDS, Json
+from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False)
 @app.command
 def sample(
     prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
-    ignore_unknown: bool = False, output: Path = Path("samples.png"), seed: int = 0, steps: int = 25,
-    guidance: float = 5.0,
+    ignore_unknown: bool = False, output: Path | None = None, overwrite: Overwrite = False, seed: int = 0,
+    steps: int = 25, guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Generate images without and with a LoRA, in one labelled picture.
 
@@ -100,7 +101,9 @@ def sample(
     ignore_unknown
         leave out the LoRA's layers that the model does not have, instead of refusing the file
     output
-        PNG file to write
+        PNG file to write; none: samples.png, numbered if taken
+    overwrite
+        write over a file that is there
     seed
         drives the noise that pictures start from
     steps
@@ -108,16 +111,19 @@ def sample(
     guidance
         classifier-free guidance; 1 for none
     """
+    from lorasmith.checks import checked_sample
     from lorasmith.invocation import with_model
-    from lorasmith.run import draw_comparison
     from lorasmith.settings import configured
 
     values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
     named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
     config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
+    path, device = checked_sample(config, lora, output, overwrite=overwrite)
     _prepare_terminal()
-    draw_comparison(config, lora, output)
-    print(output)
+    from lorasmith.drawing import draw_comparison
+
+    draw_comparison(config, lora, path, device)
+    print(path)
     return 0
 
 
@@ -189,16 +195,12 @@ def _prepare_terminal() -> None:
 
 def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
-    from lorasmith.console import console, follow, interruptible, show_table
+    from lorasmith.console import console, follow, interruptible, set_up_logging, show_table
     from lorasmith.devices import is_out_of_memory
-    from lorasmith.run import opened_run
     from lorasmith.world import joined
 
-    _prepare_terminal()
-    with (
-        joined(config.device) as world,
-        opened_run(config, is_resuming=resume, folder=folder, world=world) as run,
-    ):
+    set_up_logging()
+    with joined(config.device) as world, _opened(config, is_resuming=resume, folder=folder, world=world) as run:
         console.quiet = not world.is_first
         try:
             with interruptible() as stop:
@@ -220,12 +222,25 @@ def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _opened(config: Any, *, is_resuming: bool, folder: Path | None, world: Any) -> Iterator[Any]:
+    """The run; what its settings and folders forbid is refused before the libraries that load models are imported."""
+    from lorasmith.checks import checked
+
+    request = checked(config, is_resuming=is_resuming, folder=folder, world=world)
+    from lorasmith.run import opened_run
+
+    _prepare_terminal()
+    with opened_run(request) as run:
+        yield run
+
+
 def _save(run: Any) -> None:
     """Keeps the LoRA of the steps done, if any, and says where."""
     from lorasmith.console import console
 
     for number, path in enumerate(run.save()):
-        whole = f"LoRA of {run.num_done} steps"
+        whole = f"LoRA of {run.num_done} step{'' if run.num_done == 1 else 's'}"
         console.print(f"{'its part for one expert' if number else whole}: {path}", soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ from lorasmith.job import Job
 from lorasmith.keeping import kept
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.plan import Plan
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
 from lorasmith.types import Denoiser, Result
@@ -147,11 +148,12 @@ def train_lora(
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = _family(model, encoders, with_texts=config.text_encoder.train)
         denoiser: Denoiser = model if family is None else family.denoiser
+        device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
+        plan = Plan.of(denoiser, config, home=device_of(denoiser), device=device, world=world)
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
         metadata = family.metadata() if family else {}
-        device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
-        job = Job.of(denoiser, dataset, config, device=device, metadata=metadata, world=world)
+        job = Job.planned(plan, denoiser, dataset, metadata)
         folders = _path(checkpoint_folder, "checkpoint_folder"), _path(resume_from, "resume_from")
         with kept(job, *folders) as keeper:
             for _ in keeper.steps():

@@ -139,6 +139,20 @@ def process_of(denoiser: Denoiser, shape: Sequence[int]) -> Process:
 
 
 @runtime_checkable
+class Encoding(Protocol):
+    """A denoiser that encodes captions itself, so that its conditioning holds their tokens."""
+
+    @property
+    def inner(self) -> Denoiser:
+        """The denoiser of what is encoded."""
+        ...
+
+    def encoded(self, cond: Cond) -> Cond:
+        """{name: [B,…]} with tokens -> what the inner denoiser is given."""
+        ...
+
+
+@runtime_checkable
 class Guided(Protocol):
     """A denoiser whose net is told the guidance, as it was distilled from guided predictions."""
 

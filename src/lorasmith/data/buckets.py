@@ -3,6 +3,7 @@
 S samples, a repeated one counted as often as it repeats; G samples in a group, the samples of one optimizer step.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lorasmith.draws import Purpose, permutation, uniform
+
+AT_ONCE = 2 * 128 * 128
+"""Places of latents that one batch holds without gradients: those of two pictures of 1024 pixels a side, mostly."""
+
+
+def num_at_once(latent: Sequence[int]) -> int:
+    """How many latents [C,h,w] or [C,f,h,w] of this shape go through a net together where no gradient is taken."""
+    return max(1, AT_ONCE // math.prod(latent[1:]))
 
 
 def bucket_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
