@@ -104,7 +104,7 @@ def _turns(seed: int, cycle: int, sizes: tuple[int, ...]) -> list[int]:
     The k-th of n groups falls due at (k + u) / n of the cycle, u in [0, 1) drawn for each class and cycle: that
     spreads a class evenly, and puts the only group of a class of one at any step with the same chance.
     """
-    shifts = uniform(seed, Purpose.BUCKET, cycle, (len(sizes),)).double().numpy()
+    shifts = uniform(seed, Purpose.BUCKET, cycle, (len(sizes),)).numpy().astype(np.float64)
     due = [(np.arange(size) + shift) / size for size, shift in zip(sizes, shifts, strict=True)]
     turns = np.repeat(np.arange(len(sizes)), sizes)
     return turns[np.argsort(np.concatenate(due), kind="stable")].tolist()
