@@ -220,11 +220,11 @@ class Codec(Protocol):
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, in the model's own scale."""
+        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, in the model's own scale; without gradients."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {name: [B,…]}, float32."""
+        """B texts -> {name: [B,…]}, float32; without gradients."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

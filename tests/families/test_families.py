@@ -41,8 +41,8 @@ def opened_family(name: str) -> tuple[Family, Codec]:
 def samples(name: str) -> list[Cached]:
     """One for each prompt, with latents of noise."""
     _, codec = opened_family(name)
-    with torch.no_grad():
-        conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
+    conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
+    assert not any(value.requires_grad for cond in conds for value in cond.values())
     latents = [normal(1, Purpose.NOISE, number, TINY[name].latent) for number in range(len(PROMPTS))]
     return [Cached(*sample) for sample in zip(PROMPTS, latents, conds, strict=True)]
 
