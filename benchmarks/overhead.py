@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Iterator
 from itertools import pairwise
@@ -21,13 +22,14 @@ from step_time_model import NUM_TOKENS, SIZES, net_of
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from lorasmith.checks import checked
-from lorasmith.console import follow
+from lorasmith.console import opened_display
 from lorasmith.data.cache import Dataset
 from lorasmith.demo import demo_settings
+from lorasmith.display import follow
 from lorasmith.families.sd import StableDiffusionDenoiser
 from lorasmith.job import Job
 from lorasmith.noise import Diffusion
+from lorasmith.pace import Pace, Training
 from lorasmith.run import opened_run
 from lorasmith.settings import configured, merged
 from lorasmith.types import Cached, Step
@@ -72,7 +74,9 @@ def followed(job: Job, steps: Iterator[Step]) -> Seconds:
             stamps.append((time.perf_counter(), net.seconds))
 
     assert job.config.steps is not None
-    follow(noted(), job.config.steps, 0)
+    training = Training(Pace(job.config.steps), earlier=0, steps_per_epoch=1)
+    with opened_display() as display:
+        follow(noted(), training, display, threading.Event())
     return [(b - a, b - a - (after - before)) for (a, before), (b, after) in pairwise(stamps[WARMUP:])]
 
 
@@ -80,7 +84,7 @@ def demo() -> Seconds:
     """Of the demo's run, with its folder."""
     with tempfile.TemporaryDirectory() as folder:
         asked = {"output": str(Path(folder, "run")), "steps": 70}
-        with opened_run(checked(configured(merged(demo_settings("line_drawing"), asked)))) as run:
+        with opened_run(configured(merged(demo_settings("line_drawing"), asked))) as run:
             return followed(run.job, run.steps())
 
 

@@ -33,9 +33,10 @@ from lorasmith.families import opened
 from lorasmith.memory import shared_copy
 from lorasmith.state import State
 from lorasmith.targets import Targets, adaptable_layers
+from lorasmith.torchrun import is_under_torchrun
 from lorasmith.training import train
 from lorasmith.types import Cached
-from lorasmith.world import World, is_under_torchrun, joined
+from lorasmith.world import World, joined
 
 CPU = torch.device("cpu")
 GROUP = 4

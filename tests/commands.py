@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,14 @@ FILES = UNFINISHED | {"lora.safetensors", "loss.png", "report.html"}
 TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompts", "[]")
 
 
+STAGES = ("encoding", "extracting", "generating", "hashing", "loading", "measuring", "merging", "packing", "resizing")
+WORK = re.compile(rf"lorasmith \d[\w.]*|(?:training|stopping|{'|'.join(STAGES)})\b.*")
+"""A line about the work in hand."""
+
+
 @dataclass(frozen=True)
 class Ended:
-    """How a call ended: its exit code and what it printed."""
+    """How a call ended: its exit code and what it printed, but for lines about its work."""
 
     code: int
     out: str
@@ -43,7 +49,12 @@ def lorasmith(folder: Path, *arguments: str) -> Ended:
             main()
     logging.getLogger("lorasmith").setLevel(logging.NOTSET)
     assert exit.value.code is None or isinstance(exit.value.code, int)
-    return Ended(exit.value.code or 0, out.getvalue(), err.getvalue())
+    return Ended(exit.value.code or 0, out.getvalue(), without_work(err.getvalue()))
+
+
+def without_work(text: str) -> str:
+    """What a command printed on stderr besides what it was doing."""
+    return "".join(line for line in text.splitlines(keepends=True) if not WORK.fullmatch(line.rstrip("\n")))
 
 
 def made(folder: Path, *captions: str) -> Path:

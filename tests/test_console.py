@@ -1,4 +1,4 @@
-"""The terminal: streams that nobody reads, a clock that stands still, levels of logs that there are not."""
+"""The console: streams that nobody reads, tables in pipes and on terminals, logs of one line, levels of logs."""
 
 import logging
 import os
@@ -6,18 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from lorasmith.console import Printer, follow, set_up_logging
-from lorasmith.types import Step
+from lorasmith.console import DisplayHandler, opened_display, show_table
+from lorasmith.display import Shown
+from lorasmith.lines import Lines
+from lorasmith.streams import Printer
+
+LONG = "a value of many words " * 30 + "without an end"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
 def test_what_cannot_be_printed_is_lost_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with open("/dev/full", "w") as full:
-        console = Console(file=Printer(lambda: full))  # pyright: ignore[reportArgumentType]
+        printer = Printer(lambda: full)
         for _ in range(3):
-            console.print("x" * 10_000)
+            printer.line("x" * 10_000)
     assert caplog.messages == ["nothing more is printed (No space left on device)"]
 
 
@@ -25,36 +28,46 @@ def test_a_pipe_that_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
-        Console(file=Printer(lambda: pipe)).print("x" * 10_000)  # pyright: ignore[reportArgumentType]
+        Printer(lambda: pipe).line("x" * 10_000)
     assert caplog.messages == ["nothing more is printed (Broken pipe)"]
 
 
 def test_a_program_without_streams(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(file=Printer(lambda: None)).print("x")  # pyright: ignore[reportArgumentType]
+    Printer(lambda: None).line("x")
     assert capsys.readouterr() == ("", "")
 
 
-def test_steps_that_take_no_time(capsys: pytest.CaptureFixture[str]) -> None:
-    follow((Step(number, 0.5, 1e-4, 1.0, 0.0) for number in (1, 2)), 2, 0)
-    assert "2/2 loss 0.5000 - steps/s" in capsys.readouterr().out
+def test_a_table_in_a_pipe_has_its_cells_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table([("a", LONG), ("much longer", "2")], ("name", "value"))
+    show_table([])
+    assert capsys.readouterr().out == f"name\tvalue\na\t{LONG}\nmuch longer\t2\n\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
-def test_steps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, writing = os.openpty()
-    monkeypatch.setenv("TERM", "xterm-256color")
-    with open(reading, "rb") as screen, open(writing, "w") as terminal:
-        monkeypatch.setattr("sys.stdout", terminal)
-        follow((Step(number, 0.5, 1e-4, 1.0, 0.5) for number in (1, 2)), 2, 0)
-        terminal.flush()
-        shown = os.read(screen.fileno(), 100_000)
-    assert b"2/2" in shown
-    assert shown.rstrip().endswith(b"\x1b[?25h"), "the cursor is shown again"
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("columns", [40, 100])
+def test_a_table_on_a_terminal_fits_it(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from screens import opened_terminal
+
+    with opened_terminal(columns) as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", terminal.stream)
+        show_table([("a", LONG[:150]), ("b", "2")])
+        rows = terminal.lines()
+    shown = "".join(row.removeprefix("a").replace(" ", "") for row in rows[:-1])
+    assert shown == LONG[:150].replace(" ", "") and rows[-1].split() == ["b", "2"]
+
+
+def test_a_log_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = DisplayHandler(Shown(Lines(Printer(lambda: sys.stdout))))
+    for level in (logging.INFO, logging.WARNING):
+        handler.handle(logging.LogRecord("lorasmith", level, "", 0, "two\n  %s", ("lines " * 50,), None))
+    text = f"two {'lines ' * 50}".strip()
+    assert capsys.readouterr().out == f"{text}\nwarning: {text}\n"
 
 
 def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    level, hook = logging.getLogger("lorasmith").level, sys.excepthook
+    level = logging.getLogger("lorasmith").level
     monkeypatch.setenv("LORASMITH_LOG", "loud")
     with pytest.raises(ValueError, match="^LORASMITH_LOG must be one of debug, info, warning, error, got loud$"):
-        set_up_logging()
-    assert (logging.getLogger("lorasmith").level, sys.excepthook) == (level, hook)
+        with opened_display():
+            pass
+    assert logging.getLogger("lorasmith").level == level

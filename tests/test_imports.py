@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting"),
+    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun"),
     (
         "draws",
         "devices",
@@ -19,6 +19,9 @@ FLOORS = (
         "digests",
         "experts",
         "other_tools",
+        "pace",
+        "streams",
+        "signals",
     ),
     (
         "noise",
@@ -37,11 +40,15 @@ FLOORS = (
         "step_log",
         "lock",
         "tensor_file",
+        "bars",
+        "lines",
+        "display",
     ),
     (
         "targets",
         "data.cache",
-        "sources",
+        "sampling",
+        "validation",
         "report",
         "norms_plot",
         "peft_config",
@@ -49,8 +56,9 @@ FLOORS = (
         "tucker",
         "comfyui_pack",
         "fused",
+        "events",
     ),
-    ("attach", "memory", "config", "lorafile", "dora_scales", "sampling", "validation"),
+    ("attach", "memory", "config", "lorafile", "dora_scales"),
     (
         "settings",
         "objective",
@@ -66,12 +74,11 @@ FLOORS = (
         "fusing",
     ),
     ("diagnosis", "checkpoints", "files", "invocation", "train_help"),
-    ("training", "resuming", "plan"),
+    ("training", "resuming"),
     ("job", "inputs"),
-    ("keeping", "run_folder"),
-    ("checks", "drawing"),
-    ("run", "contract", "console"),
-    ("file_commands",),
+    ("keeping", "run_folder", "console"),
+    ("run", "contract", "run_report"),
+    ("file_commands", "execution"),
     ("cli",),
     ("__main__",),
 )

@@ -65,7 +65,7 @@ def test_the_folder_may_be_given_as_a_setting() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "none"),
+        ("", "none: lorasmith train PICTURES --model MODEL"),
         ("a b", "a b"),
         (
             "cats --sampling.prompts red apple",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lorasmith.progress import SILENT, Advance, tracked
 
@@ -17,6 +18,9 @@ class Heard:
         self.reports.append((what, total))
         yield self.reports.append
         self.reports.append("done")
+
+    def wrote(self, what: str, path: Path) -> None:
+        self.reports.append((what, path))
 
 
 def test_an_item_is_reported_when_it_is_dealt_with() -> None:

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
-from lorasmith.faults import Faults
-from lorasmith.file_commands import COMMANDS, Json, Overwrite
+from lorasmith.faults import text_of
+from lorasmith.file_commands import COMMANDS, Json
 from lorasmith.help_layout import HelpPages
+from lorasmith.signals import INTERRUPTED, Interruption, interruptions
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +39,26 @@ for command in COMMANDS:
     app.command(command, group=FILES)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Resume = Annotated[bool, Parameter(negative="")]
-INTERRUPTED = 130
+SETTINGS = ("torch", "lorasmith.invocation")  # what settings are read with
 
 
 @app.command(help_flags=[])
-def train(*tokens: Tokens, resume: Resume = False) -> int:
+def train(*tokens: Tokens, resume: Resume = False, json: Json = False) -> int:
     """Train a LoRA on a folder of captioned pictures."""
     if {"--help", "-h"} & set(tokens):
         from lorasmith.train_help import show
 
         show(_word_after_help(tokens))
         return 0
-    from lorasmith.invocation import invocation
+    with _shown_training(json) as (display, report):
+        from lorasmith.invocation import invocation
 
-    asked = invocation(tokens, is_resuming=resume)
-    return _execute(asked.config, resume=resume, folder=asked.folder)
+        asked = invocation(tokens, is_resuming=resume)
+        return _execute(asked.config, display, report, resume=resume, folder=asked.folder)
 
 
 @app.command
-def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False) -> int:
+def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False, json: Json = False) -> int:
     """Train a LoRA on the embedded model and pictures, and show what it learnt.
 
     Every setting of `lorasmith train` can be given too.
@@ -67,24 +69,28 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False)
         the style to learn: line_drawing, which is easy to see, or flat, which is subtler
     resume
         continue the last demo that was interrupted, from its newest checkpoint
+    json
+        print events as they happen, a JSON object a line
     """
-    from lorasmith.demo import demo_settings
-    from lorasmith.run_folder import numbered_folder
-    from lorasmith.settings import configured, merged, parsed
-    from lorasmith.settings.arguments import stray_words
+    with _shown_training(json) as (display, report):
+        from lorasmith.demo import demo_settings
+        from lorasmith.run_folder import numbered_folder
+        from lorasmith.settings import configured, merged, parsed
+        from lorasmith.settings.arguments import stray_words
 
-    others, values = parsed(tokens)
-    if others:
-        raise ValueError(f"demo takes settings only, got {' '.join(others)}{stray_words(tokens)}")
-    folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
-    return _execute(configured(merged({**demo_settings(concept), **folder}, values)), resume=resume)
+        others, values = parsed(tokens, "demo")
+        if others:
+            raise ValueError(f"demo takes settings only, got {' '.join(others)}{stray_words(tokens)}")
+        folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
+        config = configured(merged({**demo_settings(concept), **folder}, values))
+        return _execute(config, display, report, resume=resume)
 
 
 @app.command
 def sample(
     prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
-    ignore_unknown: bool = False, output: Path | None = None, overwrite: Overwrite = False, seed: int = 0,
-    steps: int = 25, guidance: float = 5.0,
+    ignore_unknown: bool = False, output: Path = Path("samples.png"), seed: int = 0, steps: int = 25,
+    guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Generate images without and with a LoRA, in one labelled picture.
 
@@ -101,9 +107,7 @@ def sample(
     ignore_unknown
         leave out the LoRA's layers that the model does not have, instead of refusing the file
     output
-        PNG file to write; none: samples.png, numbered if taken
-    overwrite
-        write over a file that is there
+        PNG file to write
     seed
         drives the noise that pictures start from
     steps
@@ -111,19 +115,21 @@ def sample(
     guidance
         classifier-free guidance; 1 for none
     """
-    from lorasmith.checks import checked_sample
-    from lorasmith.invocation import with_model
-    from lorasmith.settings import configured
+    from lorasmith.console import MODEL_LIBRARIES, load, opened_display
 
-    values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
-    named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
-    config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
-    path, device = checked_sample(config, lora, output, overwrite=overwrite)
-    _prepare_terminal()
-    from lorasmith.drawing import draw_comparison
+    with opened_display() as display:
+        load(display, "libraries", SETTINGS)
+        from lorasmith.invocation import with_model
+        from lorasmith.settings import configured
 
-    draw_comparison(config, lora, path, device)
-    print(path)
+        values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
+        named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
+        config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
+        load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.run"))
+        from lorasmith.run import draw_comparison
+
+        draw_comparison(config, lora, output, progress=display)
+    print(output)
     return 0
 
 
@@ -186,70 +192,27 @@ def _word_after_help(tokens: Sequence[str]) -> str | None:
     return tokens[start] if start < len(tokens) and not tokens[start].startswith("--") else None
 
 
-def _prepare_terminal() -> None:
-    from lorasmith.console import quiet_libraries, set_up_logging
-
-    set_up_logging()
-    quiet_libraries()
-
-
-def _execute(config: Any, *, resume: bool, folder: Path | None = None) -> int:
-    """Runs a config from its data to its report; Ctrl-C and errors keep what was trained."""
-    from lorasmith.console import console, follow, interruptible, set_up_logging, show_table
-    from lorasmith.devices import is_out_of_memory
-    from lorasmith.world import joined
-
-    set_up_logging()
-    with joined(config.device) as world, _opened(config, is_resuming=resume, folder=folder, world=world) as run:
-        console.quiet = not world.is_first
-        try:
-            with interruptible() as stop:
-                follow(run.steps(stop), run.num_steps, run.job.done)
-        except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError) as error:
-            _save_if_possible(run)
-            if is_out_of_memory(error):
-                ladder = "" if config.memory_ladder else "--memory_ladder, or "
-                advice = f"try {ladder}a smaller batch_size or data.resolution, and --resume"
-                raise MemoryError(f"out of memory: {advice} ({error})") from error
-            raise
-        _save(run)
-        if run.num_done < run.num_steps:
-            console.print(f"stopped after step {run.num_done} of {run.num_steps}; --resume goes on")
-            return INTERRUPTED
-        show_table(run.finish())
-        if run.folder is not None:
-            console.print(f"run folder: {run.folder.path}", soft_wrap=True)
-    return 0
-
-
 @contextmanager
-def _opened(config: Any, *, is_resuming: bool, folder: Path | None, world: Any) -> Iterator[Any]:
-    """The run; what its settings and folders forbid is refused before the libraries that load models are imported."""
-    from lorasmith.checks import checked
+def _shown_training(as_json: bool) -> Iterator[tuple[Any, Any]]:
+    """The display and the report of a training whose settings can be read at once."""
+    from lorasmith.console import load, opened_display, stdout
+    from lorasmith.events import Events
+    from lorasmith.run_report import Printed
+    from lorasmith.torchrun import is_first
 
-    request = checked(config, is_resuming=is_resuming, folder=folder, world=world)
-    from lorasmith.run import opened_run
-
-    _prepare_terminal()
-    with opened_run(request) as run:
-        yield run
-
-
-def _save(run: Any) -> None:
-    """Keeps the LoRA of the steps done, if any, and says where."""
-    from lorasmith.console import console
-
-    for number, path in enumerate(run.save()):
-        whole = f"LoRA of {run.num_done} step{'' if run.num_done == 1 else 's'}"
-        console.print(f"{'its part for one expert' if number else whole}: {path}", soft_wrap=True)
+    events = Events(stdout, is_first()) if as_json else None
+    with opened_display(events) as display:
+        load(display, "libraries", SETTINGS)
+        yield display, events or Printed()
 
 
-def _save_if_possible(run: Any) -> None:
-    """After an error, which is to be told, not another that follows from it."""
-    try:
-        _save(run)
-    except (OSError, RuntimeError, MemoryError, ValueError) as error:
-        log.debug("no LoRA of the last step", exc_info=error)
+def _execute(config: Any, display: Any, report: Any, *, resume: bool, folder: Path | None = None) -> int:
+    from lorasmith.console import MODEL_LIBRARIES, load
+
+    load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.run"))
+    from lorasmith.execution import execute
+
+    return execute(config, display, report, resume=resume, folder=folder)
 
 
 def _hush_imports() -> None:
@@ -283,27 +246,34 @@ def _as_memory_error(error: Exception) -> MemoryError:
 def _refused(error: Exception) -> int:
     """One line for the user; the traceback for LORASMITH_LOG=debug."""
     log.debug("", exc_info=error)
-    if isinstance(error, OSError) and error.filename is not None:  # of Python's own, without a verb
-        error = OSError(f"cannot use {error.filename}: {error.strerror}")
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):  # bad input is every process's
-        text = str(error) if isinstance(error, Faults) else " ".join(str(error).split())
-        print(f"lorasmith: {text}", file=sys.stderr)
+        print(f"lorasmith: {text_of(error)}", file=sys.stderr)
     return 2
 
 
 def main() -> None:
-    """The command `lorasmith`: exit code 0, 2 after bad input, 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path must not fail where it cannot be printed
+    """The command `lorasmith`: exit code 0, 2 after bad input, 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path must not fail where it cannot be printed
     try:
-        _refuse_bytes(sys.argv[1:])
-        _hush_imports()
-        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
-    except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
-        code = _refused(error)
-    except (RuntimeError, MemoryError, ImportError) as error:
-        code = _refused(_as_memory_error(error))
+        with interruptions() as interruption:
+            code = _code(interruption)
     except KeyboardInterrupt:
         print("lorasmith: stopped", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _code(interruption: Interruption) -> int:
+    """The exit code of the command in the program's arguments; KeyboardInterrupt where it is interrupted."""
+    try:
+        _refuse_bytes(sys.argv[1:])
+        _hush_imports()
+        return app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except (ValueError, OSError, ArithmeticError, CycloptsError) as error:
+        interruption.raise_if_it_has_come()
+        return _refused(error)
+    except (RuntimeError, MemoryError, ImportError, SystemError) as error:
+        interruption.raise_if_it_has_come()  # libraries may make another error of it
+        return _refused(_as_memory_error(error))

@@ -1,78 +1,86 @@
-"""What a terminal shows of a run: logs, a progress bar, a summary; and Ctrl-C as a flag that is read between steps."""
+"""What a command opens to be seen: its display, its log, the tables that it prints. No torch: all of it comes first."""
 
-import io
+import importlib
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from types import FrameType
-from typing import Any, TextIO, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from lorasmith.types import Step
-from lorasmith.world import is_first_here, is_under_torchrun
+from lorasmith import __version__
+from lorasmith.bars import Bars
+from lorasmith.display import Display, Shown
+from lorasmith.events import Events
+from lorasmith.lines import Lines, Muted
+from lorasmith.progress import Progress, tracked
+from lorasmith.streams import Printer
+from lorasmith.torchrun import is_first, is_first_here
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 LEVELS = ("debug", "info", "warning", "error")
+MODEL_LIBRARIES = ("torch", "transformers", "diffusers", "lorasmith.families")
+
+stdout, stderr = Printer(lambda: sys.stdout), Printer(lambda: sys.stderr)
+console = Console(file=cast(Any, stdout), markup=False, emoji=False)  # paths as they are
 
 
-class Printer:
-    """A standard stream. Where nobody reads it any more, or its disk is full, what is printed is lost, not the run."""
+@contextmanager
+def opened_display(events: Events | None = None) -> Iterator[Display]:
+    """Says at once what has started, and shows work until it is closed: on stderr, or as these events.
 
-    def __init__(self, stream: Callable[[], TextIO | None]) -> None:
-        self.stream = stream  # what it is now, as callers may replace it; None where the program was started without
-
-    def write(self, text: str) -> int:
-        with self._losing() as stream:
-            stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._losing() as stream:
-            stream.flush()
-
-    def isatty(self) -> bool:
-        with self._losing() as stream:
-            return stream.isatty()
-
-    def fileno(self) -> int:
-        with self._losing() as stream:
-            return stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        with self._losing() as stream:
-            return stream.encoding or "utf-8"
-
-    @contextmanager
-    def _losing(self) -> Iterator[TextIO]:
-        stream = self.stream() or io.StringIO()
-        try:
-            yield stream
-        except io.UnsupportedOperation:  # of what stands in for a stream
-            raise
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python writes there once more when it ends
-            log.warning("nothing more is printed (%s)", error.strerror)
+    Logs go there too. Of several processes, the first one shows its work.
+    """
+    if events is not None:
+        with events:
+            _log_to(events)
+            yield events
+        return
+    with _view() as view:
+        display = Shown(view)
+        _log_to(display)
+        if is_first():
+            display.info(f"lorasmith {__version__}")
+        yield display
 
 
-console = Console(file=cast(Any, Printer(lambda: sys.stdout)), markup=False, emoji=False)  # paths as they are
-# Progress must not put its proxy in the place of sys.stdout: the printer writes there, and the proxy to this console.
+def _view() -> Bars | Lines | Muted:
+    if not is_first():
+        return Muted(stderr)
+    return Bars(stderr) if stderr.is_interactive else Lines(stderr)
 
 
-def set_up_logging() -> None:
-    """Our own logs to stderr, at the level that LORASMITH_LOG names (info by default); libraries' from errors on.
+def load(progress: Progress, what: str, modules: Sequence[str]) -> None:
+    """Imports what takes seconds; the libraries that load models are quieted."""
+    for name in tracked(modules, f"loading {what}", progress, len(modules)):
+        importlib.import_module(name)
+    if "diffusers" in modules:
+        quiet_libraries()
+
+
+class DisplayHandler(logging.Handler):
+    """A log in a display, a line for each message."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if record.exc_info:
+            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
+        (self.display.warning if record.levelno >= logging.WARNING else self.display.info)(text)
+
+
+def _log_to(display: Display) -> None:
+    """Our own logs at the level that LORASMITH_LOG names (info by default), and warnings; libraries' from errors on.
 
     Of several processes on a machine, one speaks.
     """
@@ -80,9 +88,14 @@ def set_up_logging() -> None:
     if asked not in LEVELS:
         raise ValueError(f"LORASMITH_LOG must be one of {', '.join(LEVELS)}, got {asked}")
     level = asked if is_first_here() else "error"
-    terminal = Console(file=cast(Any, Printer(lambda: sys.stderr)))
-    handler = RichHandler(console=terminal, show_time=False, show_path=False, show_level=level != "info")
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, DisplayHandler)]:
+        root.removeHandler(handler)  # of a command before this one, whose display is closed
+    if not root.handlers:
+        root.addHandler(DisplayHandler(display))
+        root.setLevel(logging.ERROR)
+        logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(level.upper())
     logging.getLogger("lorasmith").setLevel(level.upper())
     threading.excepthook = _log_failure
 
@@ -103,53 +116,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\.")
 
 
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C, or a SIGTERM, sets the flag; a second one ends the program at once, as usual.
-
-    But not where torchrun started the program: it passes Ctrl-C on, so that each comes twice, and kills what goes on.
-    """
-    stop = threading.Event()
-    usual = {name: signal.getsignal(name) for name in STOPPING}
-
-    def first(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-        if not is_under_torchrun():
-            signal.signal(signum, usual[signal.Signals(signum)])
-
-    for name in STOPPING:
-        signal.signal(name, first)
-    try:
-        yield stop
-    finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
-
-
-def follow(steps: Generator[Step, None, None], total: int, before: int) -> None:
-    """Runs through the steps with a progress bar; those of a LoRA that is continued, `before`, do not count."""
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
-    )  # fmt: skip
-    mean = None
-    with closing(steps), Progress(*columns, console=console, redirect_stdout=False) as progress:
-        task = progress.add_task("training", total=total, loss="-", rate="-")
-        for step in steps:
-            mean = step.loss if mean is None else 0.9 * mean + 0.1 * step.loss
-            rate = f"{1 / step.seconds:.2f}" if step.seconds else "-"  # of a clock that stands still
-            progress.update(task, completed=step.step - before, loss=f"{mean:.4f}", rate=rate)
-
-
-def tracked(names: Sequence[str], what: str) -> Iterator[str]:
-    """Runs through names with a progress bar, which is gone afterwards; nothing where no terminal shows it."""
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
-    ) as progress:
-        yield from progress.track(names)
-
-
 def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> None:
     """Rows of text, under the names of their columns where these are given; nothing without rows.
 
@@ -157,25 +123,19 @@ def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> 
     """
     if not rows:
         return
-    if not console.is_terminal:
-        for row in (tuple(columns), *rows) if columns else rows:
-            _print("\t".join(row))
-        _print("")
+    if not stdout.isatty():
+        for row in [columns, *rows] if columns else rows:
+            stdout.line("\t".join(row))
+        stdout.line("")
         return
     names = columns or [""] * len(rows[0])
     table = Table(*(Column(n, overflow="fold") for n in names), show_header=bool(columns), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    console.print()
+    console.print(table, width=stdout.width)
+    stdout.line("")
 
 
 def show_json(document: Mapping[str, Any]) -> None:
     """One JSON document, and nothing else, on stdout."""
-    _print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _print(line: str) -> None:
-    """Exactly as it is: rich would expand tabs and break lines."""
-    if not console.quiet:
-        print(line, file=console.file)
+    stdout.line(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))

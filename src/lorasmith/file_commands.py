@@ -1,11 +1,15 @@
 """The commands for files: convert, merge, resize, extract, metadata. What they need is imported when they run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+from lorasmith.pace import counted
+from lorasmith.progress import tracked
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Flag = Annotated[bool, Parameter(negative="")]
@@ -31,11 +35,11 @@ def resize(
     overwrite
         write over a file that is there
     """
-    from lorasmith.files.resizing import resize
-    from lorasmith.files.truncation import Cut
+    with _working("resizing") as shown:
+        from lorasmith.files.resizing import resize
+        from lorasmith.files.truncation import Cut
 
-    _prepare()
-    losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=_shown("resizing"))
+        losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=shown)
     _show_losses(losses)
     print(output)
     return 0
@@ -64,26 +68,27 @@ def merge(
     overwrite
         write over a file that is there
     """
-    from lorasmith.files.merging import Source, merge
-
-    _prepare()
-    sources = [Source.parsed(text) for text in loras]
     if model is None:
         if ignore_unknown:
             raise ValueError("ignore_unknown leaves out layers that a model does not have: give it with --model")
-        losses = merge(
-            sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=_shown("merging")
-        )  # fmt: skip
+        with _working("merging") as shown:
+            from lorasmith.files.merging import Source, merge
+
+            sources = [Source.parsed(text) for text in loras]
+            losses = merge(sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=shown)
         _show_losses(losses)
     else:
-        from lorasmith.files.merging_into import merge_into
-
         if rank is not None or dtype is not None:
             raise ValueError("rank and dtype are those of a LoRA: give them without --model")
-        num_changed = merge_into(
-            _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=_shown("merging")
-        )
-        print("1 weight changed" if num_changed == 1 else f"{num_changed} weights changed")
+        with _working("merging", with_models=True) as shown:
+            from lorasmith.files.merging import Source
+            from lorasmith.files.merging_into import merge_into
+
+            sources = [Source.parsed(text) for text in loras]
+            num_changed = merge_into(
+                _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=shown
+            )
+        print(f"{counted(num_changed, 'weight')} changed")
     print(output)
     return 0
 
@@ -111,14 +116,14 @@ def extract(
     overwrite
         write over a file that is there
     """
-    from lorasmith.files.extraction import extract
-    from lorasmith.files.truncation import Cut
+    with _working("extracting", with_models=True) as shown:
+        from lorasmith.files.extraction import extract
+        from lorasmith.files.truncation import Cut
 
-    _prepare()
-    own = _dtype(dtype)
-    assert own is not None
-    cut = Cut(rank=rank, keep=keep)
-    losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=_shown("extracting"))
+        own = _dtype(dtype)
+        assert own is not None
+        cut = Cut(rank=rank, keep=keep)
+        losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=shown)
     _show_losses(losses)
     print(output)
     return 0
@@ -192,21 +197,14 @@ def convert(
     overwrite
         write over a file that is there
     """
-    from lorasmith.files.conversion import convert
+    with _working("converting", with_models=True):
+        from lorasmith.files.conversion import convert
 
-    _prepare()
-    own = None if model is None else _model(model)
-    found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
-    print("1 layer" if found == 1 else f"{found} layers")
+        own = None if model is None else _model(model)
+        found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
+    print(counted(found, "layer"))
     print(output)
     return 0
-
-
-def _prepare() -> None:
-    from lorasmith.console import quiet_libraries, set_up_logging
-
-    set_up_logging()
-    quiet_libraries()
 
 
 def _model(model: str) -> str:
@@ -226,21 +224,25 @@ def _dtype(name: Dtype | None) -> Any:
     return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def _shown(what: str) -> Any:
-    """Runs through names with a progress bar."""
-    from lorasmith.console import tracked
+@contextmanager
+def _working(what: str, *, with_models: bool = False) -> Iterator[Any]:
+    """A display with the libraries loaded; its value runs through names and shows how far it has come."""
+    from lorasmith.console import MODEL_LIBRARIES, load, opened_display
 
-    def through(names: Sequence[str]) -> Iterable[str]:
-        return tracked(names, what)
+    with opened_display() as display:
+        load(display, "libraries", MODEL_LIBRARIES if with_models else ("torch", "lorasmith.lorafile"))
 
-    return through
+        def through(names: Sequence[str]) -> Iterable[str]:
+            return tracked(names, what, display, len(names))
+
+        yield through
 
 
 def _show_metadata(metadata: Mapping[str, str]) -> None:
-    from lorasmith.console import console, show_table
+    from lorasmith.console import show_table, stdout
     from lorasmith.files.metadata import shown
 
-    show_table(shown(metadata) if console.is_terminal else sorted(metadata.items()))
+    show_table(shown(metadata) if stdout.isatty() else sorted(metadata.items()))
 
 
 def _show_losses(losses: Any) -> None:

@@ -12,12 +12,13 @@ from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder, newest_in
 from lorasmith.devices import is_out_of_memory
 from lorasmith.job import Job
 from lorasmith.lock import PATIENCE, FolderLock
+from lorasmith.progress import SILENT, Progress
 from lorasmith.state import Counters
 from lorasmith.step_log import StepLog
+from lorasmith.torchrun import num_restarts
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Step
 from lorasmith.whole import make_folder, remove_partial
-from lorasmith.world import num_restarts
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Keeper:
     checkpoints: CheckpointFolder | None
     made_again: Callable[[], bool]  # makes the folder again if it was deleted, and tells whether it was
     log: StepLog | None = None
+    progress: Progress = SILENT
     written: Counters | None = None  # of the last checkpoint: groups may be left out after it, in the same step
 
     def steps(self, stop: threading.Event | None = None) -> Generator[Step, None, None]:
@@ -140,7 +142,9 @@ class Keeper:
             return
         if self.log is not None:
             self.log.flush_to_disk()
-        self.checkpoints.write(self.job.checkpoint())
+        checkpoint = self.job.checkpoint()
+        self.checkpoints.write(checkpoint)
+        self.progress.wrote("checkpoint", self.checkpoints.file_path(checkpoint.step))
         self.written = replace(self.job.state.counters)
 
     def _keep_if_possible(self) -> None:

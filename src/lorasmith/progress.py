@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
@@ -18,16 +19,19 @@ class Progress(Protocol):
         """
         ...
 
-
-def unwatched(count: int) -> None:
-    """Nobody is told that more pieces of work are done."""
+    def wrote(self, what: Literal["checkpoint", "sample"], path: Path) -> None:
+        """A file is there that the run goes on after."""
+        ...
 
 
 class Silent:
     """Nobody watches."""
 
     def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        return nullcontext(unwatched)
+        return nullcontext(lambda count: None)
+
+    def wrote(self, what: Literal["checkpoint", "sample"], path: Path) -> None:
+        pass
 
 
 SILENT = Silent()

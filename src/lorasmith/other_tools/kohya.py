@@ -28,6 +28,11 @@ def optimizer_args(text: str) -> str:
     return as_settings(text, OPTIMIZER_KEYS)
 
 
+def text_encoder(text: str) -> str:
+    """A file of an encoder, or whether it is trained -> what to type."""
+    return "--encoders owner/name" if text not in ("", "true", "false") else f"--text_encoder.train {text or 'true'}"
+
+
 KOHYA = Tool("kohya's name", "kohya", "--", (
     Name("pretrained_model_name_or_path", "--model",
          "folder, single file or hub id of any of [these families](../models.md)"),
@@ -55,8 +60,8 @@ KOHYA = Tool("kohya's name", "kohya", "--", (
     needless("network_train_unet_only", "the text encoders are not trained by default"),
     Name("network_module", "--adapter", default="none"),
     Name("network_args", "--adapter",
-         "`algo=loha` is `--adapter LoHa`, `algo=diag-oft` is OFT, `dora_wd=True` is DoRA, `conv_dim` is "
-         "`--targets.preset all` at one rank for all layers",
+         "`algo=loha` is `--adapter LoHa`, `algo=diag-oft` is OFT, `dora_wd=True` is DoRA (with "
+         "`wd_on_output=True`), `conv_dim` is `--targets.preset all` at one rank for all layers",
          to=network_args),
     Name("LoRA_type", "--adapter", "of the GUI's files", shown="`LoRA_type`"),
     Name("network_dim", "--adapter.rank", "default 8", default="4"),
@@ -121,7 +126,9 @@ KOHYA = Tool("kohya's name", "kohya", "--", (
     missing("torch_compile", is_flag=True),
     missing("num_processes", "`torchrun --nproc-per-node 2 -m lorasmith train …`: [several processes](../scaling.md)"),
     Name("dit ckpt", "--model", "musubi-tuner's: a folder, single file or hub id"),
-    Name("vae text_encoder t5 t5xxl clip_l ae", "--encoders owner/name",
+    Name("text_encoder", "--text_encoder.train true", "musubi-tuner's is a file: here it is in `--encoders`",
+         to=text_encoder),
+    Name("vae t5 t5xxl clip_l ae", "--encoders owner/name",
          "the folder or hub id that has all that a single file lacks", is_other_value=True),
     Name("image_directory image_dir", "--data.folder", "of a data set's file; or as the first argument"),
     missing("num_repeats", "folders named `10_name` are repeated ten times"),

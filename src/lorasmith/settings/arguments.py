@@ -17,7 +17,7 @@ from lorasmith.settings.values import put
 TOML_LIST = re.compile(r"""\[\s*["'\]]""")  # other texts in brackets are regular expressions or prompts
 
 
-def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def parsed(tokens: Sequence[str], command: str = "train") -> tuple[list[str], dict[str, Any]]:
     """SOURCE --adapter.rank 16 --schedule cosine … -> what is no setting, and the settings as nested values.
 
     A list is given by repeating its key or as TOML; a yes-or-no setting alone means true.
@@ -46,7 +46,7 @@ def parsed(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         given.append((key, text))
         put(values, key, _value(known[key], text))
     if unknown:
-        raise _unknown_keys(others, given, unknown, known)
+        raise _unknown_keys(command, others, given, unknown, known)
     return others, values
 
 
@@ -69,8 +69,9 @@ def stray_words(tokens: Sequence[str]) -> str:
 
 
 def _unknown_keys(
-    others: Sequence[str], given: Sequence[tuple[str, str]], unknown: Sequence[Unknown], known: Mapping[str, Setting]
-) -> ValueError:
+    command: str, others: Sequence[str], given: Sequence[tuple[str, str]], unknown: Sequence[Unknown],
+    known: Mapping[str, Setting],
+) -> ValueError:  # fmt: skip
     """What is said of keys that are no settings and, where several are another program's, the whole command."""
     answers = [answered(one, known) for one in unknown]
     if len(answers) == 1:
@@ -79,19 +80,19 @@ def _unknown_keys(
     sure = [answer for answer in answers if not answer.is_example]
     pairs = [pair for answer in sure for pair in answer.pairs if pair[0] in known or pair[0] == "resume"]
     if pairs:
-        lines.append(f"  together: {_command(others, given, pairs, known)}")
+        lines.append(f"  together: lorasmith {command} {_translated(others, given, pairs, known)}")
     return Faults(f"{len(answers)} of the settings are not lorasmith's:", *lines)
 
 
-def _command(
+def _translated(
     others: Sequence[str], given: Sequence[tuple[str, str]], pairs: Sequence[tuple[str, str]],
     known: Mapping[str, Setting],
 ) -> str:  # fmt: skip
-    """The command with what was given and what stands for the rest; of what is given twice, the last."""
+    """The arguments with what was given and what stands for the rest; of what is given twice, the last."""
     more = {key: text for key, text in pairs if key not in dict(given)}
     pictures = more.pop("data.folder", "")
     words = [shlex.quote(word) for word in others or [pictures] if word]
-    return " ".join(["lorasmith train", *words, typed((*given, *more.items()), known, False)])
+    return " ".join([*words, typed((*given, *more.items()), known, False)])
 
 
 def _unknown_value(key: str, rest: list[str], known: Mapping[str, Setting]) -> str:

@@ -1,0 +1,64 @@
+"""A training as a command: shown while it goes on, kept when it is stopped, and what is said of it at the end."""
+
+import logging
+from pathlib import Path
+
+from lorasmith.config import Config
+from lorasmith.devices import is_out_of_memory
+from lorasmith.display import Display, follow
+from lorasmith.pace import Pace, Training
+from lorasmith.run import Run, opened_run
+from lorasmith.run_report import Report
+from lorasmith.signals import INTERRUPTED, interruptible
+from lorasmith.world import joined
+
+log = logging.getLogger(__name__)
+
+
+def execute(config: Config, display: Display, report: Report, *, resume: bool, folder: Path | None = None) -> int:
+    """Runs a config from its data to its report; Ctrl-C and errors keep what was trained. Returns the exit code."""
+    with (
+        joined(config.device) as world,
+        opened_run(config, is_resuming=resume, folder=folder, world=world, progress=display) as run,
+    ):
+        try:
+            with interruptible() as stop:
+                follow(run.steps(stop), _training(run), display, stop)
+                _save(run, report)
+        except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError) as error:
+            _save_if_possible(run, report)
+            if is_out_of_memory(error):
+                ladder = "" if config.memory_ladder else "--memory_ladder, or "
+                advice = f"try {ladder}a smaller batch_size or data.resolution, and --resume"
+                raise MemoryError(f"out of memory: {advice} ({error})") from error
+            raise
+        if run.num_done < run.num_steps or (world.size == 1 and stop.is_set()):
+            if run.folder is not None:
+                report.stopped(run.num_done, run.num_steps)
+            return INTERRUPTED
+        summary = run.finish()
+        if run.folder is not None:
+            report.done(summary, run.folder.path)
+    return 0
+
+
+def _training(run: Run) -> Training:
+    order = run.job.dataset.order
+    steps_per_epoch = sum(map(len, order.classes)) / order.group_size
+    pace = Pace(run.num_steps, run.num_done)
+    return Training(pace, earlier=run.job.done, steps_per_epoch=steps_per_epoch)
+
+
+def _save(run: Run, report: Report) -> None:
+    """Keeps the LoRA of the steps done, if any, and says where."""
+    paths = run.save()
+    if paths:
+        report.saved(run.num_done, paths)
+
+
+def _save_if_possible(run: Run, report: Report) -> None:
+    """After an error, which is to be told, not another that follows from it."""
+    try:
+        _save(run, report)
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:
+        log.debug("no LoRA of the last step", exc_info=error)
