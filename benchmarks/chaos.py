@@ -51,7 +51,7 @@ class Trial:
         source = ["pictures", *(f"--{k}={v}" for k, v in self.settings.items()), f"--output={name}/lora"]
         if by_toml and (run / "run.toml").exists():
             source = [f"{name}/lora/run.toml"]
-        is_resumed = run.parent.exists()
+        is_resumed = run.exists()
         resume = ["--resume"] if is_resumed else []
         run.parent.mkdir(exist_ok=True)
         ended = self.runs.ended("train", *source, *resume, blow=blow, change=change)

@@ -22,6 +22,7 @@ from step_time_model import NUM_TOKENS, SIZES, net_of
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from lorasmith.checks import checked
 from lorasmith.console import opened_display
 from lorasmith.data.cache import Dataset
 from lorasmith.demo import demo_settings
@@ -84,7 +85,7 @@ def demo() -> Seconds:
     """Of the demo's run, with its folder."""
     with tempfile.TemporaryDirectory() as folder:
         asked = {"output": str(Path(folder, "run")), "steps": 70}
-        with opened_run(configured(merged(demo_settings("line_drawing"), asked))) as run:
+        with opened_run(checked(configured(merged(demo_settings("line_drawing"), asked)))) as run:
             return followed(run.job, run.steps())
 
 

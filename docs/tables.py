@@ -79,7 +79,8 @@ def rule_of(name: str) -> str:
     annotation = inspect.signature(train_lora).parameters[name].annotation
     if annotation is bool:
         return "true or false"
-    if choices := [choice for choice in get_args(annotation) if isinstance(choice, str)]:
+    options = [choice for option in get_args(annotation) for choice in (get_args(option) or (option,))]
+    if choices := [choice for choice in options if isinstance(choice, str)]:
         return ", ".join(choices)
     setting = setting_of(name)
     assert setting is not None, name

@@ -79,10 +79,15 @@ def test_a_run_that_ended_is_resumed_for_more_steps(home: Path, whole: Any, capl
     assert outcome(home / "runs" / "cats") == whole
 
 
-def test_what_was_not_there_to_resume_begins(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing yet, or a folder whose run was killed before its first checkpoint; a script may always say --resume."""
-    assert lorasmith(home, "train", *ARGUMENTS, "--resume").code == 0
-    assert outcome(home / "runs" / "cats") == whole
+@pytest.mark.parametrize(("arguments", "path"), [((), "runs/cats"), (("--output", "runs/typo"), "runs/typo")])
+def test_a_run_that_is_not_there_is_not_resumed(home: Path, arguments: tuple[str, ...], path: str) -> None:
+    ended = lorasmith(home, "train", *ARGUMENTS, *arguments, "--resume")
+    message = f"there is no run to resume: {Path(path)} does not exist; without --resume a new run begins"
+    assert ended == Ended(2, "", f"lorasmith: {message}\n") and not (home / "runs").exists()
+
+
+def test_a_run_that_had_no_checkpoint_begins(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder whose run was killed before its first checkpoint."""
     for found in ((), ("run.toml",), (".lock", ".run.toml.123.partial")):
         folder = home / f"x{len(found)}" / "cats"
         folder.mkdir(parents=True)
@@ -94,14 +99,32 @@ def test_what_was_not_there_to_resume_begins(home: Path, whole: Any, caplog: pyt
         assert outcome(folder) == whole and listing(folder) == FILES
 
 
+def test_run_toml_works_from_another_folder(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
+    interrupted(home, "train", *ARGUMENTS)
+    (home / "elsewhere").mkdir()
+    assert lorasmith(home / "elsewhere", "train", "../runs/cats/run.toml", "--resume").code == 0
+    assert outcome(home / "runs" / "cats") == whole and "changed" not in caplog.text
+    assert not listing(home / "elsewhere")
+
+
+def test_other_pictures_are_not_called_without_effect(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    interrupted(home, "train", *ARGUMENTS)
+    made(home / "copy", "a cat", "a black cat")
+    made(home / "dogs", "a dog", "a black dog")
+    for folder, level in (("copy", "INFO"), ("dogs", "WARNING")):
+        caplog.clear()
+        again = ("train", folder, *ARGUMENTS[1:], "--output", "runs/cats", "--resume")
+        assert lorasmith(home, *again).code == 0
+        (told,) = [record for record in caplog.records if "changed since" in record.getMessage()]
+        assert told.levelname == level and re.search(rf"data\.folder \S+ -> {home / folder}", told.getMessage())
+
+
 def test_a_folder_of_something_else_is_not_resumed(home: Path) -> None:
     (home / "thesis").mkdir()
     (home / "thesis" / "chapter.tex").write_text("…")
     for output in ("thesis", "cats/0.png"):
         ended = lorasmith(home, "train", *ARGUMENTS, "--output", output, "--resume")
-        message = (
-            f"lorasmith: output must be a run folder to resume, or nothing yet, got {Path(output)} without run.toml\n"
-        )
+        message = f"lorasmith: output must be a run folder to resume, got {Path(output)} without run.toml\n"
         assert ended == Ended(2, "", message)
     assert listing(home / "thesis") == {"chapter.tex"}
 
@@ -115,8 +138,9 @@ def test_a_lora_of_another_shape_is_not_resumed(home: Path) -> None:
 
 
 def test_pictures_and_logs_on_the_way_change_nothing(home: Path, whole: Any) -> None:
+    made(home / "dogs", *["a dog"] * 3)
     arguments = (*ARGUMENTS, "--sampling.prompts", "['a cat']", "--sampling.steps", "1", "--sampling.every", "2")
-    extras = ("--tensorboard", "--checkpoints.minutes", "0.001", "--data.held_out", "cats")
+    extras = ("--tensorboard", "--checkpoints.minutes", "0.001", "--data.held_out", "dogs")
     interrupted(home, "train", *arguments, *extras)
     assert lorasmith(home, "train", *arguments, *extras, "--resume").code == 0
     run = home / "runs" / "cats"

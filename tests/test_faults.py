@@ -90,7 +90,8 @@ def fill_disks(home: Path) -> None:
                 assert match, ended.err
                 failed.add(Path(match[2]).name)
                 assert sound_steps(disk / "run") == [1, 2][: len(sound_steps(disk / "run"))]
-                assert trained(home, *arguments, "--resume").code == 0
+                resume = ["--resume"] if (disk / "run").exists() else []
+                assert trained(home, *arguments, *resume).code == 0
                 assert outcome(disk / "run") == whole
             files = {"run.toml", "steps.jsonl", "lora.safetensors", "loss.png", "report.html", ".holder.json"}
             files |= {"step-0000001.safetensors", "step-0000002.safetensors"}
@@ -199,7 +200,8 @@ def test_a_folder_deleted_while_the_last_pictures_are_drawn(
         return measure(*args)
 
     monkeypatch.setattr(run, "held_out_losses", deleting)
-    assert trained(home, "--data.held_out", "cats").code == 0
+    made(home / "dogs", *["a dog"] * 5)
+    assert trained(home, "--data.held_out", "dogs").code == 0
     assert outcome(home / "run") == whole and listing(home / "run") == FILES
 
 

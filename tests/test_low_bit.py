@@ -23,7 +23,7 @@ from lorasmith.families.sd import StableDiffusion
 from lorasmith.low_bit import LowBitLinear, Stored, low_bit_copy, refuse_needs_of_whole_weights
 from lorasmith.memory import blocks, shared_copy
 from lorasmith.noise import Flow
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 from lorasmith.types import Denoiser
 
 CPU = torch.device("cpu")
@@ -205,7 +205,7 @@ def test_a_lora_is_trained_on_them(
 
 def test_pictures_are_drawn_with_them(family: StableDiffusion, codec: Any) -> None:
     twin = low_bit_copy(family.denoiser, installed("nf4"), CPU, torch.float32)
-    picture = picture_of(twin, codec, "a rocket", size=(32, 32), seed=0, number=0, steps=2, guidance=2.0)
+    picture = next(pictures_of(twin, codec, {0: "a rocket"}, size=(32, 32), seed=0, steps=2, guidance=2.0))
     assert picture.isfinite().all()
 
 

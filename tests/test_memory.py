@@ -205,20 +205,20 @@ def test_offloaded_weights_come_back_for_each_run_and_gradients_stay_equal(case:
 def test_offloading_is_refused_where_it_saves_nothing_or_an_adapter_misses_weights(case: Case) -> None:
     cuda = torch.device("cuda")
     adapters = AdapterSet.new(case.denoiser, LoRA(rank=2), Targets(), 0)
-    refuse_useless_offloading(case.denoiser, adapters, cuda, True)
+    refuse_useless_offloading(CPU, adapters, cuda, True)
     with pytest.raises(ValueError, match="offloading must be False on cpu: the weights are there already"):
-        refuse_useless_offloading(case.denoiser, adapters, CPU, True)
+        refuse_useless_offloading(CPU, adapters, CPU, True)
     with pytest.raises(ValueError, match="offloading must be False without gradient_checkpointing"):
-        refuse_useless_offloading(case.denoiser, adapters, cuda, False)
+        refuse_useless_offloading(CPU, adapters, cuda, False)
     rotations = AdapterSet.new(case.denoiser, OFT(), Targets(), 0)
     with pytest.raises(ValueError, match="offloading must be False with OFT"):
-        refuse_useless_offloading(case.denoiser, rotations, cuda, True)
+        refuse_useless_offloading(CPU, rotations, cuda, True)
     lengths = AdapterSet.new(case.denoiser, DoRA(), Targets(), 0)
     with pytest.raises(ValueError, match="offloading must be False with DoRA"):
-        refuse_useless_offloading(case.denoiser, lengths, cuda, True)
+        refuse_useless_offloading(CPU, lengths, cuda, True)
     offsets = AdapterSet(adapters.adapters, {"unet.conv_in.bias": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"offloading must be False with this existing_lora: .* \(diff\)"):
-        refuse_useless_offloading(case.denoiser, offsets, cuda, True)
+        refuse_useless_offloading(CPU, offsets, cuda, True)
 
 
 def test_what_cannot_be_is_refused_before_training(

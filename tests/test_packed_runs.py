@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorasmith import lorafile, run, training
 from lorasmith.attach import attached
+from lorasmith.checks import checked
 from lorasmith.config import Config
 from lorasmith.contract import train_lora
 from lorasmith.data.cache import Dataset
@@ -227,7 +228,7 @@ def test_pictures_are_drawn_on_the_way_with_packed_layers(
     }  # fmt: skip
     with untouched(family.denoiser):
         for what in ("none", "all"):
-            with opened_run(configured(merged(base, {"output": f"runs/{what}", "pack": what}))) as opened:
+            with opened_run(checked(configured(merged(base, {"output": f"runs/{what}", "pack": what})))) as opened:
                 assert bool(packed_in(opened.job.denoiser)) == (what == "all")
                 assert len(list(opened.steps())) == 2
                 opened.finish()

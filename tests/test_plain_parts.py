@@ -118,7 +118,7 @@ def test_every_tool_honours_every_place_of_a_scale(place: str, tmp_path: Path, b
     made_of = PLACES[place]()
     (tmp_path / "in").mkdir()
     path, expected = made_of.written(tmp_path / "in"), made_of.delta
-    tolerance = {"atol": 1e-5 * float(expected.abs().max()), "rtol": 1e-4}
+    tolerance: dict[str, Any] = {"atol": 1e-5 * float(expected.abs().max()), "rtol": 1e-4}
     torch.testing.assert_close(delta_of(path), expected, **tolerance)
     assert layer_norms(path)[0].norm == pytest.approx(float(expected.norm()), rel=1e-4)
 

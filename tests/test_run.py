@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import made
 
-from lorasmith import run
+from lorasmith import lorafile, run
+from lorasmith.checks import checked
 from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.run import Run, opened_run
@@ -29,7 +31,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: StableDiffus
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "cats", "a cat", "a black cat")
     base = {"model": str(BASE), "device": "cpu", "data": {"folder": "cats"}, "sampling": {"steps": 1}}
-    return lambda **values: opened_run(configured(merged(base, values)))
+    return lambda **values: opened_run(checked(configured(merged(base, values))))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opene
         found = re.fullmatch(line, summary[f"{name} loss"])
         assert found and f"{name} loss" in Path("runs/cats/report.html").read_text("utf-8")
     assert summary["steps"] == "2 of 2, 1 samples each" and summary["pictures"] == "2"
+    assert re.fullmatch(r"\d+ s", summary["measuring time"]) and "sampling time" not in summary
 
 
 def saved(run: AbstractContextManager[Run]) -> Path:
@@ -202,6 +205,22 @@ def test_a_run_continues_a_lora(opened: Opened, tmp_path: Path, caplog: Any) -> 
         metadata = second.job.file_metadata()
     assert json.loads(metadata["lorasmith.config"])["existing_lora"] == "lora.safetensors"
     assert metadata["ss_network_args"] == '{"algo": "loha"}' and metadata["lorasmith.steps"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "says"),
+    [("fp32", 1 / 3, False), ("bf16", 0.25, False), ("bf16", 1 / 3, True)],
+)
+def test_a_lora_whose_weights_are_rounded_is_told_of(
+    opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, values: float, says: bool
+) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    state = {f"{layer}.lora_down.weight": torch.full((4, 160), values), f"{layer}.lora_up.weight": torch.ones(160, 4)}
+    lorafile.write(tmp_path / "lora.safetensors", {**state, f"{layer}.alpha": torch.tensor(1 / 3)}, {})
+    with opened(steps=1, existing_lora="lora.safetensors", lora_dtype=dtype):
+        pass
+    said = "existing_lora: its weights are float32 and are rounded to bfloat16; lora_dtype fp32 keeps them as they are"
+    assert (said in caplog.text) == says
 
 
 def test_the_metadata_of_dora_are_lycoriss_and_say_whose_lengths_it_holds(opened: Opened) -> None:

@@ -32,7 +32,7 @@ from lorasmith.families import opened
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.memory import blocks, checkpointed, shared_copy
 from lorasmith.noise import Flow
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 from lorasmith.sharding import refuse_useless_sharding, shard
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cached, Cond, Denoiser
@@ -296,7 +296,10 @@ def about_unet() -> dict[str, Any]:
     copy, found = shared_out(case)
     samples = [Cached(str(i), case.x[0] * i, {"text": case.cond["text"][0]}) for i in (1, 2)]
     drawn = [
-        [picture_of(d, codec, "a", size=(32, 32), seed=0, number=0, steps=2, guidance=2.0), held_out_losses(d, samples)]
+        [
+            *pictures_of(d, codec, {0: "a", 1: "b"}, size=(32, 32), seed=0, steps=2, guidance=2.0),
+            held_out_losses(d, samples),
+        ]
         for d in (copy, case.denoiser)
     ]
     found |= compared(case, copy, zip(ALGORITHMS, DEPTHS, strict=True))  # after inference mode

@@ -20,6 +20,7 @@ class Watching:
     net: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
     process: Flow = Flow()
     times: list[float] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
 
     @property
     def nets(self) -> dict[str, nn.Module]:
@@ -27,6 +28,7 @@ class Watching:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.times.extend(t.tolist())
+        self.batches.append(len(t))
         return torch.zeros_like(x_t)
 
     def file_key(self, path: str) -> str:
@@ -53,6 +55,16 @@ def test_times_are_stratified_and_every_call_draws_the_same() -> None:
     assert torch.equal(strata, torch.arange(10)[:, None].expand(10, NUM_NOISES))
     assert len({tuple(column.tolist()) for column in by_noise.T}) == NUM_NOISES
     assert torch.equal(held_out_losses(denoiser, samples(10)), first)
+
+
+def test_samples_of_one_shape_are_measured_together_and_losses_come_in_their_order() -> None:
+    """Every loss is the sample's own, whatever else is in its batch."""
+    mixed = [Cached(s.name, s.latent[:, : 16 - 8 * (i % 2)], s.cond) for i, s in enumerate(samples(6))]
+    denoiser: Any = Watching()
+    losses = held_out_losses(denoiser, mixed)
+    assert denoiser.batches == [3 * NUM_NOISES] * 2
+    assert [(loss > sample.latent.mean() ** 2).item() for loss, sample in zip(losses, mixed, strict=True)] == [True] * 6
+    assert losses.diff().min() > 0
 
 
 def test_standard_error_and_format() -> None:

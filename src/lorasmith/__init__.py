@@ -1,3 +1,18 @@
 """lorasmith trains low-rank adapters (LoRA and its relatives) for diffusion models."""
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+_HOMES = {"read": "lorasmith.lorafile", "train_lora": "lorasmith.contract", "write": "lorasmith.lorafile"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is offered here from modules that take seconds to import, which happens when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

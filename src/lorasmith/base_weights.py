@@ -6,15 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
-from lorasmith.devices import device_of, has_int8
+from lorasmith.devices import has_int8
 from lorasmith.memory import blocks
 from lorasmith.types import Denoiser
 
 
-def refuse_useless_offloading(base: Denoiser, adapters: AdapterSet, device: torch.device, checkpointing: bool) -> None:
-    """ValueError where offloading would save nothing, or where an adapter would miss a weight that is away."""
+def refuse_useless_offloading(
+    home: torch.device, adapters: AdapterSet, device: torch.device, checkpointing: bool
+) -> None:
+    """ValueError where offloading would save nothing, or where an adapter would miss a weight that is away.
+
+    home: where the model's weights are.
+    """
     rules = (
-        (device_of(base).type == device.type, f"on {device.type}: the weights are there already"),
+        (home.type == device.type, f"on {device.type}: the weights are there already"),
         (not checkpointing, "without gradient_checkpointing: every weight would stay for the backward pass"),
         ("OFT" in adapters.algorithms, "with OFT: it reads each layer's bias, which is away by then"),
         ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is away by then"),
@@ -43,21 +48,30 @@ def offload(denoiser: Denoiser, device: torch.device) -> None:
                 tensor.data = tensor.data.to(device)
 
 
+def refuse_unfit_int8(device: torch.device) -> None:
+    """ValueError where torchao has no int8 products for training, or the device gives wrong ones."""
+    try:
+        from torchao.prototype.quantized_training import (  # pyright: ignore[reportMissingImports]
+            Int8MixedPrecisionTrainingConfig,  # noqa: F401
+        )
+    except ImportError:  # an older torchao has the module without the class
+        raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
+    if not has_int8(device):
+        raise ValueError("quantized_backward must be False here: this processor's int8 products overflow (no VNNI)")
+
+
 def quantize_backward(denoiser: Denoiser, device: torch.device) -> None:
     """The gradients of linear layers' inputs become int8 products, each row scaled by its largest number.
 
     By torchao's linear layer for mixed precision (a prototype there); weights and forward pass stay in their dtype.
     ValueError where that cannot be.
     """
-    try:
-        from torchao.prototype.quantized_training import (  # pyright: ignore[reportMissingImports]
-            Int8MixedPrecisionTrainingConfig,
-        )
-        from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
-    except ImportError:  # an older torchao has the module without the class
-        raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
-    if not has_int8(device):
-        raise ValueError("quantized_backward must be False here: this processor's int8 products overflow (no VNNI)")
+    refuse_unfit_int8(device)
+    from torchao.prototype.quantized_training import (  # pyright: ignore[reportMissingImports]
+        Int8MixedPrecisionTrainingConfig,
+    )
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
+
     # torchao gives a layer its own class, so one with a forward of its own must stay as it is
     layers = [m for net in denoiser.nets.values() for m in net.modules() if type(m) is nn.Linear]
     if not layers:

@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
 from lorasmith.faults import text_of
-from lorasmith.file_commands import COMMANDS, Json
+from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
 from lorasmith.signals import INTERRUPTED, Interruption, interruptions
 
@@ -39,7 +39,7 @@ for command in COMMANDS:
     app.command(command, group=FILES)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Resume = Annotated[bool, Parameter(negative="")]
-SETTINGS = ("torch", "lorasmith.invocation")  # what settings are read with
+SETTINGS = ("torch", "lorasmith.invocation", "lorasmith.checks")  # what settings are read and checked with
 
 
 @app.command(help_flags=[])
@@ -89,8 +89,8 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False,
 @app.command
 def sample(
     prompts: list[str], /, *, model: str, encoders: str | None = None, lora: Path | None = None,
-    ignore_unknown: bool = False, output: Path = Path("samples.png"), seed: int = 0, steps: int = 25,
-    guidance: float = 5.0,
+    ignore_unknown: bool = False, output: Path | None = None, overwrite: Overwrite = False, seed: int = 0,
+    steps: int = 25, guidance: float = 5.0,
 ) -> int:  # fmt: skip
     """Generate images without and with a LoRA, in one labelled picture.
 
@@ -107,7 +107,9 @@ def sample(
     ignore_unknown
         leave out the LoRA's layers that the model does not have, instead of refusing the file
     output
-        PNG file to write
+        PNG file to write; none: samples.png, numbered if taken
+    overwrite
+        write over a file that is there
     seed
         drives the noise that pictures start from
     steps
@@ -119,17 +121,19 @@ def sample(
 
     with opened_display() as display:
         load(display, "libraries", SETTINGS)
+        from lorasmith.checks import checked_sample
         from lorasmith.invocation import with_model
         from lorasmith.settings import configured
 
         values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
         named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
         config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
-        load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.run"))
-        from lorasmith.run import draw_comparison
+        path, device = checked_sample(config, lora, output, overwrite=overwrite)
+        load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.drawing"))
+        from lorasmith.drawing import draw_comparison
 
-        draw_comparison(config, lora, output, progress=display)
-    print(output)
+        draw_comparison(config, lora, path, device, display)
+    print(path)
     return 0
 
 
@@ -207,12 +211,17 @@ def _shown_training(as_json: bool) -> Iterator[tuple[Any, Any]]:
 
 
 def _execute(config: Any, display: Any, report: Any, *, resume: bool, folder: Path | None = None) -> int:
+    """What the settings and folders forbid is refused before the libraries that load models are imported."""
+    from lorasmith.checks import checked
     from lorasmith.console import MODEL_LIBRARIES, load
+    from lorasmith.world import joined
 
-    load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.run"))
-    from lorasmith.execution import execute
+    with joined(config.device) as world:
+        request = checked(config, is_resuming=resume, folder=folder, world=world)
+        load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.run"))
+        from lorasmith.execution import execute
 
-    return execute(config, display, report, resume=resume, folder=folder)
+        return execute(request, display, report)
 
 
 def _hush_imports() -> None:

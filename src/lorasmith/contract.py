@@ -1,18 +1,23 @@
 """train_lora: the sixteen inputs and four outputs of the training node. N samples, C channels, h w latent sides."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
 
 from lorasmith.attach import attach
 from lorasmith.config import Checkpoints, Config, NonFinite, TextEncoder
 from lorasmith.data.cache import Dataset
-from lorasmith.devices import best_device, compute_dtype, device_of
+from lorasmith.devices import DTYPES, best_device, compute_dtype, device_of
 from lorasmith.dora_scales import PAPER
 from lorasmith.families import Family, opened
 from lorasmith.inputs import samples_of
@@ -20,12 +25,17 @@ from lorasmith.job import Job
 from lorasmith.keeping import kept
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
+from lorasmith.plan import Plan
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
-from lorasmith.types import Denoiser, Result
+from lorasmith.types import Denoiser, Result, Step
 from lorasmith.world import ALONE, World
 
+log = logging.getLogger(__name__)
+
 NO_LORA = "[None]"
+MEMBERS = ("nets", "process", "predict", "file_key")  # of a Denoiser
+SECONDS = 10  # between lines in the log
 NAMES = {
     "adapter.rank": "rank",
     "adapter.alpha": "alpha",
@@ -48,8 +58,8 @@ def train_lora(
     optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW",
     loss_function: Literal["MSE", "L1", "Huber", "SmoothL1"] = "MSE",
     seed: int = 0,
-    training_dtype: Literal["bf16", "fp32", "none"] = "bf16",
-    lora_dtype: Literal["bf16", "fp32"] = "bf16",
+    training_dtype: Literal["bf16", "fp32", "none"] | torch.dtype = "bf16",
+    lora_dtype: Literal["bf16", "fp32"] | torch.dtype = "bf16",
     algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"] = "LoRA",
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
@@ -57,7 +67,7 @@ def train_lora(
     encoders: str | Path | None = None,
     alpha: float | None = None,
     factor: int | None = None,
-    targets: Targets | None = None,
+    targets: Targets | Sequence[str] | None = None,
     checkpoint_depth: int = 2,
     offloading: bool = False,
     quantized_backward: bool = False,
@@ -77,7 +87,7 @@ def train_lora(
 
     model: a diffusers folder or single-file checkpoint (path), a hub id, a diffusers pipeline, or a Denoiser.
     latents: [N,C,h,w] (video: [N,C,f,h,w]) in the model's own scale, as `Codec.encode_images` returns them, or
-        {"samples": such a tensor}, or a list of these.
+        {"samples": such a tensor}, or a list of these; NumPy arrays also work. Pictures must be encoded first.
     positive: one conditioning for each latent, or one for all: ComfyUI's [tensor [1,L,D], dict] pairs, tensors [L,D] or
         [1,L,D], dicts of named tensors, or captions, which the model's own encoders encode. With a list of latents, a
         list of such lists also works.
@@ -88,15 +98,16 @@ def train_lora(
     rank: 1 to 128, the inner dimension of the adapters; of OFT, the size of a block (see `lorasmith.adapters`).
     optimizer, loss_function: one of the names in the signature.
     seed: 0 to 2^64 - 1; drives initialisation, sample order, times and noise: the same seed gives the same LoRA.
-    training_dtype: what the model computes in; fp32 where the device has no bf16, which is logged; none: its own dtype,
-        with scaled losses where that is fp16.
+    training_dtype: what the model computes in, a name or torch.bfloat16 or torch.float32; fp32 where the device has no
+        bf16, which is logged; none: its own dtype, with scaled losses where that is fp16.
     lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
     gradient_checkpointing: recompute activations in the backward pass, to save memory.
     existing_lora: a LoRA file to go on training, whose algorithm, rank and alpha hold.
     encoders: where model is a single file, the diffusers folder or hub id of what it lacks; None: it lacks nothing.
     alpha: the update is scaled by alpha / rank; None: the rank. Of OFT: the limit of its rotation; None: none.
     factor: of LoKr alone: rows and columns of the smaller Kronecker factor; None: near square.
-    targets: the layers to adapt; None: attention and MLPs.
+    targets: the layers to adapt: `lorasmith.targets.Targets`, or a list of the last words of their paths, such as
+        ["to_q", "to_v"]; None: attention and MLPs.
     checkpoint_depth: 1 to 5: gradient_checkpointing computes the outermost blocks again at 1, the innermost at 5.
     offloading: refused, as the model that comes in stays on the device that it is trained on.
     quantized_backward: compute gradients through linear layers as int8 products, with a few percent error (torchao).
@@ -120,6 +131,8 @@ def train_lora(
     Returns model_with_lora (a pipeline for a path or pipeline, else a Denoiser), lora {key: tensor}, loss
     {"loss": [one float an optimizer step]} and steps (those of existing_lora included).
 
+    On a terminal a bar shows the steps; every ten seconds the log has a line about them, at level INFO.
+
     A model that is loaded from a path or hub id trains on the best device, others where they are. Gradients longer
     than 1 are scaled to 1, as on the command line (max_grad_norm).
 
@@ -130,9 +143,10 @@ def train_lora(
         {
             "batch_size": batch_size, "grad_accumulation_steps": grad_accumulation_steps, "steps": steps,
             "learning_rate": learning_rate, "rank": rank, "optimizer": optimizer, "loss_function": loss_function,
-            "seed": seed, "training_dtype": training_dtype, "lora_dtype": lora_dtype, "algorithm": algorithm,
+            "seed": seed, "training_dtype": _named(training_dtype), "lora_dtype": _named(lora_dtype),
+            "algorithm": algorithm,
             "gradient_checkpointing": gradient_checkpointing, "existing_lora": existing_lora, "alpha": alpha,
-            "factor": factor, "targets": Targets() if targets is None else targets,
+            "factor": factor, "targets": _targets(targets),
             "checkpoint_depth": checkpoint_depth, "offloading": offloading, "quantized_backward": quantized_backward,
             "base_dtype": base_dtype, "checkpoints": Checkpoints() if checkpoints is None else checkpoints,
             "non_finite": NonFinite() if non_finite is None else non_finite, "memory_ladder": memory_ladder,
@@ -147,14 +161,15 @@ def train_lora(
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = _family(model, encoders, with_texts=config.text_encoder.train)
         denoiser: Denoiser = model if family is None else family.denoiser
+        device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
+        plan = Plan.of(denoiser, config, home=device_of(denoiser), device=device, world=world)
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
         metadata = family.metadata() if family else {}
-        device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
-        job = Job.of(denoiser, dataset, config, device=device, metadata=metadata, world=world)
+        job = Job.planned(plan, denoiser, dataset, metadata)
         folders = _path(checkpoint_folder, "checkpoint_folder"), _path(resume_from, "resume_from")
         with kept(job, *folders) as keeper:
-            for _ in keeper.steps():
+            for _ in _shown(keeper.steps(), job, world):
                 pass
         lora = job.lora()
         return Result(_with_lora(denoiser, family, lora, config), lora, {"loss": job.state.losses}, job.steps_in_all)
@@ -191,7 +206,46 @@ def _family(model: Any, encoders: Any, *, with_texts: bool) -> Family | None:
         if with_texts:
             raise ValueError("text_encoder.train must be false where model is a Denoiser, which holds what it trains")
         return None
+    _refuse_no_model(model)
     return opened(model, encoders, with_texts=with_texts)
+
+
+def _refuse_no_model(model: Any) -> None:
+    """ValueError for a net alone, and for a Denoiser that lacks a member."""
+    if isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a pipeline, a path, a hub id or a Denoiser, got a net alone ({type(model).__name__}): give "
+            "the pipeline that it is a part of"
+        )
+    missing = [name for name in MEMBERS if name not in dir(model)]
+    if 0 < len(missing) < len(MEMBERS):
+        raise ValueError(
+            f"model must have {', '.join(MEMBERS)} to be a Denoiser, but {type(model).__name__} lacks "
+            f"{' and '.join(missing)}"
+        )
+
+
+def _named(dtype: Any) -> Any:
+    """A dtype of torch by the contract's name; the schema refuses what is neither."""
+    return next((name for name, own in DTYPES.items() if own == dtype), dtype)
+
+
+def _targets(targets: Any) -> Any:
+    """A list of the last words of paths as targets; the schema refuses what is neither."""
+    if isinstance(targets, list | tuple) and targets and all(isinstance(word, str) for word in targets):
+        return Targets(preset="none", include=tuple(rf"(^|\.){re.escape(word)}$" for word in targets))
+    return Targets() if targets is None else targets
+
+
+def _shown(steps: Iterator[Step], job: Job, world: World) -> Iterator[Step]:
+    """The steps, with a bar on a terminal and lines in the log."""
+    console, num_steps, logged = Console(stderr=True), job.config.steps or 0, time.monotonic()
+    is_shown = console.is_terminal and world.is_first
+    for step in track(steps, "training", total=num_steps, console=console, disable=not is_shown):
+        if time.monotonic() - logged > SECONDS:
+            logged = time.monotonic()
+            log.info("step %d of %d, loss %.4g", step.step - job.done, num_steps, step.loss)
+        yield step
 
 
 def _text_as_path(value: Any) -> Any:

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lorasmith.types import Denoiser
 
@@ -73,6 +74,11 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
         log.info("%s has no bf16: computing in fp32 instead", device.type)
         return torch.float32
     return DTYPES[name]
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the processor: Apple's GPUs have no such numbers."""
+    return tensor.cpu().double()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,26 +1,21 @@
 """A training as a command: shown while it goes on, kept when it is stopped, and what is said of it at the end."""
 
 import logging
-from pathlib import Path
 
-from lorasmith.config import Config
+from lorasmith.checks import Request
 from lorasmith.devices import is_out_of_memory
 from lorasmith.display import Display, follow
 from lorasmith.pace import Pace, Training
 from lorasmith.run import Run, opened_run
 from lorasmith.run_report import Report
 from lorasmith.signals import INTERRUPTED, interruptible
-from lorasmith.world import joined
 
 log = logging.getLogger(__name__)
 
 
-def execute(config: Config, display: Display, report: Report, *, resume: bool, folder: Path | None = None) -> int:
-    """Runs a config from its data to its report; Ctrl-C and errors keep what was trained. Returns the exit code."""
-    with (
-        joined(config.device) as world,
-        opened_run(config, is_resuming=resume, folder=folder, world=world, progress=display) as run,
-    ):
+def execute(request: Request, display: Display, report: Report) -> int:
+    """Runs a request from its data to its report; Ctrl-C and errors keep what was trained. Returns the exit code."""
+    with opened_run(request, display) as run:
         try:
             with interruptible() as stop:
                 follow(run.steps(stop), _training(run), display, stop)
@@ -28,11 +23,11 @@ def execute(config: Config, display: Display, report: Report, *, resume: bool, f
         except (ArithmeticError, OSError, RuntimeError, MemoryError, ValueError) as error:
             _save_if_possible(run, report)
             if is_out_of_memory(error):
-                ladder = "" if config.memory_ladder else "--memory_ladder, or "
+                ladder = "" if request.config.memory_ladder else "--memory_ladder, or "
                 advice = f"try {ladder}a smaller batch_size or data.resolution, and --resume"
                 raise MemoryError(f"out of memory: {advice} ({error})") from error
             raise
-        if run.num_done < run.num_steps or (world.size == 1 and stop.is_set()):
+        if run.num_done < run.num_steps or (request.world.size == 1 and stop.is_set()):
             if run.folder is not None:
                 report.stopped(run.num_done, run.num_steps)
             return INTERRUPTED

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lorasmith.data.cache import checked
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 VECTORS = {"pooled": "D", "mask": "L"}
 """Conditioning with one axis: what that counts."""
+ENCODE = "make latents with encode_images of lorasmith.families.opened(model).codec(device)"
 Convert = Callable[[Sequence[Any], str], list[T]]
 """Entries of `positive` and their name, for messages -> what they stand for."""
 
@@ -57,12 +60,19 @@ def _listed(latents: Any) -> Sequence[Any]:
     return latents if isinstance(latents, list | tuple) else [latents]
 
 
+def _tensor(value: Any) -> Any:
+    """NumPy's arrays of numbers as tensors."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else value
+
+
 def _several(sizes: list[list[int]]) -> str:
     return " and ".join(map(str, dict.fromkeys(map(tuple, sizes))))
 
 
 def _bucket(latents: Any, name: str) -> Tensor:
-    tensor = latents.get("samples") if isinstance(latents, Mapping) else latents
+    tensor = _tensor(latents.get("samples") if isinstance(latents, Mapping) else latents)
+    if isinstance(tensor, Image.Image):
+        raise ValueError(f"{name} must be encoded, got a picture: {ENCODE}")
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor or {{'samples': tensor}}, got {type(latents).__name__}")
     if tensor.layout is not torch.strided or tensor.is_meta:
@@ -70,7 +80,8 @@ def _bucket(latents: Any, name: str) -> Tensor:
     if tensor.ndim not in (4, 5) or 0 in tensor.shape:
         raise ValueError(f"{name} must be [N,C,h,w] or [N,C,f,h,w], none of them 0, got {list(tensor.shape)}")
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} must hold floating point numbers, got {tensor.dtype}")
+        way = f"; for pictures, {ENCODE}" if tensor.dtype == torch.uint8 else ""
+        raise ValueError(f"{name} must hold floating point numbers, got {tensor.dtype}{way}")
     if isinstance(latents, Mapping) and latents.get("noise_mask") is not None:
         log.warning("%s: noise_mask is not used: the whole latent is trained on", name)
     return tensor.detach().clone().to("cpu", torch.float32)
@@ -122,12 +133,15 @@ def _encoded(captions: Sequence[str], family: Family | None) -> list[Cond]:
 
 def _cond(entry: Any, where: str) -> Cond:
     """One entry of `positive`; of ComfyUI's dict, the pooled output goes along."""
+    entry = _tensor(entry)
     if isinstance(entry, list | tuple) and _is_pair(entry):
         text, extra = entry
         pooled = extra.get("pooled_output")
         entry = {"text": text} if pooled is None else {"text": text, "pooled": pooled}
     if isinstance(entry, Tensor):
         entry = {"text": entry}
+    if isinstance(entry, Mapping):
+        entry = {name: _tensor(value) for name, value in entry.items()}
     if not isinstance(entry, Mapping) or not all(isinstance(value, Tensor) for value in entry.values()):
         raise ValueError(
             f"{where} must be a tensor, a dict of tensors, a caption or [tensor, dict], got {_described(entry)}"

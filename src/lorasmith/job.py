@@ -2,11 +2,10 @@
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +13,20 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__, lorafile
-from lorasmith.adapters import Algorithm, LoKr
-from lorasmith.adapters.oft import OFTAdapter
-from lorasmith.attach import AdapterSet, attached, targeted
-from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
+from lorasmith.adapters import Algorithm
+from lorasmith.attach import AdapterSet, attached
+from lorasmith.base_weights import offload, quantize_backward
 from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.experts import Expert, experts
-from lorasmith.file_layouts import in_layout, metadata_of, refuse_impossible
-from lorasmith.loading import adapters_from
-from lorasmith.low_bit import low_bit_copy, refuse_needs_of_whole_weights
+from lorasmith.file_layouts import in_layout, metadata_of
+from lorasmith.low_bit import low_bit_copy
 from lorasmith.memory import shared_copy
 from lorasmith.packing import pack
+from lorasmith.plan import Plan, misfit_named, refuse_fewer_steps, shares
+from lorasmith.progress import SILENT, Progress
 from lorasmith.resuming import (
     WITHOUT_EFFECT,
     dtypes_of,
@@ -36,9 +35,9 @@ from lorasmith.resuming import (
     refuse_differences,
     tell_changes,
 )
-from lorasmith.sharding import refuse_useless_sharding, shard
+from lorasmith.sharding import shard
 from lorasmith.state import State
-from lorasmith.targets import TEXT_NETS, Targets
+from lorasmith.targets import TEXT_NETS
 from lorasmith.training import has_native_kernels, train
 from lorasmith.types import Denoiser, Step
 from lorasmith.world import ALONE, World
@@ -63,6 +62,7 @@ class Job:
     other_facts: dict[str, str]  # what decides the result besides the config and the base model's values
     metadata: dict[str, str]  # what other tools read of the base model
     world: World
+    progress: Progress = SILENT
     _hashing: Future[str] | None = None
 
     @classmethod
@@ -70,27 +70,17 @@ class Job:
         cls, denoiser: Denoiser, dataset: Dataset, config: Config, *, device: torch.device,
         metadata: dict[str, str] | None = None, world: World = ALONE,
     ) -> "Job":  # fmt: skip
-        """New adapters, or those of an existing LoRA."""
-        assert config.steps is not None
-        if config.non_finite.returns and config.checkpoints.steps is None:  # by the clock it could be another step
-            raise ValueError("checkpoints.steps must be set where non_finite.returns is, got none")
-        if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
-            raise ValueError("text_encoder.train must be true where text_encoder.learning_rate is set, got false")
-        path = config.existing_lora
-        if path is None:
-            adapters, done, first = AdapterSet.new(denoiser, config.adapter, config.targets, config.seed), 0, 0
-        else:
-            adapters, done, first = _continued(path, denoiser, dataset.order.group_size, config)
-            _warn_of_differences(config, adapters, denoiser)
-        shares = [(share, expert.denoiser) for expert, share in _shares(adapters, denoiser)]
-        for share, own in shares or [(adapters, denoiser)]:
-            refuse_impossible(share, own, config.file_layout)
-        if config.base_dtype != "none":
-            refuse_needs_of_whole_weights(config, adapters)
-        if config.offloading:
-            refuse_useless_offloading(denoiser, adapters, device, config.gradient_checkpointing)
-        if config.sharded:
-            refuse_useless_sharding(config, adapters, world)
+        """What a plan for this denoiser makes."""
+        plan = Plan.of(denoiser, config, home=device_of(denoiser), device=device, world=world)
+        return cls.planned(plan, denoiser, dataset, metadata)
+
+    @classmethod
+    def planned(
+        cls, plan: Plan, denoiser: Denoiser, dataset: Dataset, metadata: dict[str, str] | None = None, *,
+        progress: Progress = SILENT,
+    ) -> "Job":  # fmt: skip
+        """The plan's adapters on a copy of the denoiser; ValueError where the copy cannot be made as asked."""
+        config, device, adapters = plan.config, plan.device, plan.adapters
         home = device_of(denoiser) if config.offloading or config.sharded else device
         dtype = model_dtype(config.training_dtype, device)
         if config.base_dtype == "none":
@@ -104,24 +94,31 @@ class Job:
         is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
         if config.sharded:
             shard(copy, device)
+        with progress.stage("packing layers"):
+            num_packed = pack(copy, config.pack, adapters.offsets)
         effective = {
             "dtypes": dtypes_of(copy),
-            "packed layers": str(pack(copy, config.pack, adapters.offsets)),
+            "packed layers": str(num_packed),
             "kernels in C": "yes" if has_native_kernels(config, device) else "no",
         }
         adapters.to(device, compute_dtype(config.lora_dtype, device))
-        network = _network(adapters, config.adapter if path is None else None)
-        facts = facts_of(denoiser, adapters, dataset, device, world) | effective
-        state = State(adapters, config, is_fp16=is_fp16, group=first)
-        job = cls(config, denoiser, copy, adapters, dataset, state, done, facts, {**network, **(metadata or {})}, world)
-        if world.size > 1:
-            refuse_differences(world, config, job.facts)
+        network = _network(adapters, config.adapter if config.existing_lora is None else None)
+        facts = facts_of(denoiser, adapters, dataset, device, plan.world) | effective
+        state = State(adapters, config, is_fp16=is_fp16, group=plan.first_group)
+        job = cls(
+            config, denoiser, copy, adapters, dataset, state, plan.done, facts, {**network, **(metadata or {})},
+            plan.world, progress,
+        )  # fmt: skip
+        if plan.world.size > 1:
+            refuse_differences(plan.world, config, job.facts)
         return job
 
     @property
     def facts(self) -> dict[str, str]:
         """What decides the result besides the config; waits for the base model's hash."""
-        return {"base model": self._base_hash().result(), **self.other_facts}
+        hashing = self._base_hash()
+        with nullcontext() if hashing.done() else self.progress.stage("hashing the base model"):
+            return {"base model": hashing.result(), **self.other_facts}
 
     def _base_hash(self) -> Future[str]:
         """Of the base model, from a thread that the first call begins: it takes seconds, and files alone need it."""
@@ -152,18 +149,14 @@ class Job:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint and tells what has changed since; ValueError where it does not fit."""
-        assert self.config.steps is not None
-        if checkpoint.step > self.config.steps:
-            raise ValueError(f"steps must be at least the {checkpoint.step} of the checkpoint, got {self.config.steps}")
+        refuse_fewer_steps(checkpoint, self.config)
         self.load(checkpoint)
         tell_changes(checkpoint, self.config, self.facts)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Becomes as it was then, but for what the config has otherwise now; ValueError where it does not fit."""
-        try:
+        with misfit_named(checkpoint):
             self.state.load(checkpoint.tensors, checkpoint.numbers)
-        except ValueError as error:
-            raise ValueError(f"cannot resume from the checkpoint of step {checkpoint.step}: {error}") from error
         counters = self.state.counters
         counters.group = group_to_go_on_with(checkpoint, self.dataset.order.group_size)
         if checkpoint.config["batch_size"] != self.config.batch_size:  # not only lower than asked for, by the ladder
@@ -183,12 +176,12 @@ class Job:
     @property
     def trained_experts(self) -> list[Expert]:
         """Those that have a file of their own."""
-        return [expert for expert, _ in _shares(self.adapters, self.base)]
+        return [expert for expert, _ in shares(self.adapters, self.base)]
 
     def loras_of_experts(self) -> Iterator[tuple[Expert, dict[str, Tensor], dict[str, str]]]:
         """Each trained expert with the tensors and the metadata of its file."""
         dtype, layout = DTYPES[self.config.lora_dtype], self.config.file_layout
-        for expert, share in _shares(self.adapters, self.base):
+        for expert, share in shares(self.adapters, self.base):
             metadata = {
                 **self.file_metadata(),
                 **metadata_of(share, expert.denoiser, layout),
@@ -224,50 +217,6 @@ class Job:
             "ss_num_train_images": str(len(self.dataset.samples)),
         }
         return {**own, **metadata_of(self.adapters, self.base, self._layout), **self.metadata}
-
-
-def _shares(adapters: AdapterSet, denoiser: Denoiser) -> list[tuple[Expert, AdapterSet]]:
-    """The experts that have some of the adapters, each with its own."""
-    found = ((expert, adapters.moved(expert.alone)) for expert in experts(denoiser))
-    return [(expert, share) for expert, share in found if share.adapters or share.offsets]
-
-
-def _continued(path: Path, denoiser: Denoiser, group_size: int, config: Config) -> tuple[AdapterSet, int, int]:
-    """The adapters that a LoRA file holds for this denoiser, its steps, and the first group whose draws are new.
-
-    ValueError that names the input.
-    """
-    try:
-        state, metadata = lorafile.read(path)
-        adapters = adapters_from(state, denoiser, metadata, ignore_unknown=config.ignore_unknown)
-        steps = lorafile.steps_of(path, metadata)
-    except ValueError as error:
-        raise ValueError(f"existing_lora: {error}") from error
-    constraint = lorafile.stated_constraint(metadata)
-    for adapter in adapters.adapters.values():
-        if isinstance(adapter, OFTAdapter) and constraint is not None:
-            adapter.constraint = constraint
-    drawn = lorafile.stated_number(metadata, "lorasmith.samples")
-    return adapters, steps, steps if drawn is None else math.ceil(drawn / group_size)
-
-
-def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:
-    """Names the inputs that a continued LoRA overrules."""
-    asked_paths = targeted(denoiser, config.targets)
-    if config.targets != Targets() and asked_paths != adapters.adapters.keys():
-        log.warning(
-            "targets: the LoRA's own %d layers hold, not the %d asked for", len(adapters.adapters), len(asked_paths)
-        )
-    if config.text_encoder.train and not any(path.startswith(TEXT_NETS) for path in adapters.adapters):
-        log.warning("text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder")
-    if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:
-        log.warning("factor: the LoRA's own holds, not %d", config.adapter.factor)
-    asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
-    held = {"algorithm": adapters.algorithms, "rank": adapters.ranks, "alpha": adapters.alphas}
-    for name, value in asked.items():
-        # Small layers get smaller blocks and ranks than asked for, so it is the greatest that counts.
-        if value is not None and held[name] and held[name][-1] != value:
-            log.warning("%s: the LoRA's own (%s) holds, not %s", name, ", ".join(map(str, held[name])), value)
 
 
 def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:

@@ -44,9 +44,9 @@ def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     return b"".join(_finite_pieces(state, metadata))
 
 
-def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing."""
-    write_whole(path, *_finite_pieces(state, metadata))
+    write_whole(Path(path), *_finite_pieces(state, metadata or {}))
 
 
 def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
@@ -56,12 +56,12 @@ def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return file_pieces(state, metadata)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """A file's tensors as plain parts (`completed`), and its metadata.
 
     ValueError where it is not sound.
     """
-    state, header = stored(path)
+    state, header = stored(Path(path))
     return completed(state, header), metadata_of(header)
 
 

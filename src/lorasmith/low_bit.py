@@ -145,7 +145,7 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
                 f"base_dtype must be none here: {path}.weight is {layer.weight.dtype}, not fp32, bf16 or fp16"
             )
     for each in {dtype or layer.weight.dtype for layer in layers.values()}:
-        _refuse_without_kernels(kind, device, each)
+        refuse_without_kernels(kind, device, each)
     bytes_before = bytes_after = 0
     for path, layer in layers.items():
         weight = layer.weight.detach().to(device, dtype)
@@ -171,7 +171,7 @@ def _packable(denoiser: Denoiser) -> Iterator[tuple[str, nn.Linear]]:
                     yield path, layer
 
 
-def _refuse_without_kernels(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+def refuse_without_kernels(kind: str, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError where the library, this torch or the device cannot pack numbers, or gives back others."""
     numbers = torch.linspace(-1, 1, NF4_BLOCK**2, device=device, dtype=dtype).view(NF4_BLOCK, NF4_BLOCK)
     try:

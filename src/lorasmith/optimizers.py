@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lorasmith.component import Component, named
+from lorasmith.devices import in_double
 
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added to the denominator")]
@@ -139,7 +140,7 @@ def norm(vector: Tensor) -> float:
     num_rest = len(vector) % PIECE
     whole, rest = vector.detach().split([len(vector) - num_rest, num_rest])
     lengths = [torch.linalg.vector_norm(whole.view(-1, PIECE), dim=1), torch.linalg.vector_norm(rest)[None]]
-    return float(torch.cat(lengths).double().norm())
+    return float(in_double(torch.cat(lengths)).norm())
 
 
 class Masters:

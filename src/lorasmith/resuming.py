@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,23 @@ from lorasmith.world import World
 log = logging.getLogger(__name__)
 
 GROUP_SIZE = "samples a step"
-PLACES = ("output", "data", "model", "encoders", "existing_lora", "device")
-"""Settings that may differ between machines: what is found there is compared instead."""
+OF_MODEL = ("base model", "structure", "process", "data")
+PLACES: Mapping[str, Sequence[str]] = {
+    "output": (), "data": ("data",), "model": OF_MODEL, "encoders": OF_MODEL, "existing_lora": ("first weights",),
+    "device": ("processor", "threads", "dtypes", "packed layers", "kernels in C"),
+}  # fmt: skip
+"""{setting that may differ between machines: the facts that say whether what is found there does}."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")
 WITHOUT_EFFECT = (
     "checkpoints", "tensorboard", "memory_ladder", "non_finite", "offloading", "ignore_unknown", "file_layout",
 )  # fmt: skip
 """Settings that the weights do not depend on, unless something goes wrong in the run."""
 HARMLESS = (
-    "checkpoints", "tensorboard", "offloading", "ignore_unknown", "file_layout", *PLACES, "sampling",
-    "gradient_checkpointing", "checkpoint_depth",
+    "checkpoints", "tensorboard", "offloading", "ignore_unknown", "file_layout", "sampling", "gradient_checkpointing",
+    "checkpoint_depth",
 )  # fmt: skip
-"""Settings that leave the weights as they are, or leave it to the facts."""
+"""Settings that leave the weights as they are."""
+MEASURED = ("data.held_out", "data.drift")
 ASKED_FOR = {"pack": "packed layers", "native_kernels": "kernels in C"}
 """{setting: fact that says what came of it}."""
 
@@ -138,8 +143,13 @@ def _is_harmless(key: str, checkpoint: Checkpoint, config: Config, facts: Mappin
         return config.schedule.name == "constant" == checkpoint.config["schedule"]["name"]
     if key in ASKED_FOR:
         return checkpoint.facts.get(ASKED_FOR[key]) == facts[ASKED_FOR[key]]
+    if key in MEASURED:
+        return True
+    place = key.partition(".")[0]
+    if place in PLACES:
+        return all(checkpoint.facts.get(name) == facts[name] for name in PLACES[place])
     goes_back = config.non_finite.returns or checkpoint.config["non_finite"]["returns"]
-    return key.partition(".")[0] in HARMLESS and not (goes_back and key in ("checkpoints.steps", "checkpoints.keep"))
+    return place in HARMLESS and not (goes_back and key in ("checkpoints.steps", "checkpoints.keep"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,63 +1,59 @@
-"""One run with a folder of its own: config -> model and samples -> job -> steps, LoRA file, report."""
+"""One run with a folder of its own: request -> model and samples -> job -> steps, LoRA file, report."""
 
 import logging
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lorasmith import lorafile
 from lorasmith.attach import attached
-from lorasmith.checkpoints import CheckpointFolder
-from lorasmith.config import MAX_STEPS, Config, Sampling
+from lorasmith.checkpoints import Checkpoint, CheckpointFolder
+from lorasmith.checks import Request
+from lorasmith.config import Config
 from lorasmith.data.cache import Dataset, encoded
-from lorasmith.data.folder import examples
 from lorasmith.data.tags import tag_frequency
-from lorasmith.devices import best_device, compute_dtype, model_dtype
+from lorasmith.drawing import pictures
 from lorasmith.families import Family, opened
+from lorasmith.families.skeletons import skeleton_for
+from lorasmith.files.stored import with_stored_weights
+from lorasmith.header import Header
 from lorasmith.job import Job
 from lorasmith.keeping import Keeper
-from lorasmith.loading import adapters_from
-from lorasmith.memory import shared_copy
 from lorasmith.pace import counted
+from lorasmith.plan import Plan
 from lorasmith.plots import save_loss_plot
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.report import save_comparison, save_page
-from lorasmith.run_folder import RunFolder, chosen_folder
-from lorasmith.sampling import picture_of
+from lorasmith.run_folder import RunFolder, usable_anywhere
 from lorasmith.settings import toml_of
 from lorasmith.step_log import StepLog, TensorBoardLog
-from lorasmith.types import Cached, Codec, Denoiser, Example, Step
+from lorasmith.training import native_kernels
+from lorasmith.types import Cached, Codec, Encoding, Example, Step
 from lorasmith.validation import Measured, held_out_losses
 from lorasmith.whole import errors_name
-from lorasmith.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
-VIEWS = 100
 NUM_PROMPTS = 4
+CPU = torch.device("cpu")
 
 
 @contextmanager
-def opened_run(
-    config: Config, *, is_resuming: bool = False, folder: Path | None = None, world: World = ALONE,
-    progress: Progress = SILENT,
-) -> Iterator["Run"]:  # fmt: skip
+def opened_run(request: Request, progress: Progress = SILENT) -> Iterator["Run"]:
     """Loads the model, encodes the data, and makes the run folder or takes up the one that is there.
 
-    folder: the run folder to resume in, where it is known. ValueError on bad input, and then nothing is written. A new
-    folder is taken away again where an error comes before the first step is done.
+    ValueError on bad input, and then nothing is written. A new folder is taken away again where an error comes before
+    the first step is done.
     """
-    if config.model is None or config.data.folder is None:
-        raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
-    held = RunFolder(folder or chosen_folder(config, is_resuming=is_resuming)) if world.is_first else None
-    with held.held() if held else nullcontext(), closing(Run.of(config, held, world, progress)) as run:
+    held = None if request.folder is None else RunFolder(request.folder)
+    with held.held() if held else nullcontext(), closing(Run.of(request, held, progress)) as run:
         run.begin()
         yield run
 
@@ -68,58 +64,64 @@ class Run:
 
     job: Job
     codec: Codec
+    given: Config  # the job's, with paths as they were given
     captions: Sequence[str]
     measured: dict[str, list[Cached]]  # what is measured before and after: {"validation": samples, "drift": samples}
     folder: RunFolder | None  # of the first process alone, as are the logs
     keeper: Keeper
     progress: Progress
     tensorboard: TensorBoardLog | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # {"sampling" or "measuring": what it took so far}
 
     @classmethod
-    def of(cls, config: Config, folder: RunFolder | None, world: World, progress: Progress = SILENT) -> "Run":
-        """Writes nothing."""
-        assert config.model is not None and config.data.folder is not None
-        found = examples(config.data.folder, config.data.caption_lines)
-        measured = {
-            name: examples(path, config.data.caption_lines)
-            for name, path in (("validation", config.data.held_out), ("drift", config.data.drift))
-            if path is not None
-        }
-        with progress.stage("loading the model", 2) as advance:
+    def of(cls, request: Request, folder: RunFolder | None, progress: Progress = SILENT) -> "Run":
+        """In this order: what the model's layers decide, the model itself, its pictures. Writes nothing."""
+        plan, checkpoint = _planned(request, folder)
+        config, world = plan.config, request.world
+        assert config.model is not None
+        with progress.stage("loading the model"):
             family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
-            device = _device(config, world)
-            advance(1)
-            codec = family.codec(device)
-            advance(1)
+            codec = family.codec(plan.device)
         resolution = config.data.resolution or codec.resolution
-        config = _resolved(config, found, resolution, world)
-        samples = list(tracked(encoded(found, codec, resolution), "encoding pictures", progress, len(found)))
+        given = config.model_copy(update={"data": config.data.model_copy(update={"resolution": resolution})})
+        plan = replace(plan, config=usable_anywhere(given))
+        if plan.needs_weights:
+            plan = Plan.of(family.denoiser, plan.config, home=CPU, device=plan.device, world=world)
+        samples = _encoded(request.examples, codec, resolution, "encoding pictures", progress)
+        measured = {
+            name: _encoded(own, codec, resolution, f"encoding {name} pictures", progress)
+            for name, own in request.measured.items()
+        }
         dataset = Dataset.of(
             samples,
-            [example.repeats for example in found],
+            [example.repeats for example in request.examples],
             seed=config.seed,
             group_size=config.group_size * world.size,
         )
-        metadata = {**_base_metadata(family, config), "ss_tag_frequency": tag_frequency(found)}
-        job = Job.of(family.denoiser, dataset, config, device=device, metadata=metadata, world=world)
-        encoded_measured = {
-            name: list(tracked(encoded(these, codec, resolution), f"encoding {name} pictures", progress, len(these)))
-            for name, these in measured.items()
-        }
-        path = folder.checkpoints_path if folder else Path()
-        made_again = folder.made_again if folder else lambda: False
+        metadata = {**_base_metadata(family, given), "ss_tag_frequency": tag_frequency(request.examples)}
+        job = Job.planned(plan, family.denoiser, dataset, metadata, progress=progress)
+        path, made_again = (folder.checkpoints_path, folder.made_again) if folder else (Path(), lambda: False)
         keeper = Keeper(job, CheckpointFolder.of(path, config), made_again, progress=progress)
-        return cls(job, codec, [example.caption for example in found], encoded_measured, folder, keeper, progress)
+        run = cls(
+            job, codec, given, [example.caption for example in request.examples], measured, folder, keeper, progress
+        )  # fmt: skip
+        if checkpoint is not None:
+            job.resume(checkpoint)
+        if folder is not None and not folder.is_new:
+            run._tell_where_it_starts(is_resumed=checkpoint is not None)
+        return run
 
-    def begin(self) -> None:
-        """Goes on from the newest sound checkpoint, if there is one, and makes the folder's files ready."""
-        is_resumed = self.keeper.resumed()
-        if self.folder is None:
-            return
+    def _tell_where_it_starts(self, *, is_resumed: bool) -> None:
+        assert self.folder is not None
         if is_resumed:
             log.info("resuming %s after step %d of %d", self.folder.path, self.num_done, self.num_steps)
-        elif not self.folder.is_new:
+        else:
             log.info("%s holds no checkpoint to resume from: starting with step 1", self.folder.path)
+
+    def begin(self) -> None:
+        """Makes the folder's files ready."""
+        if self.folder is None:
+            return
         self.folder.begin(toml_of(self.job.config))
         self.keeper.log = StepLog.opened(self.folder.steps_path, self.job.state.steps(self.job.done))
         if self.job.config.tensorboard:
@@ -200,7 +202,7 @@ class Run:
             save_comparison(drawn, self.prompts, path / "before_after.png")
             shown.append(("Before and after", path / "before_after.png"))
         summary = self.summary(steps, *measured)
-        save_page(path / "report.html", path.name, summary, shown, toml_of(self.job.config), steps=steps)
+        save_page(path / "report.html", path.name, summary, shown, toml_of(self.given), steps=steps)
         return summary
 
     def summary(
@@ -218,6 +220,7 @@ class Run:
                 f"{counted(trained, 'trainable parameter')}",
             ),
             ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
+            *((f"{what} time", f"{seconds:.0f} s") for what, seconds in self.seconds.items()),
         ]
         if self.folder is not None and job.trained_experts:
             paths = [self.folder.expert_path(expert.name) for expert in job.trained_experts]
@@ -247,73 +250,53 @@ class Run:
             self.progress.wrote("sample", path)
 
     def _draw(self) -> list[Image.Image]:
-        return pictures(self.job.denoiser, self.codec, self.prompts, self.job.config.sampling, self.progress)
+        if not self.prompts:
+            return []
+        with self._timed("sampling"):
+            return pictures(self.job.denoiser, self.codec, self.prompts, self.job.config, self.progress)
 
     def _measure(self) -> dict[str, Tensor]:
-        return {name: held_out_losses(self.job.denoiser, samples) for name, samples in self.measured.items()}
+        if not self.measured:
+            return {}
+        with self._timed("measuring"), native_kernels(self.job.denoiser, self.job.config):
+            return {name: self._losses(name, samples) for name, samples in self.measured.items()}
+
+    def _losses(self, name: str, samples: Sequence[Cached]) -> Tensor:
+        with self.progress.stage(f"measuring the {name} loss", len(samples)) as advance:
+            return held_out_losses(self.job.denoiser, samples, advance)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
 
 
-def pictures(
-    denoiser: Denoiser, codec: Codec, prompts: Sequence[str], sampling: Sampling, progress: Progress
-) -> list[Image.Image]:
-    """A picture for each prompt, numbered in that order, at the model's own resolution."""
-    side = codec.resolution
-    return [
-        _as_image(
-            picture_of(
-                denoiser, codec, prompt, size=(side, side), seed=sampling.seed, number=number, steps=sampling.steps,
-                guidance=sampling.guidance,
-            )
-        )
-        for number, prompt in enumerate(tracked(prompts, "generating samples", progress, len(prompts)))
-    ]  # fmt: skip
+def _planned(request: Request, folder: RunFolder | None) -> tuple[Plan, Checkpoint | None]:
+    """The adapters for the model's layers, before weights are loaded, and the newest sound checkpoint to resume from.
+
+    An existing LoRA that adapts text encoders goes on adapting them. ValueError where one of these does not fit.
+    """
+    config, world = request.config, request.world
+    assert config.model is not None
+    lora = None if config.existing_lora is None or config.ignore_unknown else Header.of(config.existing_lora)
+    asked = config.text_encoder.train
+    denoiser, path = skeleton_for(config.model, config.encoders, lora, with_texts=asked)
+    if isinstance(denoiser, Encoding) and not asked:
+        log.warning("text_encoder.train: on, as existing_lora holds layers of text encoders")
+        config = config.model_copy(update={"text_encoder": config.text_encoder.model_copy(update={"train": True})})
+    checkpoints = None if folder is None else CheckpointFolder.of(folder.checkpoints_path, config)
+    checkpoint = world.from_first(checkpoints.newest() if checkpoints else None)
+    plan = Plan.of(with_stored_weights(denoiser, path), config, home=CPU, device=request.device, world=world)
+    if checkpoint is not None:
+        plan.refuse_misfit(checkpoint)
+    return plan, checkpoint
 
 
-def draw_comparison(config: Config, lora: Path | None, output: Path, *, progress: Progress = SILENT) -> None:
-    """Draws the sampling prompts without and, where there is one, with the LoRA, into one labelled picture."""
-    assert config.model is not None and config.sampling.prompts
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"output must be a file in a folder that exists, got {output}")
-    with progress.stage("loading the model"):
-        family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
-    device = _device(config, ALONE)
-    adapters = None
-    if lora is not None:
-        state, metadata = lorafile.read(lora)
-        adapters = adapters_from(state, family.denoiser, metadata, ignore_unknown=config.ignore_unknown)
-    denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
-    codec = family.codec(device)
-    rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling, progress))]
-    if adapters is not None:
-        adapters.to(device, compute_dtype(config.lora_dtype, device))
-        with attached(denoiser, adapters):
-            rows.append(("with LoRA", pictures(denoiser, codec, config.sampling.prompts, config.sampling, progress)))
-    save_comparison(rows, config.sampling.prompts, output)
-
-
-def _device(config: Config, world: World) -> torch.device:
-    """The device asked for; of several processes, each has the GPU of its own number."""
-    name = best_device().type if config.device == "auto" else config.device
-    try:
-        if world.size > 1 and name in ("cuda", "mps"):
-            name = f"{name}:{world.local_rank}"
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # either, where torch was built without the device
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device must be one that this machine has, got {config.device}: {reason}") from error
-
-
-def _as_image(pixels: Tensor) -> Image.Image:
-    """pixels [3,H,W] in -1 to 1 -> picture; NaN, where a run went wrong, is grey."""
-    return Image.fromarray(((pixels.nan_to_num(0) + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))
-
-
-def _resolved(config: Config, found: Sequence[Example], resolution: int, world: World) -> Config:
-    """The config with everything set that follows from the data."""
-    views = VIEWS * sum(example.repeats for example in found)
-    steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
-    data = config.data.model_copy(update={"resolution": resolution})
-    return config.model_copy(update={"steps": steps, "data": data})
+def _encoded(
+    examples: Sequence[Example], codec: Codec, resolution: int, what: str, progress: Progress
+) -> list[Cached]:  # fmt: skip
+    return list(tracked(encoded(examples, codec, resolution), what, progress, len(examples)))
 
 
 def _base_metadata(family: Family, config: Config) -> dict[str, str]:

@@ -125,8 +125,10 @@ def chosen_folder(config: Config, *, is_resuming: bool) -> Path:
     last = config.output or numbered_folder(pictures.name, is_there=True)
     if is_resuming or _is_of_this_launch(last):
         path = last
-        if path.exists() and not _is_run_folder(path):
-            raise ValueError(f"output must be a run folder to resume, or nothing yet, got {path} without run.toml")
+        if not path.exists():
+            raise ValueError(f"there is no run to resume: {path} does not exist; without --resume a new run begins")
+        if not _is_run_folder(path):
+            raise ValueError(f"output must be a run folder to resume, got {path} without run.toml")
     else:
         path = config.output or numbered_folder(pictures.name, is_there=False)
         if path.exists():
@@ -134,6 +136,16 @@ def chosen_folder(config: Config, *, is_resuming: bool) -> Path:
     if path.resolve().is_relative_to(pictures):
         raise ValueError(f"output must be outside the picture folder, lest its plots be trained on, got {path}")
     return path
+
+
+def usable_anywhere(config: Config) -> Config:
+    """The config with its paths from the root, so that run.toml means the same in any working folder."""
+    data = {name: path.absolute() for name, path in config.data if isinstance(path, Path)}
+    own = {name: path.absolute() for name, path in config if isinstance(path, Path)}
+    sources = {"model": config.model, "encoders": config.encoders}  # paths or hub ids
+    paths = {name: Path(source).expanduser() for name, source in sources.items() if source is not None}
+    own |= {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
+    return config.model_copy(update={**own, "data": config.data.model_copy(update=data)})
 
 
 def _taken(path: Path) -> str:

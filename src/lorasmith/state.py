@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
-from lorasmith.optimizers import LossScale, Masters
+from lorasmith.optimizers import LossScale, Masters, Optimizer
 from lorasmith.types import Step
 
 MASTER, OPTIMIZER, RECORD = "master", "optimizer", "record"
@@ -96,26 +96,9 @@ class State:
 
         ValueError, and nothing changed, where that one had other adapters or its optimizer kept other numbers.
         """
-        held = {key.removeprefix(f"{MASTER}/"): t for key, t in tensors.items() if key.startswith(f"{MASTER}/")}
-        own = dict(self._by_name(self.masters.vector.detach()))
-        odd = sorted(held.keys() ^ own.keys()) or [n for n in self.names if held[n].shape != own[n].shape]
-        if odd:
-            raise ValueError(f"it must hold the same adapters, but {len(odd)} differ, such as {odd[0]}")
-        kept: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, rest = key.partition("/")
-            if kind == OPTIMIZER:
-                name, _, part = rest.rpartition("/")
-                kept.setdefault(part, {})[name] = tensor
-        keeps = self._optimizer_keys()
-        if kept and kept.keys() != keeps:
-            raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
-        for part, values in kept.items():
-            odd = [n for n in self.names if n not in values or values[n].shape not in ((), own[n].shape)]
-            if odd:
-                raise ValueError(
-                    f"its optimizer must keep {part} of each weight, not so of {len(odd)}, such as {odd[0]}"
-                )
+        shapes = {name: part.shape for name, part in self._by_name(self.masters.vector.detach())}
+        refuse_misfit(tensors, shapes, self.config)
+        held, kept = _held(tensors), _kept(tensors)
         self.is_sound = False
         with torch.no_grad():
             self.masters.vector.copy_(_in_one(held, self.names))
@@ -133,13 +116,44 @@ class State:
         self.record = [(loss, lr, norm) for loss, lr, norm in tensors[RECORD].tolist()]
         self.is_sound = True
 
-    def _optimizer_keys(self) -> set[str]:
-        """What such an optimizer keeps of a weight."""
-        weight = torch.zeros(1, requires_grad=True)
-        weight.grad = torch.zeros(1)
-        optimizer = self.config.build([weight], 1.0)
-        optimizer.step()
-        return set(optimizer.state[weight])
+
+def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], optimizer: Optimizer) -> None:
+    """ValueError where what `State.tensors` said is of other parameters {name: shape}, or of another optimizer."""
+    held, kept, keeps = _held(tensors), _kept(tensors), _optimizer_keys(optimizer)
+    odd = sorted(held.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if held[name].shape != shape]
+    if odd:
+        raise ValueError(f"it must hold the same adapters, but {len(odd)} differ, such as {odd[0]}")
+    if kept and kept.keys() != keeps:
+        raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
+    for part, values in kept.items():
+        odd = [name for name, shape in shapes.items() if name not in values or values[name].shape not in ((), shape)]
+        if odd:
+            raise ValueError(f"its optimizer must keep {part} of each weight, not so of {len(odd)}, such as {odd[0]}")
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{parameter: its master}."""
+    return {key.removeprefix(f"{MASTER}/"): t for key, t in tensors.items() if key.startswith(f"{MASTER}/")}
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{what the optimizer keeps: {parameter: it}}."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == OPTIMIZER:
+            name, _, part = rest.rpartition("/")
+            kept.setdefault(part, {})[name] = tensor
+    return kept
+
+
+def _optimizer_keys(config: Optimizer) -> set[str]:
+    """What such an optimizer keeps of a weight."""
+    weight = torch.zeros(1, requires_grad=True)
+    weight.grad = torch.zeros(1)
+    optimizer = config.build([weight], 1.0)
+    optimizer.step()
+    return set(optimizer.state[weight])
 
 
 def _in_one(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run logs of its steps: steps.jsonl, always, and TensorBoard's events where they are asked for."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -113,16 +114,19 @@ class TensorBoardLog:
             self._writer.close()
 
     def _begin(self, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            raise ValueError(
-                "tensorboard needs the extra 'tensorboard': pip install 'lorasmith[tensorboard]'"
-            ) from None
+        refuse_without_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         with errors_name(self.folder):
             self._writer = SummaryWriter(self.folder, purge_step=done + 1)
             self._writer.flush()
         self._done = done
+
+
+def refuse_without_tensorboard() -> None:
+    """ValueError where TensorBoard's writer is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard needs the extra 'tensorboard': pip install 'lorasmith[tensorboard]'")
 
 
 def _sound_steps(content: bytes) -> Iterator[Step]:

@@ -108,6 +108,17 @@ def has_native_kernels(config: Config, device: torch.device) -> bool:
 
 
 @contextmanager
+def native_kernels(denoiser: Denoiser, config: Config) -> Iterator[None]:
+    """Passes without gradients use the kernels in C too as long as this is open, where training does."""
+    device = device_of(denoiser)
+    if not has_native_kernels(config, device):
+        yield
+        return
+    with freed_memory_kept(device), fused(denoiser), fast_attention():
+        yield
+
+
+@contextmanager
 def _computing(device: torch.device, config: Config) -> Iterator[None]:
     """What forward and backward passes run in, whatever the caller is in."""
     kernels = fast_attention() if has_native_kernels(config, device) else nullcontext()
@@ -192,7 +203,8 @@ def _leave_out(
     log.warning("step %d: %s; the update is left out", counters.step + 1, origin)
     if counters.skipped == config.non_finite.limit:
         counters.skipped = 0  # for a run that resumes here
-        raise NonFiniteError(f"not finite {config.non_finite.limit} times in a row: {origin}")
+        cause = f"; learning_rate is most likely too high, got {config.learning_rate:g}" if counters.step else ""
+        raise NonFiniteError(f"not finite {config.non_finite.limit} times in a row: {origin}{cause}")
 
 
 def _rate(rate: float, config: Config, counters: Counters) -> float:
@@ -214,6 +226,8 @@ def _update(state: State, config: Config, *, loss: float, grad_norm: float, lr: 
     state.record.append((loss, lr, grad_norm))
     masters.forget()
     if not math.isfinite(norm(masters.vector)):
-        raise NonFiniteError(f"the weights of step {state.counters.step} are not finite: the learning rate is too high")
+        raise NonFiniteError(
+            f"the weights of step {state.counters.step} are not finite: learning_rate is too high, got {lr:g}"
+        )
     masters.write()
     state.is_sound = True

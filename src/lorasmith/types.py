@@ -139,6 +139,20 @@ def process_of(denoiser: Denoiser, shape: Sequence[int]) -> Process:
 
 
 @runtime_checkable
+class Encoding(Protocol):
+    """A denoiser that encodes captions itself, so that its conditioning holds their tokens."""
+
+    @property
+    def inner(self) -> Denoiser:
+        """The denoiser of what is encoded."""
+        ...
+
+    def encoded(self, cond: Cond) -> Cond:
+        """{name: [B,…]} with tokens -> what the inner denoiser is given."""
+        ...
+
+
+@runtime_checkable
 class Guided(Protocol):
     """A denoiser whose net is told the guidance, as it was distilled from guided predictions."""
 
@@ -206,11 +220,11 @@ class Codec(Protocol):
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, in the model's own scale."""
+        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, in the model's own scale; without gradients."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {name: [B,…]}, float32."""
+        """B texts -> {name: [B,…]}, float32; without gradients."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lorasmith.data.buckets import classes_by_shape, num_at_once
+from lorasmith.data.cache import batch_of, shape_of
 from lorasmith.devices import device_of
 from lorasmith.draws import Purpose, normal, permutation, uniform
 from lorasmith.losses import MSE, by_sample
+from lorasmith.progress import Advance, unwatched
 from lorasmith.types import Cached, Denoiser, process_of
 
 NUM_NOISES = 4
@@ -35,32 +38,38 @@ class Measured:
         return f"{self.mean:{sign}.3f} ± {self.stderr:.3f}"
 
 
-def held_out_losses(denoiser: Denoiser, samples: Sequence[Cached]) -> Tensor:
+def held_out_losses(denoiser: Denoiser, samples: Sequence[Cached], advance: Advance = unwatched) -> Tensor:
     """Each sample's mean squared error [N] on the model's own target, the mean over NUM_NOISES noises.
 
     For each noise the samples' times are stratified: one in each of N equal parts of the range, in a fixed shuffle. The
-    draws are the same whatever run asks, so figures can be compared between runs and paired before and after.
+    draws are the same whatever run asks, so figures can be compared between runs and paired before and after. Samples
+    of one shape go through the net together, as many as memory is sure to hold. advance: told how many are done.
     """
+    losses = torch.empty(len(samples))
     with torch.inference_mode():
-        losses = [_losses_at(denoiser, sample, index, len(samples)).mean() for index, sample in enumerate(samples)]
-    return torch.stack(losses)
+        for indices in classes_by_shape([shape_of(sample) for sample in samples], [1] * len(samples)):
+            at_once = max(1, num_at_once(samples[indices[0]].latent.shape) // NUM_NOISES)
+            for start in range(0, len(indices), at_once):
+                chosen = indices[start : start + at_once]
+                losses[list(chosen)] = _losses_of(denoiser, samples, chosen).mean(1)
+                advance(len(chosen))
+    return losses
 
 
-def _losses_at(denoiser: Denoiser, sample: Cached, index: int, num_samples: int) -> Tensor:
-    """The sample's loss under each of its noises, [NUM_NOISES]."""
+def _losses_of(denoiser: Denoiser, samples: Sequence[Cached], indices: Sequence[int]) -> Tensor:
+    """The losses of samples of one shape under each of their noises, [len(indices), NUM_NOISES]."""
     device = device_of(denoiser)
-    shape = tuple(sample.latent.shape)
-    x0 = sample.latent.expand(NUM_NOISES, *shape)
-    eps = torch.stack(
-        [normal(_SEED, Purpose.HELD_OUT_NOISE, index * NUM_NOISES + number, shape) for number in range(NUM_NOISES)]
-    )
-    fractions = [_fraction(n, index, num_samples) for n in range(NUM_NOISES)]
+    draws = [(index, number) for index in indices for number in range(NUM_NOISES)]
+    batch = batch_of([samples[index] for index, _ in draws], tuple(range(len(draws))))
+    shape = tuple(batch.x0.shape[1:])
+    eps = torch.stack([normal(_SEED, Purpose.HELD_OUT_NOISE, i * NUM_NOISES + number, shape) for i, number in draws])
+    fractions = [_fraction(number, index, len(samples)) for index, number in draws]
     process = process_of(denoiser, shape)
     t = process.time(torch.tensor(fractions, dtype=torch.float32))
-    x_t, target = process.noise(x0, eps, t), process.target(x0, eps, t)
-    cond = {name: value.expand(NUM_NOISES, *value.shape).to(device) for name, value in sample.cond.items()}
+    x_t, target = process.noise(batch.x0, eps, t), process.target(batch.x0, eps, t)
+    cond = {name: value.to(device) for name, value in batch.cond.items()}
     pred = denoiser.predict(x_t.to(device), t.to(device), cond)
-    return by_sample(MSE(), pred, target.to(device)).cpu()
+    return by_sample(MSE(), pred, target.to(device)).cpu().view(len(indices), NUM_NOISES)
 
 
 def _fraction(number: int, index: int, num_samples: int) -> float:

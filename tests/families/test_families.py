@@ -23,7 +23,7 @@ from lorasmith.families import FAMILIES, Family, opened
 from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.memory import checkpointed
 from lorasmith.objective import sample_losses
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 from lorasmith.targets import Targets, adaptable_layers
 from lorasmith.types import Cached, Codec, unread
 
@@ -41,8 +41,8 @@ def opened_family(name: str) -> tuple[Family, Codec]:
 def samples(name: str) -> list[Cached]:
     """One for each prompt, with latents of noise."""
     _, codec = opened_family(name)
-    with torch.no_grad():
-        conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
+    conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
+    assert not any(value.requires_grad for cond in conds for value in cond.values())
     latents = [normal(1, Purpose.NOISE, number, TINY[name].latent) for number in range(len(PROMPTS))]
     return [Cached(*sample) for sample in zip(PROMPTS, latents, conds, strict=True)]
 
@@ -83,9 +83,8 @@ def test_every_family_is_tested() -> None:
 def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
     family, codec = opened_family(name)
     tiny, (width, height) = TINY[name], TINY[name].size
-    ours = picture_of(
-        family.denoiser, codec, PROMPTS[1], size=tiny.size, seed=3, number=1, steps=tiny.steps, guidance=tiny.guidance
-    )
+    drawing = {"size": tiny.size, "seed": 3, "steps": tiny.steps, "guidance": tiny.guidance}
+    _, ours, *_ = pictures_of(family.denoiser, codec, dict(enumerate(PROMPTS)), **drawing)
     noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape(tiny.size))[None]
     pipe = made(name)
     output = pipe(

@@ -11,7 +11,7 @@ from tiny import PROMPTS, flux2_klein, made
 from lorasmith.draws import Purpose, normal
 from lorasmith.families import opened
 from lorasmith.families.flux2 import empirical_shift
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_the_distilled_klein_knows_one_guidance() -> None:
     pipe.set_progress_bar_config(disable=True)
     family = opened(pipe)
     codec = family.codec(CPU)
-    ours = picture_of(family.denoiser, codec, PROMPTS[1], size=(32, 48), seed=3, number=1, steps=2, guidance=4.0)
+    ours = next(pictures_of(family.denoiser, codec, {1: PROMPTS[1]}, size=(32, 48), seed=3, steps=2, guidance=4.0))
     theirs = pipe(
         prompt=PROMPTS[1], latents=normal(3, Purpose.PICTURE, 1, (16, 12, 8))[None], num_inference_steps=2, height=48,
         width=32, guidance_scale=4.0, output_type="pt",

@@ -19,7 +19,8 @@ from torch import Tensor
 from lorasmith.contract import train_lora
 from lorasmith.demo import BASE
 from lorasmith.families import opened
-from lorasmith.families.hub import is_id, needed
+from lorasmith.families.hub import needed
+from lorasmith.sources import is_id
 
 CPU = torch.device("cpu")
 NAME = "somebody/emoji-base"

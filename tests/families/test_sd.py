@@ -18,7 +18,7 @@ from lorasmith.draws import Purpose, normal
 from lorasmith.families import opened
 from lorasmith.families.sd import StableDiffusion, StableDiffusionCodec, diffusion
 from lorasmith.memory import shared_copy
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 from lorasmith.types import Example
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -66,7 +66,7 @@ def test_a_picture_is_the_one_that_diffusers_draws(
     family: StableDiffusion, codec: StableDiffusionCodec, guidance: float
 ) -> None:
     denoiser = shared_copy(family.denoiser, torch.device("cpu"), torch.float32)
-    ours = picture_of(denoiser, codec, "red apple", size=(64, 48), seed=3, number=1, steps=10, guidance=guidance)
+    ours = next(pictures_of(denoiser, codec, {1: "red apple"}, size=(64, 48), seed=3, steps=10, guidance=guidance))
     pipe = family.pipeline(denoiser)
     pipe.to(torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")

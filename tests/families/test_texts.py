@@ -17,6 +17,7 @@ from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.loha import LoHa
 from lorasmith.adapters.lora import LoRA
 from lorasmith.attach import AdapterSet, attached
+from lorasmith.checks import checked
 from lorasmith.config import Config, LayoutName, TextEncoder
 from lorasmith.contract import train_lora
 from lorasmith.data.cache import Dataset, batch_of
@@ -29,7 +30,7 @@ from lorasmith.loading import adapters_from
 from lorasmith.memory import checkpointed, shared_copy
 from lorasmith.objective import noised, sample_losses
 from lorasmith.run import opened_run
-from lorasmith.sampling import picture_of
+from lorasmith.sampling import pictures_of
 from lorasmith.settings import configured
 from lorasmith.targets import Targets
 from lorasmith.types import Cached
@@ -225,7 +226,7 @@ def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, 
     def drawn_with(net: str) -> Tensor:
         chosen = AdapterSet({path: a for path, a in adapters.adapters.items() if path.startswith(net)})
         with attached(denoiser, chosen):
-            return picture_of(denoiser, codec, "a cat", size=(32, 32), seed=3, number=1, steps=4, guidance=3.0)
+            return next(pictures_of(denoiser, codec, {1: "a cat"}, size=(32, 32), seed=3, steps=4, guidance=3.0))
 
     with_lora, with_unet = drawn_with(""), drawn_with("unet.")
     pipe = opened(source(model)).pipeline(opened(source(model)).denoiser).to(torch.float32)
@@ -321,13 +322,14 @@ def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
 ) -> None:
     """By the config: the held-out loss, pictures on the way, checkpoints, and the file as existing_lora."""
     folder = str(pictures(tmp_path / "cats", "a cat", "a black cat"))
+    held_out = str(pictures(tmp_path / "dogs", *["a dog"] * 4))
     values: dict[str, Any] = {
-        "model": str(BASE), "device": "cpu", "data": {"folder": folder, "held_out": folder},
+        "model": str(BASE), "device": "cpu", "data": {"folder": folder, "held_out": held_out},
         "sampling": {"steps": 1, "prompts": ["a cat"], "every": 1}, "steps": 2, "learning_rate": 1e-3,
         "text_encoder": {"train": True, "learning_rate": 5e-3}, "output": str(tmp_path / "run"),
         "checkpoints": {"steps": 1}, "training_dtype": "fp32", "lora_dtype": "fp32",
     }  # fmt: skip
-    with opened_run(configured(values)) as run:
+    with opened_run(checked(configured(values))) as run:
         list(run.steps())
         (path,) = run.save()
         summary = dict(run.finish())
@@ -335,17 +337,20 @@ def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
     state, metadata = lorafile.read(path)
     assert metadata["ss_text_encoder_lr"] == "0.005" and any(key.startswith("lora_te_") for key in state)
     changed = [("steps", 3), ("existing_lora", str(path)), ("output", str(tmp_path / "next"))]
-    with opened_run(configured(values | {"steps": 3}), is_resuming=True) as run:
+    with opened_run(checked(configured(values | {"steps": 3}), is_resuming=True)) as run:
         assert run.num_done == 2 and [step.step for step in run.steps()] == [3]
-    with opened_run(configured(values | dict(changed))) as run:
+    with opened_run(checked(configured(values | dict(changed)))) as run:
         assert run.job.done == 2 and len(run.job.state.masters.groups) == 2
         assert next(iter(run.steps())).step == 3
     without = {key: value for key, value in values.items() if key != "text_encoder"} | dict(changed)
-    with pytest.raises(ValueError, match="existing_lora: the LoRA does not fit the model: .* lora_te_text_model"):
-        with opened_run(configured(without | {"output": str(tmp_path / "other")})):
-            pass
+    with opened_run(checked(configured(without | {"output": str(tmp_path / "other")}))) as run:
+        assert run.job.config.text_encoder.train and len(run.job.state.masters.groups) == 1
+        assert any(path.startswith("text_encoder.") for path in run.job.adapters.adapters)
+        list(run.steps())
+        assert any(key.startswith("lora_te_") for key in run.job.lora())
+    assert "text_encoder.train: on, as existing_lora holds layers of text encoders" in caplog.text
     lorafile.write(path, {key: t for key, t in state.items() if "lora_te" not in key}, metadata)
-    with opened_run(configured(values | dict(changed) | {"output": str(tmp_path / "another")})):
+    with opened_run(checked(configured(values | dict(changed) | {"output": str(tmp_path / "another")}))):
         pass
     assert "text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder" in caplog.text
 

@@ -3,6 +3,7 @@
 S samples, a repeated one counted as often as it repeats; G samples in a group, the samples of one optimizer step.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lorasmith.draws import Purpose, permutation, uniform
+
+AT_ONCE = 2 * 128 * 128
+"""Places of latents that one batch holds without gradients: those of two pictures of 1024 pixels a side, mostly."""
+
+
+def num_at_once(latent: Sequence[int]) -> int:
+    """How many latents [C,h,w] or [C,f,h,w] of this shape go through a net together where no gradient is taken."""
+    return max(1, AT_ONCE // math.prod(latent[1:]))
 
 
 def bucket_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
@@ -95,7 +104,7 @@ def _turns(seed: int, cycle: int, sizes: tuple[int, ...]) -> list[int]:
     The k-th of n groups falls due at (k + u) / n of the cycle, u in [0, 1) drawn for each class and cycle: that
     spreads a class evenly, and puts the only group of a class of one at any step with the same chance.
     """
-    shifts = uniform(seed, Purpose.BUCKET, cycle, (len(sizes),)).double().numpy()
+    shifts = uniform(seed, Purpose.BUCKET, cycle, (len(sizes),)).numpy().astype(np.float64)
     due = [(np.arange(size) + shift) / size for size, shift in zip(sizes, shifts, strict=True)]
     turns = np.repeat(np.arange(len(sizes)), sizes)
     return turns[np.argsort(np.concatenate(due), kind="stable")].tolist()

@@ -14,7 +14,7 @@ from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, corner_
 from lorasmith.data.folder import tell_of
 from lorasmith.data.pictures import is_animated, picture
 from lorasmith.digests import digest
-from lorasmith.types import Batch, Cached, Codec, Example, SizeCodec
+from lorasmith.types import Batch, Cached, Codec, Cond, Example, SizeCodec
 
 MUCH = 0.25  # of a picture, cropped off
 PADDED = ("text", "mask")  # what has a row for each token
@@ -64,7 +64,7 @@ def checked(sample: Cached) -> Cached:
     return sample
 
 
-def _shape(sample: Cached) -> tuple[object, ...]:
+def shape_of(sample: Cached) -> tuple[object, ...]:
     """What samples of one batch share: texts with a mask may differ in length."""
     shapes = {name: tuple(value.shape) for name, value in sample.cond.items()}
     if "mask" in shapes:
@@ -81,7 +81,7 @@ class Dataset:
 
     @classmethod
     def of(cls, samples: Sequence[Cached], repeats: Sequence[int], *, seed: int, group_size: int) -> "Dataset":
-        classes = classes_by_shape([_shape(sample) for sample in samples], repeats)
+        classes = classes_by_shape([shape_of(sample) for sample in samples], repeats)
         return cls(samples, Order(seed, group_size, classes))
 
     def digest(self) -> str:
@@ -101,12 +101,16 @@ class Dataset:
 
 
 def batch_of(samples: Sequence[Cached], numbers: tuple[int, ...]) -> Batch:
-    """Samples of one shape, stacked; texts with a mask are padded with zeros to the longest."""
-    conds = [sample.cond for sample in samples]
-    cond = {
+    """Samples of one shape, stacked."""
+    cond = stacked([sample.cond for sample in samples])
+    return Batch(torch.stack([s.latent for s in samples]), cond, numbers, tuple(s.name for s in samples))
+
+
+def stacked(conds: Sequence[Cond]) -> Cond:
+    """B times {name: [L,D] or [D]} -> {name: [B,L,D] or [B,D]}; texts with a mask are padded with zeros."""
+    return {
         name: pad_sequence([c[name] for c in conds], batch_first=True)
         if name in PADDED and "mask" in conds[0]
         else torch.stack([c[name] for c in conds])
         for name in conds[0]
     }
-    return Batch(torch.stack([s.latent for s in samples]), cond, numbers, tuple(s.name for s in samples))

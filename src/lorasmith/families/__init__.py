@@ -1,6 +1,5 @@
 """The model families, and how a model is opened."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lorasmith.families.file_components import FileComponents
 from lorasmith.families.flux import Flux
 from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
-from lorasmith.families.hub import fetched, is_id
+from lorasmith.families.hub import fetched
 from lorasmith.families.lumina2 import Lumina2
 from lorasmith.families.originals import ORIGINALS, Original
 from lorasmith.families.pipeline import PipelineFamily
@@ -24,8 +23,9 @@ from lorasmith.families.single_file import SingleFile
 from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
 from lorasmith.families.z_image import ZImage
-from lorasmith.header import PICKLES, Header
-from lorasmith.looks import FOLDER_PART, is_lora, model_family
+from lorasmith.header import Header
+from lorasmith.looks import FOLDER_PART, model_family
+from lorasmith.sources import is_file, is_id, pipeline_name, refuse_lora
 
 Plain = StableDiffusion | PipelineFamily
 Family = Plain | WithTexts
@@ -43,7 +43,6 @@ FAMILIES: dict[str, type[Plain]] = {
     "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
-FILES = (".safetensors", *PICKLES)
 OF_LDM = ("Stable Diffusion 1.x", "Stable Diffusion 2.x", "a UNet of the Stable Diffusion kind")
 
 
@@ -75,10 +74,10 @@ def _of_file(header: Header, encoders: str | Path | None) -> Plain:
     """The family of a single file, beside a folder or hub id with what it lacks."""
     original, family = original_of(header), model_family(header.shapes)
     if original is None:
-        folder = _encoders(encoders, ("StableDiffusionPipeline",), family, without="unet")
+        folder = folder_beside(encoders, ("StableDiffusionPipeline",), family, without=("unet",))
         return StableDiffusion(SingleFile.opened(header, folder))
     supported = pipelines_of(original)
-    folder = _encoders(encoders, supported, family, without=original.part)
+    folder = folder_beside(encoders, supported, family, without=(original.part,))
     name = supported[0] if folder is None else pipeline_name(folder.path)
     kind = FAMILIES[name]
     assert issubclass(kind, PipelineFamily)
@@ -88,8 +87,7 @@ def _of_file(header: Header, encoders: str | Path | None) -> Plain:
 def original_of(header: Header) -> Original | OriginalSDXL | None:
     """What a single file is, None of Stable Diffusion 1.x and 2.x; ValueError where it is no model of a family here."""
     path, family = header.path, model_family(header.shapes)
-    if is_lora(header.shapes):
-        raise ValueError(f"{path} must be a model, got a LoRA: the model that it was trained on is needed")
+    refuse_lora(header)
     if family == FOLDER_PART:
         raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
     original = ORIGINALS.get(family)
@@ -105,18 +103,13 @@ def pipelines_of(original: Original | OriginalSDXL) -> list[str]:
     return [name for name in original.pipelines if name in FAMILIES]
 
 
-def is_file(path: Path) -> bool:
-    """Whether a model's path means a single file."""
-    return path.is_file() or (path.suffix in FILES and not path.exists())
-
-
-def _encoders(
-    encoders: str | Path | None, pipelines: Sequence[str], family: str, *, without: str
+def folder_beside(
+    encoders: str | Path | None, pipelines: Sequence[str], family: str, *, without: Collection[str]
 ) -> FolderComponents | None:
-    """The folder, of one of these pipelines, or what is fetched from the hub; without: the part that is not needed."""
+    """The folder, of one of these pipelines, or what is fetched from the hub; without: parts that are not needed."""
     if encoders is None:
         return None
-    folder = folder_of(encoders, (without,))
+    folder = folder_of(encoders, without)
     name = pipeline_name(folder)
     if name not in pipelines:
         raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
@@ -134,17 +127,3 @@ def family_of(name: str, source: Any) -> type[Plain]:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")
     return FAMILIES[name]
-
-
-def pipeline_name(folder: Path) -> str:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        found = "a folder without it" if folder.exists() else "no such folder"
-        raise ValueError(f"{folder} must be a diffusers folder with a model_index.json, got {found}")
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {index}: {error}") from error
-    if not isinstance(content, dict) or "_class_name" not in content:
-        raise ValueError(f"{index} must name the pipeline's _class_name, but it does not")
-    return str(content["_class_name"])

@@ -62,6 +62,7 @@ class ChromaDenoiser:
 class ChromaCodec(PictureCodec):
     """The autoencoder and T5, of whose padding the net reads one token."""
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32; L is what the net reads of the longest."""
         warn_of_cuts(texts, self.pipe.tokenizer, NUM_TOKENS)

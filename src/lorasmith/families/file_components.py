@@ -53,7 +53,7 @@ class FileComponents:
                 f"give the whole folder as model"
             )
         keys = self.keys()
-        net = self.original.net(self.header, keys, self._config(name))
+        net = self.original.net(self.header, keys, self.part_config(name))
         self._tell_of_the_rest(set(keys.values()))
         return net
 
@@ -81,7 +81,7 @@ class FileComponents:
             return below(self.header, DENOISER)
         return {key: key for key in self.header.shapes if not key.startswith((*VAES, *TEXTS, *OF_TRAINING))}
 
-    def _config(self, name: str) -> Config:
+    def part_config(self, name: str) -> Config:
         """Of a part, from the folder; empty where there is none."""
         path = self.folder.path / name / "config.json" if self.folder else None
         values = json_table(path) if path and path.is_file() else {}
@@ -119,5 +119,5 @@ class FileComponents:
             return None
         shown = vae_config(self.header, prefix)
         del shown["scaling_factor"]
-        config = {**(self.original.vae or {}), **self._config("vae"), **shown}
+        config = {**(self.original.vae or {}), **self.part_config("vae"), **shown}
         return ldm_vae(self.header, below(self.header, prefix), config, dtype)

@@ -70,6 +70,7 @@ def grid(height: int, width: int) -> Tensor:
 class FluxCodec(PictureCodec):
     """The autoencoder, T5 for the tokens, and CLIP for the pooled vector."""
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,512,D], "pooled": [B,D]}, float32."""
         warn_of_cuts(texts, self.pipe.tokenizer_2, NUM_TOKENS)

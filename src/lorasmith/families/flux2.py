@@ -94,6 +94,7 @@ class Flux2Codec:
         width, height = size
         return (4 * self.vae.config["latent_channels"], height // self.multiple, width // self.multiple)
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in -1 to 1 -> the posterior's mean, cut into squares, normalised: [B,C,h,w], float32."""
         latents = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
@@ -113,6 +114,7 @@ class Flux2Codec:
         std = (norm.running_var.float() + self.vae.config["batch_norm_eps"]).sqrt()
         return norm.running_mean.float().view(-1, 1, 1), std.view(-1, 1, 1)
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,512,D]}, float32: hidden states of three layers side by side, of padding too."""
         warn_of_counts(texts, [self.num_tokens(text) for text in texts], NUM_TOKENS)

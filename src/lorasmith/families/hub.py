@@ -18,15 +18,9 @@ from lorasmith.families.folder import WEIGHTS, variant_of
 
 log = logging.getLogger(__name__)
 
-ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
 TOKENIZER = re.compile(r"tokenizer(_\d)?")
 WORDS = (".json", ".txt", ".model", ".jinja")  # what tokenizers are kept in
-
-
-def is_id(model: str) -> bool:
-    """Whether it looks like owner/name."""
-    return ID.fullmatch(model) is not None
 
 
 def fetched(model_id: str, without: Collection[str] = ()) -> Path:

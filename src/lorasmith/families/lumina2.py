@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
 from lorasmith.families.components import Components
 from lorasmith.families.pipeline import (
@@ -59,6 +59,7 @@ class Lumina2Denoiser:
 class Lumina2Codec(PictureCodec):
     """The autoencoder, and Gemma 2 for captions, which are kept without padding."""
 
+    @no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32.
 

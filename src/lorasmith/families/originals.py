@@ -94,11 +94,11 @@ class Original:
         state = self._converted({name: read.pop(key) for name, key in keys.items()}, header)
         return fitted(self._class, self._config(header, state, base), state, dtype, path=header.path)
 
-    def shaped(self, header: Header, keys: Mapping[str, str]) -> Any:
+    def shaped(self, header: Header, keys: Mapping[str, str], base: Config) -> Any:
         """The same without weights, on the meta device: no tensor is read."""
         dtype_in(header, keys.values())
         empty = {name: torch.empty(header.shapes[key], device="meta") for name, key in keys.items()}
-        return shaped(self._class, self._config(header, self._converted(empty, header), {}), path=header.path)
+        return shaped(self._class, self._config(header, self._converted(empty, header), base), path=header.path)
 
     def scheduler(self, header: Header, base: Config | None) -> Config:
         """The base's, or as published; ValueError where published models differ."""

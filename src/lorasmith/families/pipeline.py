@@ -80,6 +80,7 @@ class PictureCodec:
         width, height = size
         return (self.vae.config["latent_channels"], height // self.factor, width // self.factor)
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in -1 to 1 -> the posterior's mean, shifted and scaled: [B,C,h,w], float32."""
         mean = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
@@ -94,6 +95,7 @@ class PictureCodec:
     def _shift(self) -> float:
         return self.vae.config["shift_factor"] or 0.0
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         raise NotImplementedError
 

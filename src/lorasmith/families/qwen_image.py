@@ -75,6 +75,7 @@ class QwenImageCodec:
         (width, height), factor = size, self.autoencoder.factor
         return (self.pipe.vae.config["z_dim"], height // factor, width // factor)
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32."""
         return self.autoencoder.encode(images[:, :, None])[:, :, 0]
@@ -83,6 +84,7 @@ class QwenImageCodec:
         """latents [B,C,h,w] -> images [B,3,H,W] in -1 to 1, float32."""
         return self.autoencoder.decode(latents[:, :, None])[:, :, 0]
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32; L is that of the longest."""
         warn_of_cuts(texts, self.pipe.tokenizer, NUM_TOKENS)

@@ -97,11 +97,13 @@ class StableDiffusionCodec:
         width, height = size
         return (self.vae.config["latent_channels"], height // self.factor, width // self.factor)
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in -1 to 1 -> the posterior's mean, scaled: [B,4,h,w], float32."""
         mean = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return mean.float() * self.vae.config["scaling_factor"]
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D]}, float32, or their tokens; what is too long is cut, which is logged."""
         length = self.num_tokens

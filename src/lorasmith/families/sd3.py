@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
 from lorasmith.families.components import Components
 from lorasmith.families.pipeline import (
@@ -60,6 +60,7 @@ class SD3Denoiser:
 class SD3Codec(PictureCodec):
     """The autoencoder, two CLIPs for tokens and pooled vectors, and T5, without which its tokens are zeros."""
 
+    @no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,77+256,D], "pooled": [B,P]}, float32."""
         if self.pipe.text_encoder_3 is None:

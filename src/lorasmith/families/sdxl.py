@@ -74,6 +74,7 @@ class SDXLCodec(PictureCodec):
         self.tokenizers = {"text_encoder": pipe.tokenizer, "text_encoder_2": pipe.tokenizer_2}
         self.multiple = self.factor * 2 ** (len(pipe.unet.config["block_out_channels"]) - 1)
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D], "pooled": [B,P]}, float32, or their tokens."""
         warn_of_cuts(texts, self.pipe.tokenizer, self.pipe.tokenizer.model_max_length)

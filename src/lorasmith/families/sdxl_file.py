@@ -71,12 +71,12 @@ class OriginalSDXL:
             return self._of_diffusers(header, keys, base)
         return ldm_unet(header, keys, self._config(header, keys, base))
 
-    def shaped(self, header: Header, keys: Mapping[str, str]) -> Any:
+    def shaped(self, header: Header, keys: Mapping[str, str], base: Config) -> Any:
         """The same without weights, on the meta device: no tensor is read."""
         from diffusers import UNet2DConditionModel
 
         _refuse_others(header)
-        return shaped(UNet2DConditionModel, self._config(header, keys, {}), path=header.path)
+        return shaped(UNet2DConditionModel, self._config(header, keys, base), path=header.path)
 
     def _config(self, header: Header, keys: Mapping[str, str], base: Config) -> dict[str, Any]:
         renamed = replace(header, shapes={f"{UNET}{name}": header.shapes[key] for name, key in keys.items()})

@@ -4,18 +4,18 @@ They are what is needed to find the layers of a LoRA. Their weights are on the m
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.families import (
     FAMILIES,
     family_of,
+    folder_beside,
     folder_of,
-    is_file,
     original_of,
-    pipeline_name,
     pipelines_of,
 )
 from lorasmith.families.components import MODULES, FolderComponents, OpenComponents, json_table
@@ -28,23 +28,59 @@ from lorasmith.families.single_file import check_kind
 from lorasmith.families.texts import TextDenoiser
 from lorasmith.families.weights import shaped
 from lorasmith.header import Header
+from lorasmith.layouts import ModuleNames, split
+from lorasmith.looks import model_family
+from lorasmith.sources import is_file, pipeline_name
+from lorasmith.targets import TEXT_NETS
 from lorasmith.types import Denoiser
 
 NETS = ("unet", "transformer", "transformer_2")
 """The parts that adapters train on without text encoders."""
 
 
-def skeleton(model: str | Path, *, with_texts: bool, with_weights: bool = False) -> tuple[Denoiser, Path]:
+def skeleton(
+    model: str | Path, *, with_texts: bool, with_weights: bool = False, encoders: str | Path | None = None
+) -> tuple[Denoiser, Path]:
     """The denoiser of a diffusers folder, a single file or a hub id, and where its weights are.
 
     with_texts: with the text encoders, where they can have adapters. with_weights: of a hub id the weights are fetched
-    too. ValueError where it is no model of a family here.
+    too. encoders: for a single file, the folder or hub id of what it lacks. ValueError where it is no model of a
+    family here.
     """
     path = Path(model).expanduser()
     if is_file(path):
-        return _of_file(Header.of(path), with_texts=with_texts), path
+        return _of_file(Header.of(path), with_texts=with_texts, encoders=encoders), path
     folder = folder_of(model, () if with_weights else MODULES)
     return _of_folder(folder, with_texts=with_texts), folder
+
+
+def skeleton_for(
+    model: str | Path, encoders: str | Path | None, lora: Header | None, *, with_texts: bool
+) -> tuple[Denoiser, Path | None]:
+    """The denoiser of a model, with its text encoders where they are asked for or a LoRA has layers of them.
+
+    Also returns where its weights are, if the LoRA cannot be understood without them. ValueError where text encoders
+    are asked for and cannot be trained.
+    """
+    needs_weights = lora is not None and any(split(key)[1] in (SCALE, VECTOR) for key in lora.shapes)
+    needs_names = with_texts or lora is not None
+    denoiser, path = skeleton(model, with_texts=needs_names, with_weights=needs_weights, encoders=encoders)
+    if with_texts and not isinstance(denoiser, TextDenoiser):
+        raise ValueError("text_encoder.train must be false for this model: it has no text encoders to be trained")
+    if isinstance(denoiser, TextDenoiser) and not with_texts and lora is not None:
+        denoiser = denoiser if _has_texts(denoiser, lora.shapes) else denoiser.inner
+    return denoiser, path if needs_weights else None
+
+
+def _has_texts(denoiser: TextDenoiser, keys: Iterable[str]) -> bool:
+    """Whether some keys of a LoRA file are of text encoders' layers."""
+    names = ModuleNames(denoiser)
+    for layer in {split(key)[0] for key in keys}:
+        path, whole = names.path(layer), names.whole(layer)
+        paths = (path,) if path else whole.paths if whole else ()
+        if any(path.startswith(TEXT_NETS) for path in paths):
+            return True
+    return False
 
 
 def published_skeleton(published: Published, *, with_texts: bool) -> Denoiser:
@@ -61,30 +97,47 @@ def published_skeleton(published: Published, *, with_texts: bool) -> Denoiser:
 def _of_folder(folder: Path, *, with_texts: bool) -> Denoiser:
     components, name = FolderComponents(folder), pipeline_name(folder)
     family_of(name, folder)
-    parts = {}
-    for part in (*NETS, *_texts(name, with_texts=with_texts)):
-        if components.has(part):
-            library, kind = components.index[part]
-            parts[part] = _net(library, kind, json_table(folder / part / "config.json"), folder / part)
+    parts = _parts(components, (*NETS, *_texts(name, with_texts=with_texts)))
     return _denoiser(name, parts, components.index)
 
 
-def _of_file(header: Header, *, with_texts: bool) -> Denoiser:
+def _parts(folder: FolderComponents, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these parts that a diffusers folder has."""
+    parts = {}
+    for part in names:
+        if folder.has(part):
+            library, kind = folder.index[part]
+            path = folder.path / part
+            parts[part] = _net(library, kind, json_table(path / "config.json"), path)
+    return parts
+
+
+def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -> Denoiser:
     original = original_of(header)
     if original is None:
-        return _of_ldm(header, with_texts=with_texts)
-    name = pipelines_of(original)[0]
-    parts = {original.part: original.shaped(header, FileComponents(header, original, name).keys())}
-    encoders = original.shaped_encoders(header) if with_texts else {}
-    return _denoiser(name, {**parts, **encoders}, {})
+        return _of_ldm(header, with_texts=with_texts, encoders=encoders)
+    supported = pipelines_of(original)
+    folder = folder_beside(encoders, supported, model_family(header.shapes), without=MODULES)
+    name = supported[0] if folder is None else pipeline_name(folder.path)
+    components = FileComponents(header, original, name, folder)
+    parts = {original.part: original.shaped(header, components.keys(), components.part_config(original.part))}
+    if folder is not None:
+        parts |= _parts(folder, _texts(name, with_texts=with_texts))
+    if with_texts:
+        parts |= original.shaped_encoders(header)
+    return _denoiser(name, parts, {})
 
 
-def _of_ldm(header: Header, *, with_texts: bool) -> Denoiser:
+def _of_ldm(header: Header, *, with_texts: bool, encoders: str | Path | None) -> Denoiser:
     """Stable Diffusion 1.x and 2.x."""
     check_kind(header)
     parts = {"unet": _net("diffusers", "UNet2DConditionModel", unet_config(header), header.path)}
     if with_texts and (header.holds(CLIP) or header.holds(OPEN_CLIP)):
         parts["text_encoder"] = _net("transformers", "CLIPTextModel", text_config(header), header.path)
+    elif with_texts:
+        name = "StableDiffusionPipeline"
+        folder = folder_beside(encoders, (name,), model_family(header.shapes), without=MODULES)
+        parts |= {} if folder is None else _parts(folder, _texts(name, with_texts=True))
     return _denoiser("StableDiffusionPipeline", parts, {})
 
 

@@ -47,6 +47,10 @@ class TextDenoiser:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B,C,h,w], t [B], cond {tokens_of(encoder): [B,L], …} -> what the inner denoiser predicts."""
+        return self.inner.predict(x_t, t, self.encoded(cond))
+
+    def encoded(self, cond: Cond) -> Cond:
+        """{tokens_of(encoder): [B,L], …} -> what the inner denoiser is given; ValueError where tokens are missing."""
         tokens = {tokens_of(name) for name in self.encoders}
         if missing := sorted(tokens - cond.keys()):
             found = ", ".join(sorted(cond)) or "nothing"
@@ -55,7 +59,7 @@ class TextDenoiser:
             )
         assert self.texts.encode is not None
         others = {name: value for name, value in cond.items() if name not in tokens}
-        return self.inner.predict(x_t, t, {**others, **self.texts.encode(self.encoders, cond)})
+        return {**others, **self.texts.encode(self.encoders, cond)}
 
     def unread(self) -> set[str]:
         beginnings = self.texts.idle(self.encoders)

@@ -107,6 +107,7 @@ class WanCodec:
         width, height = size
         return (self.channels, 1, height // self.factor, width // self.factor)
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] or videos [B,3,F,H,W] in -1 to 1 -> the posterior's mean, normal: [B,C,f,h,w], float32.
 
@@ -122,6 +123,7 @@ class WanCodec:
         videos = self.autoencoder.decode(latents)
         return videos[:, :, 0] if latents.shape[2] == 1 else videos
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,512,D]}, float32."""
         warn_of_cuts(texts, self.pipe.tokenizer, NUM_TOKENS)

@@ -58,6 +58,7 @@ class ZImageDenoiser:
 class ZImageCodec(PictureCodec):
     """The autoencoder, and Qwen 3 for captions, which are kept without padding."""
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32."""
         chats = [[{"role": "user", "content": text}] for text in texts]

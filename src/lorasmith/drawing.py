@@ -1,0 +1,73 @@
+"""Pictures of prompts, without and with a LoRA."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorasmith import lorafile
+from lorasmith.attach import AdapterSet, attached
+from lorasmith.config import Config
+from lorasmith.devices import compute_dtype, model_dtype
+from lorasmith.families import opened
+from lorasmith.families.skeletons import skeleton_for
+from lorasmith.files.stored import with_stored_weights
+from lorasmith.header import Header
+from lorasmith.loading import adapters_from
+from lorasmith.memory import shared_copy
+from lorasmith.progress import SILENT, Progress
+from lorasmith.report import save_comparison
+from lorasmith.sampling import pictures_of
+from lorasmith.training import native_kernels
+from lorasmith.types import Codec, Denoiser, Encoding
+
+
+def pictures(
+    denoiser: Denoiser, codec: Codec, prompts: Sequence[str], config: Config, progress: Progress = SILENT
+) -> list[Image.Image]:
+    """A picture for each prompt, numbered in that order, at the model's own resolution."""
+    sampling, side = config.sampling, codec.resolution
+    with native_kernels(denoiser, config), progress.stage("generating samples", sampling.steps * len(prompts)) as done:
+        found = pictures_of(
+            denoiser, codec, dict(enumerate(prompts)), size=(side, side), seed=sampling.seed,
+            steps=sampling.steps, guidance=sampling.guidance, advance=done,
+        )  # fmt: skip
+        return [_as_image(pixels) for pixels in found]
+
+
+def draw_comparison(
+    config: Config, lora: Path | None, output: Path, device: torch.device, progress: Progress = SILENT
+) -> None:
+    """Draws the sampling prompts without and, where there is one, with the LoRA, into one labelled picture.
+
+    The LoRA is tried on the model's layers before weights are loaded: ValueError where it does not fit.
+    """
+    assert config.model is not None and config.sampling.prompts
+    header = None if lora is None else Header.of(lora)
+    outline, path = skeleton_for(config.model, config.encoders, header, with_texts=False)
+    adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
+    with progress.stage("loading the model"):
+        family = opened(config.model, config.encoders, with_texts=isinstance(outline, Encoding))
+        codec = family.codec(device)
+        if lora is not None and adapters is not None and "DoRA" in adapters.algorithms:  # whose weights it needs
+            adapters = _adapters(lora, family.denoiser, config)
+        denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
+    rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config, progress))]
+    if adapters is not None:
+        adapters.to(device, compute_dtype(config.lora_dtype, device))
+        with attached(denoiser, adapters):
+            rows.append(("with LoRA", pictures(denoiser, codec, config.sampling.prompts, config, progress)))
+    save_comparison(rows, config.sampling.prompts, output)
+
+
+def _adapters(lora: Path, denoiser: Denoiser, config: Config) -> AdapterSet:
+    state, metadata = lorafile.read(lora)
+    return adapters_from(state, denoiser, metadata, ignore_unknown=config.ignore_unknown)
+
+
+def _as_image(pixels: Tensor) -> Image.Image:
+    """pixels [3,H,W] in -1 to 1 -> picture; NaN, where a run went wrong, is grey."""
+    return Image.fromarray(((pixels.nan_to_num(0) + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))
