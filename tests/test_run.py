@@ -124,7 +124,7 @@ def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opene
         line = rf"({number}) ± {number} before, ({number}) ± {number} after: {number} ± {number}"
         found = re.fullmatch(line, summary[f"{name} loss"])
         assert found and f"{name} loss" in Path("runs/cats/report.html").read_text("utf-8")
-    assert summary["steps"] == "2 of 2, 1 samples each" and summary["pictures"] == "2"
+    assert summary["steps"] == "2 of 2, 1 sample each" and summary["pictures"] == "2"
     assert re.fullmatch(r"\d+ s", summary["measuring time"]) and "sampling time" not in summary
 
 
