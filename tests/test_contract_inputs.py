@@ -151,7 +151,7 @@ def test_an_illegal_value_is_named_with_its_rule(model: Pointwise, name: str, va
         kind = "a whole number, "
     if name in ("learning_rate", "alpha") and type(value) not in (int, float):
         kind = "a number, "
-    pattern = rf"{name} must be {kind}{RULES[name]}, got {re.escape(repr(value))}"
+    pattern = rf"{name} must be {kind}{RULES[name]}, got {re.escape(repr(value))}(: did you mean \w+\?)?"
     assert re.fullmatch(pattern, refusal(model, **{name: value}))
     assert not model.seen
 
