@@ -47,6 +47,9 @@ BASICS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Interrupted runs": (
         ("--resume", "continue from the newest checkpoint: the same command, or the run folder"),
     ),
+    "For scripts": (
+        ("--json", "print events as they happen, a JSON object a line"),
+    ),
 }  # fmt: skip
 """What a first run needs, in a few words; the schema is not read for it, as that takes seconds."""
 MORE = (
@@ -55,7 +58,7 @@ MORE = (
 )
 
 
-RESUME = BASICS["Interrupted runs"][0]
+FLAGS = (*BASICS["Interrupted runs"], *BASICS["For scripts"])  # which are no settings
 
 
 def show(word: str | None) -> None:
@@ -81,7 +84,7 @@ def _all(width: int | None) -> Iterator[str]:
 
     known = settings()
     tables = {key.partition(".")[0] for key in known if "." in key}
-    rows: dict[str, list[tuple[str, str]]] = {"General": [RESUME]}
+    rows: dict[str, list[tuple[str, str]]] = {"General": [*FLAGS]}
     for key, setting in known.items():
         table = key.partition(".")[0]
         rows.setdefault(table if table in tables else "General", []).append(_row(setting))
@@ -99,7 +102,7 @@ def _about(word: str, width: int | None) -> Iterator[str]:
     found = [
         _row(setting) for setting in known.values() if _speaks_of(low, f"{setting.key} {setting.rule} {setting.help}")
     ]
-    found = [RESUME, *found] if _speaks_of(low, " ".join(RESUME)) else found
+    found = [*(flag for flag in FLAGS if _speaks_of(low, " ".join(flag))), *found]
     is_foreign = low not in known and is_of_another(low)
     if not found and not is_foreign:
         raise ValueError(f"no setting is about {word}: lorasmith train --help all shows every setting")
