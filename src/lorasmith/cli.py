@@ -160,7 +160,7 @@ def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> i
     if not json:
         show_table(inspection.facts_table)
         show_table(inspection.rows_table, inspection.columns)
-        show_table(sorted(inspection.metadata.items()), ("metadata", ""))
+        show_table(sorted(inspection.metadata.items()), ("metadata", "value"))
     if plot is not None:
         from lorasmith.norms_plot import save_norms_plot
 
