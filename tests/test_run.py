@@ -128,6 +128,21 @@ def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opene
     assert re.fullmatch(r"\d+ s", summary["measuring time"]) and "sampling time" not in summary
 
 
+def test_what_a_run_leaves_to_pass_on_holds_no_absolute_path(opened: Opened, tmp_path: Path) -> None:
+    made(tmp_path / "held out", "a white cat")
+    data = {"folder": str(tmp_path / "cats"), "held_out": str(tmp_path / "held out")}
+    with opened(data=data, output=str(tmp_path / "out" / "mine"), steps=1, sampling={"prompts": ["a cat"]}) as trained:
+        list(trained.steps())
+        trained.save()
+        trained.finish()
+    needed_here = {"run.toml", "checkpoints"}  # to resume
+    files = [p for p in (tmp_path / "out" / "mine").rglob("*") if p.is_file() and needed_here.isdisjoint(p.parts)]
+    places = [str(place).encode() for place in (tmp_path, BASE.parent)]
+    assert {"lora.safetensors", "report.html", "before_after.png", "steps.jsonl"} <= {path.name for path in files}
+    assert [path.name for path in files if any(place in path.read_bytes() for place in places)] == []
+    assert "folder = &quot;cats&quot;" in (tmp_path / "out" / "mine" / "report.html").read_text("utf-8")
+
+
 def saved(run: AbstractContextManager[Run]) -> Path:
     """Trains to the end; returns the path of the LoRA."""
     with run as trained:

@@ -202,7 +202,8 @@ class Run:
             save_comparison(drawn, self.prompts, path / "before_after.png")
             shown.append(("Before and after", path / "before_after.png"))
         summary = self.summary(steps, *measured)
-        save_page(path / "report.html", path.name, summary, shown, toml_of(self.given), steps=steps)
+        config = toml_of(self.given, is_shared=True)
+        save_page(path / "report.html", path.name, summary, shown, config, steps=steps)
         return summary
 
     def summary(

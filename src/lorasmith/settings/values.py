@@ -1,6 +1,7 @@
 """Settings as nested values: put together, spelt as the schema has them, and made a config."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -83,6 +84,15 @@ def _are_other_parts(held: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return "name" in held and "name" in value and held["name"] != value["name"]
 
 
-def toml_of(config: Config) -> str:
-    """The whole config, defaults included; settings that are none are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+def toml_of(config: Config, *, is_shared: bool = False) -> str:
+    """The whole config, defaults included; settings that are none are left out.
+
+    is_shared: for files that are passed on, of absolute paths the last name alone.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    places = [(values, key) for key in ("model", "encoders", "output", "existing_lora")]
+    places += [(values["data"], key) for key in ("folder", "held_out", "drift")]
+    for table, key in places if is_shared else ():
+        if key in table and Path(table[key]).is_absolute():
+            table[key] = Path(table[key]).name
+    return tomli_w.dumps(values)
