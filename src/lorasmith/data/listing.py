@@ -125,20 +125,23 @@ def _walked(root: Path, found: Listing) -> Iterator[Path]:
     Folders that really lie there come before linked ones, so that of two ways to a folder the link is left out.
     """
     real, links = deque([Path()]), deque[Path]()
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int] | str] = set()
     while real or links:
         folder = real.popleft() if real else links.popleft()
-        status = os.stat(root / folder)
-        if (status.st_dev, status.st_ino) in seen:
+        place = Path(os.path.realpath(root / folder))
+        status = os.stat(place)
+        identity = (
+            (status.st_dev, status.st_ino) if status.st_ino else str(place)
+        )  # some network drives have no numbers
+        if identity in seen:
             found.leave_out(TWICE, [folder])
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         try:
             entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
         except PermissionError:
             found.leave_out(UNREADABLE, [folder])
             continue
-        place = Path(os.path.realpath(root / folder))
         for entry in entries:
             path = folder / entry.name
             if _is_skipped(entry, path, found):

@@ -58,7 +58,7 @@ def picture(path: Path) -> Image.Image:
 
 def is_animated(path: Path) -> bool:
     """Whether a picture that can be read has more than the frame, or page, that is read of it."""
-    if path.suffix.lower() in HEIF_SUFFIXES:
+    if path.suffix.lower() in (*HEIF_SUFFIXES, ".jxl"):  # whose readers know no frames
         return False
     with opener(path.suffix)(path) as image:
         if image.format == "MPO":  # a photograph with its thumbnail or its depth behind it

@@ -109,7 +109,7 @@ def harmless(metadata: Mapping[str, str], tensors: Collection[str] = ()) -> dict
 def _published(key: str, value: str) -> str | None:
     """The value, or what may stay of it; None where nothing may."""
     if key in HASHES:
-        return value if HASH.fullmatch(value) else None
+        return value if _is_hash(value) else None
     if key not in KEYS:
         return None
     if not value.lstrip().startswith("{"):
@@ -153,6 +153,17 @@ def _is_key(key: str, layers: frozenset[str]) -> bool:
     """A known key, of a net where one is named before it, or a layer."""
     net, _, field = key.rpartition(".")
     return (field in FIELDS and (not net or _names_layers(net, layers))) or _names_layers(key, layers)
+
+
+def _is_hash(text: str) -> bool:
+    """Whether it is one by its length and digits, and no text in hexadecimal."""
+    if not HASH.fullmatch(text):
+        return False
+    try:
+        bytes.fromhex(text.lower().removeprefix("0x")).decode()
+    except UnicodeDecodeError:  # as good as certain for a hash
+        return True
+    return False
 
 
 def _is_plain(text: str) -> bool:
