@@ -202,7 +202,7 @@ def test_captions_of_several_lines_are_joined_or_cut(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize(
-    ("suffix", "package", "extra"), [("HEIC", "pillow_heif", "heif"), ("jxl", "pillow_jxl", "jxl")]
+    ("suffix", "package", "extra"), [("HEIC", "pillow_heif", "heif"), ("jxl", "pillow_jxl.JpegXLImagePlugin", "jxl")]
 )
 def test_an_extra_that_is_missing_is_said_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str, extra: str
