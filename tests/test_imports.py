@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun"),
+    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun", "not_weights"),
     (
         "draws",
         "devices",
@@ -56,6 +56,7 @@ FLOORS = (
         "comfyui_pack",
         "fused",
         "events",
+        "quantised",
     ),
     ("attach", "memory", "config", "lorafile", "dora_scales", "sampling", "validation"),
     (

@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorasmith.not_weights import what_it_is
+
 METADATA = "__metadata__"
 MAX_AXES = 64  # of a tensor in torch
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -23,6 +25,7 @@ class Header:
     dtypes: Mapping[str, str]  # "F16", "BF16" and so on
     metadata: Mapping[str, str]
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # first byte of each tensor, and the one behind
+    scales: Mapping[str, str] = field(default_factory=dict)  # {weight: the tensor it is multiplied by}, where known
 
     @classmethod
     def of(cls, path: Path) -> "Header":
@@ -37,8 +40,14 @@ class Header:
                 raise ValueError(f"{path} must be a safetensors file, got {found}")
             with safe_open(path, framework="pt"):  # which checks all of it: sizes, offsets, dtypes, UTF-8, depth
                 return cls._parsed(path)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise ValueError(f"{path} must be a safetensors file, but it cannot be read: {error}") from error
+        except SafetensorError as error:
+            found = what_it_is(path)
+            reason = (
+                f"{path} {found}" if found else f"{path} must be a safetensors file, but it cannot be read: {error}"
+            )
+            raise ValueError(reason) from error
 
     @classmethod
     def _parsed(cls, path: Path) -> "Header":

@@ -23,6 +23,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 from lorasmith.norms_plot import LayerNorm
+from lorasmith.quantised import Quantisation
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
@@ -105,9 +106,18 @@ def _folder(path: Path) -> Inspection:
         kind = str(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a diffusers folder with a model_index.json that names its class") from error
-    parts = sorted({file.parent for file in path.glob("*/*.safetensors")})
-    rows = [{"part": part.name, **_sizes([Header.of(file) for file in part.glob("*.safetensors")])} for part in parts]
-    return Inspection({"kind": "model, a diffusers folder", "pipeline": kind}, "parts", rows)
+    parts: dict[str, list[Header]] = {}
+    for file in sorted(path.glob("*/*.safetensors")):
+        parts.setdefault(file.parent.name, []).append(Header.of(file))
+    rows = [{"part": part, **_sizes(headers)} for part, headers in parts.items()]
+    stored = [f"{part}: {text}" for part, headers in parts.items() for header in headers for text in _stored(header)]
+    facts: Row = {"kind": "model, a diffusers folder", "pipeline": kind}
+    return Inspection({**facts, **({"weights": stored} if stored else {})}, "parts", rows)
+
+
+def _stored(header: Header) -> list[str]:
+    """What is to be said of how a file's weights are stored; nothing of plain ones."""
+    return [*Quantisation.of(header).kinds(header)]
 
 
 def _checkpoint(path: Path, header: Header) -> Inspection:
@@ -120,6 +130,7 @@ def _checkpoint(path: Path, header: Header) -> Inspection:
         "kind": "model or other weights, one file",
         "family": model_family(header.shapes),
         "size": path.stat().st_size,
+        **({"weights": stored} if (stored := _stored(header)) else {}),
     }
     return Inspection(facts, "parts", rows, header.metadata)
 

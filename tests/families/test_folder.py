@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from lorasmith.contract import train_lora
 from lorasmith.demo import BASE
 from lorasmith.families import opened
-from lorasmith.families.folder import variant_of
+from lorasmith.families.parts import variant_of
 
 
 def in_variant(part: Path, variant: str = "fp16") -> None:

@@ -229,15 +229,10 @@ def test_no_tensor_is_dropped_or_made_up(family: str, tmp_path: Path) -> None:
             loaded(path, family)
 
 
-@pytest.mark.parametrize("key", ["scale_weight", "weight_scale", "comfy_quant"])
-def test_scaled_weights_are_refused(key: str, tmp_path: Path) -> None:
-    path = written(tmp_path / "net.safetensors", original(net_of("Flux")) | {f"img_in.{key}": torch.ones(1)})
-    with pytest.raises(
-        ValueError, match=f"plain weights in fp32, bf16, fp16 or fp8, got scaled ones with img_in.{key}"
-    ):
-        opened(path)
+def test_weights_in_integers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
     save_file(original(net_of("Flux")) | {"img_in.weight": torch.ones(2, 2, dtype=torch.uint8)}, path)
-    with pytest.raises(ValueError, match="fp16 or fp8, got img_in.weight in U8"):
+    with pytest.raises(ValueError, match="must hold plain weights, .* got img_in.weight in U8 without a scale"):
         opened(path)
 
 
@@ -327,7 +322,7 @@ def test_files_that_are_no_such_model(change: Callable[[State], State], message:
         opened(path)
     assert "\n" not in str(raised.value) and re.search(re.escape(str(path)), str(raised.value))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="must be a safetensors file, but it cannot be read"):
+    with pytest.raises(ValueError, match="is cut off: 3 of its .* bytes are missing"):
         opened(path)
 
 

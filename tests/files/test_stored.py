@@ -97,7 +97,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         weight({name: tensor for name, tensor in state.items() if name != key})
     with pytest.raises(ValueError, match=f"{layer} of .* must have a weight of .* got"):
         weight(state | {key: state[key][:-3]})
-    with pytest.raises(
-        ValueError, match="must hold plain weights .* got scaled ones with single_blocks.0.linear1.scale_w"
-    ):
-        weight(state | {"single_blocks.0.linear1.scale_weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="must hold plain weights, .* got SVDQuant"):
+        weight(state | {"single_blocks.0.linear1.wscales": torch.ones(1)})
+    scaled = weight(state | {"single_blocks.0.linear1.scale_weight": torch.tensor(2.0)})
+    assert torch.equal(scaled, 2 * module.weight)  # pyright: ignore[reportOperatorIssue]

@@ -4,6 +4,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import FolderComponents, OpenComponents
 from lorasmith.families.file_components import FileComponents
@@ -22,9 +24,11 @@ from lorasmith.families.sdxl_file import OriginalSDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
+from lorasmith.families.weights import counted
 from lorasmith.families.z_image import ZImage
 from lorasmith.header import Header
 from lorasmith.looks import FOLDER_PART, model_family
+from lorasmith.quantised import weights_only
 from lorasmith.sources import is_file, is_id, pipeline_name, refuse_lora
 
 Plain = StableDiffusion | PipelineFamily
@@ -59,7 +63,7 @@ def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool =
 def _opened(model: Any, encoders: str | Path | None) -> Plain:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
     if path is not None and is_file(path):
-        return _of_file(Header.of(path), encoders)
+        return _of_file(weights_only(Header.of(path)), encoders)
     if encoders is not None:
         raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
     if path is not None:
@@ -67,7 +71,20 @@ def _opened(model: Any, encoders: str | Path | None) -> Plain:
         kind = family_of(pipeline_name(folder), folder)
         return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
     kind = family_of(type(model).__name__, model)
+    _refuse_without_weights(model)
     return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
+
+
+def _refuse_without_weights(pipe: Any) -> None:
+    """ValueError where a part of an open pipeline has shapes alone."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
+            if empty:
+                raise ValueError(
+                    f"model must hold its weights, but {counted(empty, 'is', 'are')} missing of its {name}, such as "
+                    f"{empty[0]} (on the meta device)"
+                )
 
 
 def _of_file(header: Header, encoders: str | Path | None) -> Plain:

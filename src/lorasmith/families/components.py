@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lorasmith.families.folder import UNREADABLE, stored_dtype, variant_of
-from lorasmith.families.weights import line
+from lorasmith.families.parts import UNREADABLE, loaded
+from lorasmith.families.weights import json_table, line
 
 MODULES = ("transformer", "transformer_2", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of pipelines that hold weights."""
@@ -70,7 +69,7 @@ class FolderComponents:
         try:
             kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
             return kind.from_pretrained(self.path, **absent, **nets, **parts, local_files_only=True)
-        except (*UNREADABLE, ImportError) as error:  # some processors of captions need packages of their own
+        except UNREADABLE as error:  # some processors of captions need packages of their own
             raise ValueError(f"cannot load {self.path}: {line(error)}") from error
 
     def lacking(self, names: Sequence[str]) -> str:
@@ -86,22 +85,12 @@ class FolderComponents:
         folder = self.path / name
         if not self.has(name) or not folder.is_dir():
             raise ValueError(f"{self.path} must hold {name}/, but it does not")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} must hold safetensors weights: pickles can run code when they are loaded")
-        variant = variant_of([file.name for file in files])
         library, kind = self.index[name]
         try:
-            part, info = getattr(importlib.import_module(library), kind).from_pretrained(
-                folder, dtype=dtype or stored_dtype(files, variant), variant=variant, use_safetensors=True,
-                local_files_only=True, output_loading_info=True,
-            )  # fmt: skip
-        except UNREADABLE as error:
+            found = getattr(importlib.import_module(library), kind)
+        except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot load {folder}: {line(error)}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(f"cannot load {folder}: {len(missing)} tensors are missing, such as {missing[0]}")
-        return part.eval()
+        return loaded(found, folder, dtype)
 
 
 @dataclass(frozen=True)
@@ -131,13 +120,3 @@ class OpenComponents:
 
     def lacking(self, names: Sequence[str]) -> str:
         return f"model must hold {' and '.join(names)} to encode captions, but it does not"
-
-
-def json_table(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a table, got {content!r:.50}")
-    return content

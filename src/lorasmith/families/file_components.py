@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.families.components import FolderComponents, json_table
+from lorasmith.families.components import FolderComponents
 from lorasmith.families.ldm_parts import below, ldm_vae
 from lorasmith.families.ldm_sizes import vae_config
 from lorasmith.families.originals import Original
 from lorasmith.families.sdxl_file import OriginalSDXL
 from lorasmith.families.sizes import Config
+from lorasmith.families.weights import json_table
 from lorasmith.header import Header
 
 log = logging.getLogger(__name__)

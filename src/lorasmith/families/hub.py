@@ -13,8 +13,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from lorasmith.families.components import MODULES, json_table
-from lorasmith.families.folder import WEIGHTS, variant_of
+from lorasmith.families.components import MODULES
+from lorasmith.families.parts import WEIGHTS, variant_of
+from lorasmith.families.weights import json_table
 
 log = logging.getLogger(__name__)
 

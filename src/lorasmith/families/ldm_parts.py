@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as converters
 
 from lorasmith.families.ldm_sizes import UNET
-from lorasmith.families.weights import UNFIT, check_fit, dtype_in, fitted, line, tensors
+from lorasmith.families.weights import NO_WEIGHT, UNFIT, check_no_others, dtype_in, fitted, line, tensors
 from lorasmith.header import Header
 from lorasmith.ldm_names import ldm_names
 
@@ -33,7 +33,7 @@ def ldm_unet(header: Header, keys: Keys, config: Mapping[str, Any]) -> Any:
         state = converters.convert_ldm_unet_checkpoint({f"{UNET}{name}": read.pop(keys[name]) for name in keys}, whole)
     except UNFIT as error:
         raise ValueError(f"cannot load the UNet2DConditionModel of {header.path}: {line(error)}") from error
-    strange = [key for name, key in keys.items() if name.rpartition(".")[0] not in known]
+    strange = [k for name, k in keys.items() if name.rpartition(".")[0] not in known and not NO_WEIGHT.search(k)]
     if strange:
         raise ValueError(f"{header.path} must hold a UNet of Stable Diffusion's kind, which has no {strange[0]}")
     return fitted(UNet2DConditionModel, config, state, dtype, path=header.path)
@@ -42,7 +42,7 @@ def ldm_unet(header: Header, keys: Keys, config: Mapping[str, Any]) -> Any:
 def ldm_vae(header: Header, keys: Keys, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     """The AutoencoderKL in this dtype (None: as stored); ValueError where the tensors do not fit it."""
     keys = {name: key for name, key in keys.items() if not name.startswith(OF_TRAINING)}
-    found = tensors(header, keys.values())
+    found = tensors(header, keys.values(), dtype)
     read = {name: found[key] for name, key in keys.items()}
     try:
         state = converters.convert_ldm_vae_checkpoint(dict(read), config)
@@ -51,5 +51,6 @@ def ldm_vae(header: Header, keys: Keys, config: Mapping[str, Any], dtype: torch.
         raise ValueError(f"cannot load the AutoencoderKL of {header.path}: {line(error)}") from error
     dtype = dtype or dtype_in(header, keys.values())
     vae = fitted(AutoencoderKL, config, state, dtype, path=header.path)
-    check_fit(header.path, "AutoencoderKL", [], [keys[n] for n, t in read.items() if t.data_ptr() not in places])
+    unread = [keys[name] for name, tensor in read.items() if tensor.data_ptr() not in places]
+    check_no_others(f"the AutoencoderKL of {header.path}", unread)
     return vae

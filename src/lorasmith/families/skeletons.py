@@ -18,7 +18,7 @@ from lorasmith.families import (
     original_of,
     pipelines_of,
 )
-from lorasmith.families.components import MODULES, FolderComponents, OpenComponents, json_table
+from lorasmith.families.components import MODULES, FolderComponents, OpenComponents
 from lorasmith.families.file_components import FileComponents
 from lorasmith.families.ldm_sizes import CLIP, OPEN_CLIP, text_config, unet_config
 from lorasmith.families.pipeline import PipelineFamily
@@ -26,10 +26,11 @@ from lorasmith.families.published import Published
 from lorasmith.families.sd import OpenPipeline
 from lorasmith.families.single_file import check_kind
 from lorasmith.families.texts import TextDenoiser
-from lorasmith.families.weights import shaped
+from lorasmith.families.weights import json_table, shaped
 from lorasmith.header import Header
 from lorasmith.layouts import ModuleNames, split
 from lorasmith.looks import model_family
+from lorasmith.quantised import weights_only
 from lorasmith.sources import is_file, pipeline_name
 from lorasmith.targets import TEXT_NETS
 from lorasmith.types import Denoiser
@@ -49,7 +50,7 @@ def skeleton(
     """
     path = Path(model).expanduser()
     if is_file(path):
-        return _of_file(Header.of(path), with_texts=with_texts, encoders=encoders), path
+        return _of_file(weights_only(Header.of(path)), with_texts=with_texts, encoders=encoders), path
     folder = folder_of(model, () if with_weights else MODULES)
     return _of_folder(folder, with_texts=with_texts), folder
 

@@ -1,6 +1,9 @@
 """Weights that are fitted into a library's net: nothing missing, nothing left over, in the dtype that holds them."""
 
-from collections.abc import Iterable, Mapping
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorasmith.header import Header
+from lorasmith.not_weights import what_it_is
+from lorasmith.quantised import dequantised
+
+log = logging.getLogger(__name__)
 
 UNFIT = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OSError, SafetensorError)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # whose numbers bf16 holds exactly
-SCALES = ("scale_weight", "weight_scale", "weight_scale_2", "scaled_fp8", "comfy_quant", "absmax", "quant_map")
+NO_WEIGHT = re.compile(r"(^|[._])(position_ids|logit_scale|(log_)?sigmas|inv_freq|num_batches_tracked)$")
+"""Numbers that nets make themselves, and those of training: they may be there or not."""
+SCALED = {"I8": torch.bfloat16}  # which are weights with a scale alone
 
 
 class _Empty(TorchFunctionMode):
@@ -25,24 +34,32 @@ class _Empty(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
 
 
-def tensors(header: Header, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The file's tensors of these names; ValueError where they cannot be read."""
+def tensors(header: Header, keys: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The file's tensors of these names; ValueError where they cannot be read.
+
+    Those with a scale are multiplied by it, in float32, and become of this dtype (None: that of most of them all).
+    """
+    names = list(keys)
     try:
         with safe_open(header.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
+            found = {key: file.get_tensor(key) for key in names}
+            scales = {key: file.get_tensor(header.scales[key]) for key in names if key in header.scales}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {header.path}: {line(error)}") from error
+    if scales:
+        dtype = dtype or dtype_in(header, [key for key in names if key in scales or header.dtypes[key] in DTYPES])
+        found |= {key: dequantised(found[key], scale).to(dtype) for key, scale in scales.items()}
+    return found
 
 
 def dtype_in(header: Header, keys: Iterable[str]) -> torch.dtype:
     """The dtype of most of the numbers of these tensors; ValueError where they are quantised."""
     counts: dict[torch.dtype, int] = {}
     for key in keys:
-        kind = header.dtypes[key]
-        if key.rpartition(".")[2] in SCALES or kind not in DTYPES | FP8:
-            what = f"{key} in {kind}" if kind not in DTYPES | FP8 else f"scaled ones with {key}"
-            raise ValueError(f"{header.path} must hold plain weights in fp32, bf16, fp16 or fp8, got {what}")
-        dtype = (DTYPES | FP8)[kind]
+        kind, known = header.dtypes[key], DTYPES | FP8 | (SCALED if key in header.scales else {})
+        if kind not in known:
+            raise ValueError(f"{header.path} must hold weights in fp32, bf16, fp16 or fp8, got {key} in {kind}")
+        dtype = known[kind]
         counts[dtype] = counts.get(dtype, 0) + torch.Size(header.shapes[key]).numel()
     return max(counts, key=counts.__getitem__)
 
@@ -63,7 +80,9 @@ def fitted(
         found = net.load_state_dict(state, strict=False, assign=True)
     except UNFIT as error:
         raise ValueError(f"cannot load the {kind.__name__} of {path}: {line(error)}") from error
-    check_fit(path, kind.__name__, found.missing_keys, found.unexpected_keys)
+    what = f"the {kind.__name__} of {path}"
+    check_complete(what, found.missing_keys)
+    check_no_others(what, found.unexpected_keys)
     return net.eval()
 
 
@@ -81,11 +100,42 @@ def shaped(kind: Any, config: Mapping[str, Any], *, path: Path | str) -> Any:
         raise ValueError(f"cannot make the {kind.__name__} of {path}: {line(error)}") from error
 
 
-def check_fit(path: Path, what: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """ValueError that counts and names the keys there are."""
-    for keys, rule in ((sorted(missing), "are missing"), (sorted(unexpected), "have no place in it")):
-        if keys:
-            raise ValueError(f"cannot load the {what} of {path}: {len(keys)} tensors {rule}, such as {keys[0]}")
+def check_complete(what: str, missing: Iterable[str]) -> None:
+    """ValueError that counts and names the tensors that are missing of a part."""
+    if lacking := sorted(missing):
+        raise ValueError(f"cannot load {what}: {counted(lacking, 'is', 'are')} missing, such as {lacking[0]}")
+
+
+def check_no_others(what: str, unexpected: Iterable[str]) -> None:
+    """ValueError that counts and names the weights that a part has no place for; what is no weight is logged."""
+    keys = sorted(unexpected)
+    if strange := [key for key in keys if not NO_WEIGHT.search(key)]:
+        raise ValueError(f"cannot load {what}: {counted(strange, 'has', 'have')} no place in it, such as {strange[0]}")
+    if keys:
+        log.info("not read of %s: %s, such as %s", what, counted(keys, "is", "are").rpartition(" ")[0], keys[0])
+
+
+def warn_of_others(what: str, unexpected: Iterable[str]) -> None:
+    """A warning that counts and names the weights that a part has no place for."""
+    if strange := sorted(key for key in unexpected if not NO_WEIGHT.search(key)):
+        number, have = counted(strange, "has", "have"), "is" if len(strange) == 1 else "are"
+        log.warning("%s: %s no place in the model and %s not used, such as %s", what, number, have, strange[0])
+
+
+def counted(keys: Sequence[str], one: str, several: str) -> str:
+    """ "1 tensor is", "2 tensors are"."""
+    return f"1 tensor {one}" if len(keys) == 1 else f"{len(keys)} tensors {several}"
+
+
+def json_table(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = what_it_is(path) if path.is_file() else None
+        raise ValueError(f"{path} {found}" if found else f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a table, got {content!r:.50}")
+    return content
 
 
 def line(error: Exception) -> str:

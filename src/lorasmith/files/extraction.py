@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__
-from lorasmith.families.weights import SCALES
 from lorasmith.files.models import Model, Place, held_in, part_of
 from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses
@@ -52,9 +51,9 @@ def extract(
             for text in shown(sorted(by_text)):
                 part, key = by_text[text]
                 one, other = keys[part, key]
-                before, after = files[0][one.path].tensor(key), files[1][other.path].tensor(key)
+                before, after = models[0].read(files[0][one.path], key), models[1].read(files[1][other.path], key)
                 for place, parameter in held_in(part, key):
-                    pair = place.within(before), place.within(after)
+                    pair = place.within(before.value), place.within(after.value)
                     if not _differ(key, *pair):
                         continue
                     if parameter not in PARTS or place.is_transposed:
@@ -87,12 +86,13 @@ def _metadata(models: tuple[Model, Model], cut: Cut, losses: Losses) -> dict[str
 
 
 def _tensors(model: Model) -> dict[Key, Header]:
-    """{(part, name): the first file that holds it}."""
+    """{(part, name): the first file that holds it} of weights; ValueError where those of a part cannot be read."""
     found: dict[Key, Header] = {}
     for part, header in model.files:
-        for key in header.shapes:
-            if key.rpartition(".")[2] in SCALES:
-                raise ValueError(f"{header.path} must hold plain weights to be compared, got scaled ones with {key}")
+        quantised = model.quantised[header.path]
+        if part not in OUTSIDE:
+            quantised.check(header.path)
+        for key in header.shapes.keys() - quantised.beside:
             found.setdefault((part, key), header)
     return found
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,10 +23,12 @@ from lorasmith.files.factors import LoRAFile, Parts, layer_of
 from lorasmith.files.merging import Source
 from lorasmith.files.models import Model, Place, Whole, held_in
 from lorasmith.files.outputs import Shown, derived, plain, refuse_output
+from lorasmith.files.rounding import Rounding
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
 from lorasmith.loading import listed, warn_of_left_out
+from lorasmith.quantised import StoredWeight
 from lorasmith.tensor_file import TensorFile, bytes_of
 from lorasmith.whole import PARTIAL, errors_name, write_pieces
 
@@ -67,7 +69,8 @@ def merge_into(
 ) -> int:  # fmt: skip
     """Writes the model with the LoRAs in it, in the order given; returns how many weights and biases have changed.
 
-    A weight W becomes W + strength (its adapted weight - W). ignore_unknown: layers that the model does not have are
+    A weight W becomes W + strength (its adapted weight - W), rounded to what it is stored in; a warning says what that
+    loses. ignore_unknown: layers that the model does not have are
     left out, and logged. ValueError where a LoRA does not fit; then nothing is written.
     """
     model = Model.opened(path)
@@ -76,14 +79,25 @@ def merge_into(
     else:
         refuse_output(output, overwrite=overwrite)
     with _under_its_names(model, sources, output, ignore_unknown=ignore_unknown) as parts:
-        merge = Merge(sources, _planned(model, parts, ignore_unknown=ignore_unknown))
+        _refuse_packed(model, sources)
+        merge = Merge(model, sources, _planned(model, parts, ignore_unknown=ignore_unknown), Rounding())
         if path.is_dir():
             _write_folder(model, merge, output, shown)
         else:
             write_pieces(output, merge.pieces("", model.files[0][1], shown))
-    if not merge.changed:
-        log.warning("no weight has changed: what is added is zero, or less than the model's dtype can hold")
-    return len(merge.changed)
+    merge.rounding.tell()
+    return merge.rounding.num_changed
+
+
+def _refuse_packed(model: Model, sources: Sequence[Source]) -> None:
+    """ValueError where weights that a LoRA changes are stored in a way that cannot be read."""
+    parts = set()
+    for layer in (layer for source in sources for layer in source.lora.layers):
+        place, whole = model.place(layer), model.whole(layer)
+        parts |= {place.part} if place else {one.part for one in whole.places} if whole else set()
+    for part, header in model.files:
+        if not part or part in parts:
+            model.quantised[header.path].check(header.path)
 
 
 @contextmanager
@@ -215,7 +229,7 @@ def _check(model: Model, place: Place, share: _Share) -> None:
         for header in headers:
             key = place.key(parameter)
             shape = model.shape(place, parameter)
-            if not header.dtypes[key].startswith(("F", "BF")):
+            if not header.dtypes[key].startswith(("F", "BF")) and key not in model.quantised[header.path].scales:
                 raise ValueError(f"the model's {parameter} must hold floating-point numbers, got {header.dtypes[key]}")
             if part:
                 share.offset(part, shape)
@@ -239,33 +253,30 @@ def _adapter(share: _Share, weight: Tensor) -> Adapter:
 
 
 @torch.no_grad()
-def _merged(place: Place, parameter: str, tensor: Tensor, shares: Sequence[_Share]) -> Tensor:
-    """A parameter with all shares in it, in its dtype; ValueError that names it where it is not finite."""
-    value = tensor.float()
+def _merged(parameter: str, value: Tensor, shares: Sequence[_Share]) -> Tensor:
+    """A parameter, float32, with all shares in it; ValueError that names the one that does not fit."""
     for share in shares:
         try:
             part = next(part for part, name in OFFSETS.items() if name == parameter)
             if parameter == "weight" and share.trained:
                 new = _adapter(share, value).merged(value)
                 value = new if share.source.weight == 1 else value + share.source.weight * (new - value)
-            offset = share.offset(part, tuple(tensor.shape))
+            offset = share.offset(part, tuple(value.shape))
             if offset is not None:
                 value = value + share.source.weight * offset
         except ValueError as error:
             raise ValueError(f"{share.source.lora.path}: {share.layer}: {error}") from error
-    merged = value.to(tensor.dtype)
-    if not merged.float().isfinite().all():
-        raise ValueError(f"{place.key(parameter)} must be finite to be saved, got NaN or infinity")
-    return merged
+    return value
 
 
 @dataclass(frozen=True)
 class Merge:
     """What becomes of a model's files, one after another."""
 
+    model: Model
     sources: Sequence[Source]
     plan: Plan
-    changed: set[str] = field(default_factory=set)  # the tensors that hold other bits than before, so far
+    rounding: Rounding  # of what was written so far
 
     def concerned(self, part: str, key: str) -> list[tuple[Place, str]]:
         """The modules in a tensor, each with its parameter there, that the plan is to change."""
@@ -281,23 +292,29 @@ class Merge:
         entries = [(key, header.dtypes[key], header.shapes[key], header.num_bytes(key)) for key in order]
         what = f"merge into the model of {', '.join(map(str, self.sources))}"
         yield header_bytes(entries, derived(header.metadata, what))
+        weights = {scale: weight for weight, scale in self.model.quantised[header.path].scales.items()}
         with TensorFile(header) as file:
             for key in shown(order):
-                if concerned := self.concerned(part, key):
-                    before = file.tensor(key)
-                    after = self._merged(before, concerned)
-                    if not torch.equal(*(one.contiguous().view(-1).view(torch.uint8) for one in (before, after))):
-                        self.changed.add(f"{part} {key}")
-                    yield bytes_of(after)
+                if self.concerned(part, key):
+                    yield bytes_of(self._merged(file, part, key, self.rounding).numbers)
+                elif key in weights and self.concerned(part, weights[key]):  # a greater weight needs a greater scale
+                    scale = self._merged(file, part, weights[key], Rounding()).scale
+                    assert scale is not None
+                    yield bytes_of(scale)
                 else:
                     yield from file.pieces(key)
 
-    def _merged(self, tensor: Tensor, concerned: Sequence[tuple[Place, str]]) -> Tensor:
-        merged = tensor.clone()
-        for place, parameter in concerned:
-            shares = list(self.plan[place].values())
-            place.within(merged).copy_(_merged(place, parameter, place.within(tensor), shares))
-        return merged
+    def _merged(self, file: TensorFile, part: str, key: str, rounding: Rounding) -> StoredWeight:
+        """A tensor as it is written; ValueError that names it where it is not finite."""
+        before = self.model.read(file, key)
+        value = before.value.to(torch.float32, copy=True)
+        for place, parameter in self.concerned(part, key):
+            own = place.within(value)
+            own.copy_(_merged(parameter, own, list(self.plan[place].values())))
+        after = rounding.stored(before, value)
+        if not after.value.float().isfinite().all():
+            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
+        return after
 
 
 def _write_folder(model: Model, merge: Merge, output: Path, shown: Shown) -> None:

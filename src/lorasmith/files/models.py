@@ -18,6 +18,8 @@ from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
 from lorasmith.looks import is_lora, model_family
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
+from lorasmith.quantised import Quantisation, StoredWeight
+from lorasmith.tensor_file import TensorFile
 from lorasmith.text_names import TextLayer, text_layer
 
 BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -63,6 +65,7 @@ class Model:
 
     path: Path
     files: Sequence[tuple[str, Header]]  # of a folder each with its part; of a single file ""
+    quantised: Mapping[Path, Quantisation]  # how the weights in each file are stored
     originals: Mapping[str, str]  # {stem: the other name that the UNet's module goes by}, original for diffusers'
     known: Mapping[str, frozenset[Place]]
     wholes: Mapping[str, frozenset[Whole]]
@@ -71,7 +74,7 @@ class Model:
     def opened(cls, path: Path) -> "Model":
         """ValueError where it is no model with safetensors weights."""
         files = _folder(path) if path.is_dir() else [("", _single(path))]
-        originals = _originals(path, files)
+        originals, quantised = _originals(path, files), {header.path: Quantisation.of(header) for _, header in files}
         known: dict[str, set[Place]] = {}
         wholes: dict[str, set[Whole]] = {}
         places = {place for part, header in files for key in header.shapes for place, _ in held_in(part, key)}
@@ -86,7 +89,7 @@ class Model:
                 known.setdefault(normal(layer.name), set()).add(members[0])
             else:
                 wholes.setdefault(normal(layer.name), set()).add(Whole(members, layer.swapped))
-        return cls(path, files, originals, _frozen(known), _frozen(wholes))
+        return cls(path, files, quantised, originals, _frozen(known), _frozen(wholes))
 
     def place(self, layer: str, part: str | None = None) -> Place | None:
         """The module that a LoRA's layer means, of one part where it is given; None where there is not just one."""
@@ -106,6 +109,12 @@ class Model:
             key = place.key(parameter)
             if key in header.shapes and (place, parameter) in held_in(part, key):
                 yield header
+
+    def read(self, file: TensorFile, key: str) -> StoredWeight:
+        """A tensor with its scale; ValueError where the file's weights are packed in a way that is not read."""
+        quantised = self.quantised[file.header.path]
+        quantised.check(file.header.path)
+        return quantised.read(file, key)
 
     def shape(self, place: Place, parameter: str = "weight") -> tuple[int, ...]:
         """Of a module's parameter."""

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import Absent, NoWeights
-from lorasmith.families.weights import dtype_in
 from lorasmith.files.models import Model
 from lorasmith.layouts import known_originals
 from lorasmith.targets import adaptable_layers
 from lorasmith.tensor_file import TensorFile
 from lorasmith.types import Denoiser
+
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def with_stored_weights(denoiser: Denoiser, path: Path | None) -> Denoiser:
@@ -88,9 +89,10 @@ class Stored:
             return None
         key = place.key("weight")
         header = max(headers, key=lambda header: header.num_bytes(key))
-        dtype = dtype_in(header, [key, *(other for other in header.shapes if other.startswith(f"{place.stem}."))])
         with TensorFile(header) as file:
-            tensor = place.within(file.tensor(key)).to(dtype)
+            tensor = place.within(self.model.read(file, key).value)
+        if tensor.dtype not in COMPUTED:
+            tensor = tensor.to(torch.bfloat16)  # which holds the numbers of fp8 exactly
         return torch.cat(tensor.chunk(2)[::-1]) if rows.swapped else tensor
 
 

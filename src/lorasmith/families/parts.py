@@ -1,0 +1,120 @@
+"""The parts of diffusers folders: loaded whole by their library, or refused by name."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import ModelMixin
+
+from lorasmith.families.weights import DTYPES, FP8, check_complete, counted, json_table, line, warn_of_others
+from lorasmith.header import Header
+from lorasmith.quantised import Quantisation
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.safetensors")
+INDEX = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """The variant to load of these weight files: none where there are plain ones, else "fp16" or what there is."""
+    variants = {match["variant"] for name in names if (match := WEIGHTS.fullmatch(name))}
+    return None if None in variants or not variants else "fp16" if "fp16" in variants else min(variants)
+
+
+def loaded(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A part of a class of diffusers or transformers, in this dtype (None: as it is stored).
+
+    ValueError where it lacks a tensor or has one of another shape, or a file is missing or broken. What has no place in
+    it is named in a warning.
+    """
+    headers, variant = weights_in(folder)
+    base: Any = ModelMixin
+    is_of_diffusers = isinstance(kind, type) and issubclass(kind, base)
+    options = {} if is_of_diffusers else {"ignore_mismatched_sizes": True}  # whose error names no tensor
+    try:
+        part, report = kind.from_pretrained(
+            folder, dtype=dtype or _stored_dtype(headers[0]), variant=variant, use_safetensors=True,
+            local_files_only=True, output_loading_info=True, **options,
+        )  # fmt: skip
+    except UNREADABLE as error:
+        raise ValueError(f"cannot load {folder}: {line(error)}") from error
+    check_report(str(folder), report)
+    warn_of_others(str(folder), report["unexpected_keys"])
+    return part.eval()
+
+
+def check_report(what: str, report: Mapping[str, Any]) -> None:
+    """ValueError where a library's report on loading says that a tensor is missing or has another shape."""
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    for key, stored, own in sorted(report["mismatched_keys"]):
+        raise ValueError(f"cannot load {what}: {key} must have the shape {list(own)}, got {list(stored)}")
+    if report["error_msgs"]:
+        raise ValueError(f"cannot load {what}: {' '.join(str(report['error_msgs'][0]).split())}")
+    if len(missing) > 1 and _are_renamed(missing, unexpected):
+        raise ValueError(
+            f"cannot load {what}: {counted(missing, 'is', 'are')} missing, such as {missing[0]}, and others are there, "
+            f"such as {unexpected[0]}: its names may be those of another version of transformers than the installed "
+            f"{transformers.__version__}"
+        )
+    check_complete(what, missing)
+
+
+def _are_renamed(missing: Iterable[str], unexpected: Iterable[str]) -> bool:
+    """Whether all that is missing is there with a level more or less before its name."""
+    others = {key.partition(".")[2] for key in unexpected} | set(unexpected)
+    return all(key in others or key.partition(".")[2] in others for key in missing)
+
+
+def weights_in(folder: Path) -> tuple[list[Header], str | None]:
+    """The files that are loaded of a part, and their variant; ValueError where one is missing or cannot be used."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} must hold safetensors weights: pickles can run code when they are loaded")
+    variant = variant_of(path.name for path in paths)
+    matches = {path: match for path in paths if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant}
+    whole = [path for path, match in matches.items() if not match["shard"]]
+    headers = [Header.of(path) for path in (whole or matches or paths)]
+    if not whole:
+        check_index(folder, {header.path.name: header for header in headers}, variant)
+    for header in headers:
+        quantised = Quantisation.of(header)
+        quantised.check(header.path)
+        if quantised.scales:
+            weight, scale = next(iter(quantised.scales.items()))
+            raise ValueError(
+                f"{header.path} must hold plain weights, got {weight} with {scale}: use unscaled ones in the folder, "
+                f"or give one file as model and this folder as encoders"
+            )
+    return headers, variant
+
+
+def check_index(folder: Path, shards: Mapping[str, Header], variant: str | None) -> None:
+    """ValueError where a folder's index names a file that is not there, or a tensor that its file lacks."""
+    found = [path for path in folder.iterdir() if (m := INDEX.fullmatch(path.name)) and m["variant"] == variant]
+    if not found and len(shards) > 1:
+        name = next(iter(shards)).partition("-0")[0]
+        raise ValueError(f"{folder} must hold {name}.safetensors.index.json, which says what its files hold")
+    for index in found:
+        places = json_table(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index} must say in weight_map which file holds each tensor, but it does not")
+        for file in sorted(set(places.values())):
+            if file not in shards:
+                raise ValueError(f"{folder} must hold {file}, which {index.name} names, but it does not")
+            lacking = sorted(key for key, own in places.items() if own == file and key not in shards[file].shapes)
+            if lacking:
+                what = f"{len(lacking)} tensors" if len(lacking) > 1 else "a tensor"
+                raise ValueError(f"{folder / file} lacks {what} that {index.name} names, such as {lacking[0]}")
+
+
+def _stored_dtype(header: Header) -> torch.dtype:
+    """Of the first tensor of floating point, by name; float32 where there is none. fp8 is read into bf16."""
+    known = DTYPES | FP8
+    kinds = (header.dtypes[key] for key in sorted(header.shapes))
+    return next((known[kind] for kind in kinds if kind in known), torch.float32)
