@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from originals import original
 from safetensors.torch import load_file, save_file
+from tiny import made
 from tiny_nets import net_of
 from torch import Tensor
 
@@ -128,6 +129,25 @@ def test_merging_adds_to_the_weight(place: str, size: float, tmp_path: Path) -> 
     ).all()
     for key in PLAIN.keys() - {f"{LAYER}.weight"}:
         assert torch.equal(before[key], after[key]), key
+
+
+def test_merging_into_a_folder_adds_to_the_weight(tmp_path: Path) -> None:
+    made("FluxPipeline").save_pretrained(tmp_path / "model")
+    (file,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    state, name = load_file(file), "transformer_blocks.0.attn.to_q"
+    scale = state[f"{name}.weight"].abs().max() / 448
+    state[f"{name}.weight"], state[f"{name}.weight_scale"] = (state[f"{name}.weight"] / scale).to(FP8), scale
+    file.unlink()
+    saved(file, state)
+    down, up = torch.randn(2, 32), torch.randn(32, 2) * 0.1
+    lora = {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    source = Source.parsed(str(saved(tmp_path / "lora.safetensors", lora)))
+    assert merge_into(tmp_path / "model", [source], tmp_path / "out") == 1
+    merged = load_file(tmp_path / "out" / "transformer" / file.name)
+    wanted = state[f"{name}.weight"].float() * scale + up @ down
+    found = merged[f"{name}.weight"].float() * merged[f"{name}.weight_scale"]
+    torch.testing.assert_close(found, wanted, rtol=2**-4, atol=float(wanted.abs().max()) / 2**9)
+    assert all(torch.equal(merged[key], tensor) for key, tensor in state.items() if name not in key)
 
 
 @places
