@@ -125,7 +125,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     content = (tmp_path / "cut.safetensors").read_bytes()
     for length in (0, 4, 20, len(content) - 1):
         (tmp_path / "cut.safetensors").write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"cut\.safetensors must be a safetensors file, but it cannot be read: "):
+        with pytest.raises(ValueError, match=r"cut\.safetensors (is empty|is cut off|must be a safetensors file)"):
             lorafile.read(tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match="got nothing there"):
         lorafile.read(tmp_path / "missing.safetensors")

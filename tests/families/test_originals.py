@@ -220,7 +220,7 @@ def test_no_tensor_is_dropped_or_made_up(family: str, tmp_path: Path) -> None:
             assert "\n" not in str(raised.value)
         written(path, state | {"strange.weight": torch.ones(2)})
         with pytest.raises(
-            ValueError, match=f"the {kind} of .*: 1 tensors have no place in it, such as strange.weight"
+            ValueError, match=f"the {kind} of .*: 1 tensor has no place in it, such as strange.weight"
         ):
             loaded(path, family)
         wide = next(key for key in state if key.endswith("norm_q.weight") or "proj_out" in key or "final_layer" in key)

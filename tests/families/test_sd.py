@@ -127,7 +127,7 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     model = copied(tmp_path)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match=r"cannot load .*unet: "):
+    with pytest.raises(ValueError, match="unet/.* is cut off"):
         opened(model)
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="unet must hold safetensors weights: pickles can run code"):
@@ -136,7 +136,7 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold unet/ to be a Stable Diffusion model"):
         opened(model)
     shutil.rmtree(model / "scheduler")
-    with pytest.raises(ValueError, match="cannot read scheduler/scheduler_config.json"):
+    with pytest.raises(ValueError, match="cannot read .*scheduler/scheduler_config.json"):
         opened(model)
 
 
@@ -157,10 +157,10 @@ def test_missing_tensors_and_strange_configs_are_named(tmp_path: Path) -> None:
     model = copied(tmp_path)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.weight"}, weights)
-    with pytest.raises(ValueError, match="unet: 1 tensors are missing, such as conv_in.weight"):
+    with pytest.raises(ValueError, match="unet: 1 tensor is missing, such as conv_in.weight"):
         opened(model)
     (model / "scheduler" / "scheduler_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"scheduler_config.json of .* must be a table, got \[\]"):
+    with pytest.raises(ValueError, match=r"scheduler_config.json must be a table, got \[\]"):
         opened(model)
     (model / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="must name the pipeline's _class_name"):

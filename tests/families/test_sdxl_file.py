@@ -175,9 +175,9 @@ def test_what_is_no_such_model_is_named(extra: State, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (f"{VAE}quant_conv.bias", "AutoencoderKL of .*: 1 tensors are missing, such as quant_conv.bias"),
-        (f"{FIRST}final_layer_norm.bias", "the text encoder of .*: 1 tensors are missing, such as .*final_layer_norm"),
-        (f"{SECOND}ln_final.bias", "the text encoder of .*: 1 tensors are missing, such as .*final_layer_norm.bias"),
+        (f"{VAE}quant_conv.bias", "AutoencoderKL of .*: 1 tensor is missing, such as quant_conv.bias"),
+        (f"{FIRST}final_layer_norm.bias", "the text encoder of .*: 1 tensor is missing, such as .*final_layer_norm"),
+        (f"{SECOND}ln_final.bias", "the text encoder of .*: 1 tensor is missing, such as .*final_layer_norm.bias"),
     ],
 )
 def test_a_broken_encoder_is_named_once_it_is_needed(key: str, message: str, tmp_path: Path) -> None:
