@@ -168,7 +168,7 @@ def test_extraction_compares_what_is_stored_times_its_scale(place: str, tmp_path
 @places
 def test_inspect_says_that_they_are_scaled(place: str, tmp_path: Path) -> None:
     state = PLACES[place]()
-    facts = dict(inspected(saved(tmp_path / "net.safetensors", state)).facts)
+    facts = dict(inspected(saved(tmp_path / "net.safetensors", state)).facts_table)
     assert facts["weights"].startswith(f"{len(WEIGHTS)} scaled, in ")
 
 
@@ -262,7 +262,7 @@ def test_what_is_packed_otherwise_is_refused_by_name(kind: str, tmp_path: Path) 
         with pytest.raises(ValueError, match=f"net.safetensors must hold plain weights, .* got .*{message}") as raised:
             action()
         assert "\n" not in str(raised.value) and not output.exists()
-    assert "quantised and not readable here" in dict(inspected(path).facts)["weights"]
+    assert "quantised and not readable here" in dict(inspected(path).facts_table)["weights"]
 
 
 def test_comfyui_s_metadata_that_agree_are_read(tmp_path: Path) -> None:

@@ -219,9 +219,7 @@ def test_no_tensor_is_dropped_or_made_up(family: str, tmp_path: Path) -> None:
                 ORIGINALS[family].net(Header.of(path), {name: name for name in state if name != key}, {})
             assert "\n" not in str(raised.value)
         written(path, state | {"strange.weight": torch.ones(2)})
-        with pytest.raises(
-            ValueError, match=f"the {kind} of .*: 1 tensor has no place in it, such as strange.weight"
-        ):
+        with pytest.raises(ValueError, match=f"the {kind} of .*: 1 tensor has no place in it, such as strange.weight"):
             loaded(path, family)
         wide = next(key for key in state if key.endswith("norm_q.weight") or "proj_out" in key or "final_layer" in key)
         written(path, state | {wide: torch.ones(3, 5)})
