@@ -4,10 +4,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lorasmith.families.chroma import Chroma
-from lorasmith.families.components import FolderComponents, OpenComponents
+from lorasmith.families.components import MODULES, FolderComponents, OpenComponents
 from lorasmith.families.file_components import FileComponents
 from lorasmith.families.flux import Flux
 from lorasmith.families.flux2 import Flux2, Flux2Klein
@@ -77,14 +75,14 @@ def _opened(model: Any, encoders: str | Path | None) -> Plain:
 
 def _refuse_without_weights(pipe: Any) -> None:
     """ValueError where a part of an open pipeline has shapes alone."""
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
-            empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
-            if empty:
-                raise ValueError(
-                    f"model must hold its weights, but {counted(empty, 'is', 'are')} missing of its {name}, such as "
-                    f"{empty[0]} (on the meta device)"
-                )
+    for name in MODULES:
+        part = getattr(pipe, name, None)  # which not every pipeline has
+        empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta] if part is not None else []
+        if empty:
+            raise ValueError(
+                f"model must hold its weights, but {counted(empty, 'is', 'are')} missing of its {name}, such as "
+                f"{empty[0]} (on the meta device)"
+            )
 
 
 def _of_file(header: Header, encoders: str | Path | None) -> Plain:

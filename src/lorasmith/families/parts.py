@@ -94,6 +94,16 @@ def weights_in(folder: Path) -> tuple[list[Header], str | None]:
     return headers, variant
 
 
+def check_shards(folder: Path, headers: Iterable[Header]) -> None:
+    """ValueError where a part's files, of whatever variant, are not all that its index names."""
+    shards: dict[str | None, dict[str, Header]] = {}
+    for header in headers:
+        if (match := WEIGHTS.fullmatch(header.path.name)) and match["shard"]:
+            shards.setdefault(match["variant"], {})[header.path.name] = header
+    for variant, own in shards.items():
+        check_index(folder, own, variant)
+
+
 def check_index(folder: Path, shards: Mapping[str, Header], variant: str | None) -> None:
     """ValueError where a folder's index names a file that is not there, or a tensor that its file lacks."""
     found = [path for path in folder.iterdir() if (m := INDEX.fullmatch(path.name)) and m["variant"] == variant]

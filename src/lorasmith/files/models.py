@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lorasmith.families.ldm_sizes import UNET, unet_config
+from lorasmith.families.parts import check_shards
 from lorasmith.families.sdxl_file import sdxl_unet_config
 from lorasmith.header import Header
 from lorasmith.layouts import normal, spellings
@@ -150,6 +151,8 @@ def _folder(path: Path) -> list[tuple[str, Header]]:
     files = [(file.parent.name, Header.of(file)) for file in sorted(path.glob("*/*.safetensors"))]
     if not files:
         raise ValueError(f"{path} must hold safetensors weights, but it does not")
+    for part in sorted({part for part, _ in files}):
+        check_shards(path / part, [header for own, header in files if own == part])
     return files
 
 
