@@ -45,7 +45,10 @@ class Rounding:
             ", ".join(str(d).removeprefix("torch.") for d in self.dtypes),
         )
         if not self.num_changed:
-            log.warning("all of the LoRA is lost to rounding: its changes are too small for weights in %s", dtypes)
+            log.warning(
+                "no weight has changed: all of the LoRA is lost to rounding, as its changes are too small for %s",
+                dtypes,
+            )
         elif error > NOTABLE:
             same = self.num_weights - self.num_changed
             log.warning(
