@@ -26,7 +26,7 @@ TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompt
 
 
 STAGES = ("encoding", "extracting", "generating", "hashing", "loading", "measuring", "merging", "packing", "resizing")
-WORK = re.compile(rf"lorasmith \d[\w.]*|(?:training|stopping|{'|'.join(STAGES)})\b.*")
+WORK = re.compile(rf"lorasmith \d[\w.]*|stopped: \d.*|(?:training|{'|'.join(STAGES)})\b.*")
 """A line about the work in hand."""
 
 

@@ -16,6 +16,7 @@ from screens import opened_terminal
 from lorasmith.bars import ASCII, THIN, Bars, bar_of
 from lorasmith.display import Shown
 from lorasmith.pace import Pace, Work
+from lorasmith.progress import tracked
 from lorasmith.streams import Printer
 
 NOTES = ("epoch 48/100", "loss 0.1234", "2.21 steps/s")
@@ -97,6 +98,17 @@ def test_the_cursor_rests_where_an_erasure_takes_away_all_that_a_terminal_may_wr
         with display.stage("one"), display.stage("two"):
             assert [row.split()[0] for row in terminal.lines()] == ["one", "two"]
             assert (terminal.screen.cursor.x, terminal.screen.cursor.y) == (0, 0)
+
+
+def test_a_bar_that_an_error_leaves_open_is_gone_when_the_display_is_closed() -> None:
+    with opened_terminal() as terminal:
+        with Bars(Printer(lambda: terminal.stream)) as bars:
+            items = tracked("ab", "encoding", Shown(bars), 2)
+            assert next(items) == "a" and terminal.lines()[0].startswith("encoding")
+        assert terminal.lines() == []
+        print("next", file=terminal.stream, flush=True)
+        del items
+        assert terminal.lines() == ["next"]
 
 
 def test_a_training_leaves_its_last_line() -> None:

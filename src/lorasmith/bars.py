@@ -68,6 +68,11 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._is_closed.set()
         self._thread.join()
+        with self._lock:
+            if self._shown:  # by generators that an error left open
+                self._shown.clear()
+                self._printer.write(ERASE)
+                self._printer.flush()
 
     def line(self, text: str) -> None:
         """Prints a line above the bars."""
@@ -85,11 +90,12 @@ class Bars:
             yield self._draw_soon
         finally:
             with self._lock:
-                self._shown.remove(work)
-                last = bar_of(work, self._width, self._signs) + "\n" if work.stays else ""
-                self._printer.write(ERASE + last)
-                self._draw()
-                self._printer.flush()
+                if work in self._shown:
+                    self._shown.remove(work)
+                    last = bar_of(work, self._width, self._signs) + "\n" if work.stays else ""
+                    self._printer.write(ERASE + last)
+                    self._draw()
+                    self._printer.flush()
 
     def _draw_soon(self) -> None:
         """Draws where that was not just done."""

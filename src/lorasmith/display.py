@@ -69,16 +69,23 @@ class Shown:
 
     @contextmanager
     def training(self, training: Training, stop: threading.Event) -> Iterator[Take]:
-        def label() -> str:
-            return "stopping" if stop.is_set() and training.pace.done < training.total else "training"
+        pace = training.pace
 
-        with self._view.showing(Work(label, training.pace, lambda: training.notes, stays=True)) as changed:
+        def label() -> str:
+            if pace.done == training.total or not (pace.is_over or stop.is_set()):
+                return "training"
+            return "stopped" if pace.is_over else "stopping"
+
+        with self._view.showing(Work(label, pace, lambda: training.notes, stays=True)) as changed:
 
             def take(step: "Step") -> None:
                 training.take(step)
                 changed()
 
-            yield take
+            try:
+                yield take
+            finally:
+                pace.is_over = True
 
 
 def follow(steps: Generator["Step", None, None], training: Training, display: Display, stop: threading.Event) -> None:

@@ -20,6 +20,7 @@ class Pace:
 
     def __init__(self, total: int | None, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.done, self.clock = total, done, clock
+        self.is_over = False  # with or without all of it done
         self.began = clock()
         self._marks = deque([(self.began, done)])  # times, and what was done by then, over the last WINDOW seconds
 
@@ -43,10 +44,14 @@ class Pace:
 
     @property
     def seconds_left(self) -> float | None:
-        """None where it cannot be told."""
+        """None where it cannot be told. It counts down from piece to piece; a piece that is late lowers the rate."""
         if self.total is None or self.rate is None:
             return None
-        return max(0.0, (self.total - self.done) / self.rate - (self.clock() - self._marks[-1][0]))
+        (first, before), (last, done) = self._marks[0], self._marks[-1]
+        left, now = self.total - self.done, self.clock()
+        if (now - last) * self.rate > 1:
+            return left * (now - first) / (done - before + 1)
+        return left / self.rate - (now - last)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def duration(seconds: float) -> str:
 
 def in_short(pace: Pace, notes: Sequence[str] = ()) -> list[str]:
     """What a line says of work whose total is known: "12/160", notes, and "1:20 left" or "in 1:35"."""
-    if pace.done == pace.total:
+    if pace.is_over or pace.done == pace.total:
         end = [f"in {duration(pace.seconds)}"]
     else:
         end = [] if pace.seconds_left is None else [f"{duration(pace.seconds_left)} left"]
