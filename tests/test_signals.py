@@ -34,6 +34,18 @@ def test_an_interruption_that_a_library_swallows_comes_again_with_the_next_work(
             pass
 
 
+def test_what_is_saved_because_of_an_interruption_is_not_interrupted_by_it() -> None:
+    display, done = Shown(Muted(Printer(lambda: None))), []
+    with interruptions():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            with display.stage("hashing", 1) as advance:
+                advance(1)
+                done.append("hashing")
+    assert done
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_while_a_step_is_made_the_first_one_waits_and_the_second_does_not(signum: signal.Signals) -> None:
     with interruptions(), interruptible() as stop:

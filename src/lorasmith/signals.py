@@ -40,9 +40,12 @@ def interruptions() -> Iterator[Interruption]:
 
 
 def raise_if_interrupted() -> None:
-    """KeyboardInterrupt where one was raised before and swallowed, as happens while modules are imported."""
+    """KeyboardInterrupt where one was raised before and swallowed, as happens while modules are imported.
+
+    Not where it is being handled: what is saved then may take a stage.
+    """
     handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, Interruption):
+    if isinstance(handler, Interruption) and not isinstance(sys.exception(), KeyboardInterrupt):
         handler.raise_if_it_has_come()
 
 
