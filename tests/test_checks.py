@@ -116,6 +116,11 @@ def flux(home: Path) -> None:
     pipeline("FluxPipeline").save_pretrained(home / "flux")
 
 
+def flux_texts(home: Path) -> None:
+    flux(home)
+    lora(home, "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+
+
 BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
     (
         lora,
@@ -127,6 +132,11 @@ BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
     (nothing, {"targets": {"preset": "none"}, "adapter": "DoRA"}, "targets must match a layer, got preset 'none'"),
     (nothing, {"adapter": "LoHa", "file_layout": "diffusers"}, "file_layout diffusers: diffusers reads LoRA"),
     (flux, {"model": "flux", "text_encoder": {"train": True}}, r"text_encoder\.train must be false for this model"),
+    (
+        flux_texts,
+        {"model": "flux", "existing_lora": "lora.safetensors"},
+        r"lora\.safetensors holds layers of text",
+    ),
 ]
 
 

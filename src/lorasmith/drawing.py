@@ -47,7 +47,9 @@ def draw_comparison(
     """
     assert config.model is not None and config.sampling.prompts
     header = None if lora is None else Header.of(lora)
-    outline, path = skeleton_for(config.model, config.encoders, header, with_texts=False)
+    outline, path = skeleton_for(
+        config.model, config.encoders, header, with_texts=False, ignore_unknown=config.ignore_unknown
+    )
     adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
     with progress.stage("loading the model"):
         family = opened(config.model, config.encoders, with_texts=isinstance(outline, Encoding))
