@@ -153,18 +153,22 @@ def test_open_clip_s_own_names_and_projection(tmp_path: Path, caplog: Any) -> No
     )
 
 
-def test_diffusers_reads_what_is_converted_for_sd_3(tmp_path: Path) -> None:
+def test_diffusers_reads_what_is_converted_for_sd_3(tmp_path: Path, caplog: Any) -> None:
     pipe: Any = made("StableDiffusion3Pipeline")
     pipe.save_pretrained(tmp_path / "model")
     layers = {f"lora_te{number}_text_model_encoder_layers_0_self_attn_q_proj": (16, 16) for number in (1, 2)}
     layers["lora_unet_joint_blocks_0_x_block_attn_proj"] = (16, 16)
+    layers["lora_te3_encoder_block_0_layer_0_SelfAttention_q"] = (16, 32)
     lora = {
         f"{n}.lora_{w}.weight": torch.randn(s)
         for n, (o, i) in layers.items()
         for w, s in (("up", (o, 2)), ("down", (2, i)))
     }
     save_file(lora, tmp_path / "a.safetensors")
-    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "model", "diffusers") == 3
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "model", "diffusers") == 4
+    assert caplog.messages[-1] == (
+        "diffusers reads no LoRA of T5, and will leave out: lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    )
     read: Any = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
     read.load_lora_weights(tmp_path, weight_name="b.safetensors")
     for number, part in enumerate(("text_encoder", "text_encoder_2"), 1):

@@ -1,6 +1,7 @@
 """A LoRA under the names of another program, for the model that it belongs to, of which no weights are loaded."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -25,6 +26,8 @@ from lorasmith.looks import lora_family
 from lorasmith.tensor_file import Named, write_streamed
 from lorasmith.text_names import text_layer
 from lorasmith.types import Denoiser
+
+log = logging.getLogger(__name__)
 
 LENGTHS = ("alpha", SCALE, VECTOR)
 """What is kept in float32 in a file of 16 bits."""
@@ -96,6 +99,9 @@ class Fitted:
         warn_of_doubt(self.lora.stored, metadata)
         kept = {key: value for key, value in metadata.items() if key not in (KEY, LAYOUT)}
         algorithms = {algorithm for layer in self.lora.layers if (algorithm := self.lora.algorithm(layer))}
+        of_t5 = [layer for layer in self.lora.layers if (text := text_layer(layer)) and text.encoder == "t5"]
+        if layout == "diffusers" and of_t5:
+            log.warning("diffusers reads no LoRA of T5, and will leave out: %s", listed(of_t5))
         said = {**derived(kept, f"convert to {layout}'s names"), **metadata_in(layout, algorithms)}
         write_streamed(output, self.tensors(layout), lambda: said)
 
