@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from commands import TINY, at_step, lorasmith, made
 
 from lorasmith import training
+from lorasmith.events import Events
+from lorasmith.streams import Printer
 
 PAGE = Path(__file__).parents[1] / "docs" / "events.md"
 
@@ -72,3 +75,12 @@ def test_a_training_that_fails_says_why(home: Path, monkeypatch: pytest.MonkeyPa
     assert events(ended.out)[-1] == {"event": "error", "message": "what went wrong"}
     refused = lorasmith(home, "train", "cats", *TINY, "--json", "--steps", "0")
     assert refused.code == 2 and events(refused.out)[-1]["message"].startswith("steps must be")
+
+
+def test_of_several_processes_the_first_one_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    for is_first in (False, True):
+        with Events(Printer(lambda: sys.stdout), is_first) as display, display.stage("reading"):
+            display.warning("something")
+        assert [event["event"] for event in events(capsys.readouterr().out)] == [
+            "start", "stage", "warning", "stage"
+        ] * is_first  # fmt: skip

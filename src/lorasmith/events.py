@@ -22,15 +22,14 @@ INTERVAL = 1.0  # seconds between two events of one stage
 
 
 class Events:
-    """A display and a report that programs read. The last event is "done", "stopped" or "error"."""
+    """A display and a report that programs read, of the first process alone. They end in done, stopped or error."""
 
     def __init__(self, printer: Printer, is_first: bool) -> None:
         self._printer, self._is_first = printer, is_first
         self._lock = threading.RLock()
 
     def __enter__(self) -> "Events":
-        if self._is_first:
-            self._emit("start", version=__version__)
+        self._emit("start", version=__version__)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -40,6 +39,8 @@ class Events:
             self._emit("error", message=text_of(error))
 
     def _emit(self, event: str, **fields: Any) -> None:
+        if not self._is_first:
+            return
         with self._lock:
             self._printer.line(json.dumps({"event": event, **fields}))
 
