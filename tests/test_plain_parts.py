@@ -134,6 +134,16 @@ def test_every_tool_honours_every_place_of_a_scale(place: str, tmp_path: Path, b
     torch.testing.assert_close(merged, (base_weight + expected).to(merged.dtype), atol=2e-3, rtol=2e-3)
 
 
+def tools(path: Path, folder: Path) -> list[Callable[[], Any]]:
+    """What reads a file and would write into the folder."""
+    return [
+        lambda: delta_of(path),
+        lambda: convert(path, folder / "b.safetensors", BASE, "kohya"),
+        lambda: resize(path, folder / "b.safetensors", Cut(rank=2)),
+        lambda: merge_into(BASE, [Source.parsed(str(path))], folder / "model"),
+    ]
+
+
 BAD_SCALES = [
     (
         {**factors("x", DOWN8, UP8), "x.lora_A.scale_weight": torch.ones(3)}, {},
@@ -165,13 +175,7 @@ def test_a_scale_that_does_not_fit_is_refused(
 def test_whole_numbers_are_refused_by_every_tool(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(factors(KOHYA, DOWN.to(torch.int8), UP, "du"), path)
-    tools: list[Callable[[], Any]] = [
-        lambda: delta_of(path),
-        lambda: convert(path, tmp_path / "b.safetensors", BASE, "kohya"),
-        lambda: resize(path, tmp_path / "b.safetensors", Cut(rank=2)),
-        lambda: merge_into(BASE, [Source.parsed(str(path))], tmp_path / "model"),
-    ]
-    for tool in tools:
+    for tool in tools(path, tmp_path):
         with pytest.raises(ValueError, match="lora_down.weight .*torch.int8"):
             tool()
 
@@ -262,13 +266,7 @@ STRANGE = {
 def test_parts_that_are_not_read_are_named_by_every_tool(part: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**factors(KOHYA, names="du"), f"{KOHYA}.{part}": torch.ones(SIDE, SIDE)}, path)
-    tools: list[Callable[[], Any]] = [
-        lambda: delta_of(path),
-        lambda: convert(path, tmp_path / "b.safetensors", BASE, "kohya"),
-        lambda: resize(path, tmp_path / "b.safetensors", Cut(rank=2)),
-        lambda: merge_into(BASE, [Source.parsed(str(path))], tmp_path / "model"),
-    ]
-    for tool in tools:
+    for tool in tools(path, tmp_path):
         with pytest.raises(ValueError, match=STRANGE[part]):
             tool()
     assert not (tmp_path / "b.safetensors").exists() and not (tmp_path / "model").exists()

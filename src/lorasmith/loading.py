@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
+from lorasmith.adapters import adapter_from_file, kind_of, refuse_unread
 from lorasmith.adapters.layer import Adapter, Layer, fitting
 from lorasmith.attach import AdapterSet
 from lorasmith.dora_scales import as_in_the_paper, warn_of_doubt
@@ -131,6 +131,8 @@ def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[
 
 def _adapter(path: str, adaptable: Mapping[str, nn.Module], parts: Mapping[str, Tensor]) -> Adapter:
     if path not in adaptable:
+        kind = kind_of(parts)
+        refuse_unread(parts, kind.SUFFIXES if kind else ())
         raise ValueError(f"{', '.join(sorted(parts))} cannot be trained on a layer of this kind")
     return adapter_from_file(Layer.of(path, adaptable[path]), parts, adaptable[path])
 
