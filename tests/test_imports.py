@@ -9,6 +9,7 @@ FLOORS = (
     (
         "draws",
         "devices",
+        "openmp",
         "kernels",
         "ldm_names",
         "original_names",

@@ -131,8 +131,10 @@ def sample(
         path, device = checked_sample(config, lora, output, overwrite=overwrite)
         load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.drawing"))
         from lorasmith.drawing import draw_comparison
+        from lorasmith.openmp import cores_shared
 
-        draw_comparison(config, lora, path, device, display)
+        with cores_shared():
+            draw_comparison(config, lora, path, device, display)
     print(path)
     return 0
 

@@ -120,6 +120,9 @@ class Config(Component):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads; none: one for each core, or what OMP_NUM_THREADS says"
+    )
     seed: int = Field(
         default=0, ge=0, le=SEED_MAX, description="seed of initialisation, sample order, timesteps and noise"
     )

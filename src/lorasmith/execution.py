@@ -5,6 +5,7 @@ import logging
 from lorasmith.checks import Request
 from lorasmith.devices import is_out_of_memory
 from lorasmith.display import Display, follow
+from lorasmith.openmp import cores_shared
 from lorasmith.pace import Pace, Training
 from lorasmith.run import Run, opened_run
 from lorasmith.run_report import Report
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def execute(request: Request, display: Display, report: Report) -> int:
     """Runs a request from its data to its report; Ctrl-C and errors keep what was trained. Returns the exit code."""
-    with opened_run(request, display) as run:
+    with cores_shared(), opened_run(request, display) as run:
         try:
             with interruptible() as stop:
                 follow(run.steps(stop), _training(run), display, stop)

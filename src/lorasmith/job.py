@@ -240,7 +240,7 @@ def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
 
 def _portable(config: Config) -> str:
     """What decides the result, as JSON; paths are cut to their last name: a file tells nothing of its machine."""
-    without = {"output": True, "device": True, "sampling": True, "data": {"held_out", "drift"}}
+    without = {"output": True, "device": True, "threads": True, "sampling": True, "data": {"held_out", "drift"}}
     values = config.model_dump(mode="json", exclude={**without, **dict.fromkeys(WITHOUT_EFFECT, True)})
     for table, key in ((values, "model"), (values, "encoders"), (values, "existing_lora"), (values["data"], "folder")):
         table[key] = None if table[key] is None else Path(table[key]).name

@@ -25,6 +25,7 @@ OF_MODEL = ("base model", "structure", "process", "data")
 PLACES: Mapping[str, Sequence[str]] = {
     "output": (), "data": ("data",), "model": OF_MODEL, "encoders": OF_MODEL, "existing_lora": ("first weights",),
     "device": ("processor", "threads", "dtypes", "packed layers", "kernels in C"),
+    "threads": ("threads",),
 }  # fmt: skip
 """{setting that may differ between machines: the facts that say whether what is found there does}."""
 SHARED_FACTS = ("base model", "structure", "process", "data", "first weights", GROUP_SIZE, "lorasmith")

@@ -77,7 +77,7 @@ class Run:
     def of(cls, request: Request, folder: RunFolder | None, progress: Progress = SILENT) -> "Run":
         """In this order: what the model's layers decide, the model itself, its pictures. Writes nothing."""
         plan, checkpoint = _planned(request, folder)
-        config, world = plan.config, request.world
+        config, world = _with_threads(plan.config, checkpoint), request.world
         assert config.model is not None
         with progress.stage("loading the model"):
             family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
@@ -292,6 +292,13 @@ def _planned(request: Request, folder: RunFolder | None) -> tuple[Plan, Checkpoi
     if checkpoint is not None:
         plan.refuse_misfit(checkpoint)
     return plan, checkpoint
+
+
+def _with_threads(config: Config, checkpoint: Checkpoint | None) -> Config:
+    """Sets the number of CPU threads: as asked for, else as before the interruption, as another gives other bits."""
+    before = None if checkpoint is None else checkpoint.config.get("threads")
+    torch.set_num_threads(config.threads or before or torch.get_num_threads())
+    return config.model_copy(update={"threads": torch.get_num_threads()})
 
 
 def _encoded(
