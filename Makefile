@@ -1,14 +1,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
+VERSIONS := .venv/versions
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format docs site clean
+.PHONY: demo test test-versions test-lowest-direct test-highest check format docs site clean
 
 demo: .venv/package
 	$(BIN)/lorasmith demo
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# With the lowest versions that pyproject.toml allows, and with the newest. By hand: it downloads some 6 GB.
+test-versions:
+	$(MAKE) --keep-going test-lowest-direct test-highest
+
+test-lowest-direct test-highest: test-%: .venv/package
+	$(PIP) uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VERSIONS)
+	$(BIN)/uv pip install --quiet --python $(VERSIONS) --resolution $* --all-extras --requirements pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(VERSIONS) --no-deps --editable .
+	$(BIN)/uv pip freeze --python $(VERSIONS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERSIONS)/bin/python -m pytest -n 2
+	rm -r $(VERSIONS)
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -5,7 +5,18 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorasmith"
 FLOORS = (
-    ("lorasmith", "types", "component", "faults", "help_layout", "progress", "meeting", "torchrun", "not_weights"),
+    (
+        "lorasmith",
+        "types",
+        "component",
+        "faults",
+        "help_layout",
+        "progress",
+        "meeting",
+        "torchrun",
+        "not_weights",
+        "installed",
+    ),
     (
         "draws",
         "devices",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.devices import has_int8
+from lorasmith.installed import needs_extra
 from lorasmith.memory import blocks
 from lorasmith.types import Denoiser
 
@@ -39,7 +40,7 @@ def offload(denoiser: Denoiser, device: torch.device) -> None:
     try:
         from accelerate import cpu_offload
     except ModuleNotFoundError:
-        raise ValueError("offloading needs the extra 'offload': pip install 'lorasmith[offload]'") from None
+        raise needs_extra("offloading", "offload") from None
     for net in denoiser.nets.values():
         for block in blocks(net, 1):
             cpu_offload(block, device)
@@ -55,7 +56,7 @@ def refuse_unfit_int8(device: torch.device) -> None:
             Int8MixedPrecisionTrainingConfig,  # noqa: F401
         )
     except ImportError:  # an older torchao has the module without the class
-        raise ValueError("quantized_backward needs the extra 'quantized': pip install 'lorasmith[quantized]'") from None
+        raise needs_extra("quantized_backward", "quantized") from None
     if not has_int8(device):
         raise ValueError("quantized_backward must be False here: this processor's int8 products overflow (no VNNI)")
 

@@ -15,6 +15,7 @@ from lorasmith import __version__
 from lorasmith.faults import text_of
 from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
+from lorasmith.installed import refuse_old
 from lorasmith.signals import INTERRUPTED, Interruption, interruptions
 
 log = logging.getLogger(__name__)
@@ -279,6 +280,7 @@ def main() -> None:
 def _code(interruption: Interruption) -> int:
     """The exit code of the command in the program's arguments; KeyboardInterrupt where it is interrupted."""
     try:
+        refuse_old()
         _refuse_bytes(sys.argv[1:])
         _hush_imports()
         return app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
+from lorasmith.installed import needs_extra
 from lorasmith.memory import D, blocks, shared_copy
 from lorasmith.types import Denoiser
 
@@ -46,7 +47,7 @@ def _int8(weight: Tensor) -> Stored:
     try:
         from torchao.quantization import Int8Tensor, PerRow  # pyright: ignore[reportMissingImports]
     except ImportError:  # an older torchao has the module without the class
-        raise _without("int8", "quantized") from None
+        raise needs_extra("base_dtype int8", "quantized") from None
     packed = Int8Tensor.from_hp(weight.float(), granularity=PerRow())
     assert packed.zero_point is not None
     return Stored((packed.qdata, packed.scale, packed.zero_point), partial(packed.dequantize, weight.dtype))
@@ -60,7 +61,7 @@ def _fp8(weight: Tensor) -> Stored:
     try:
         from torchao.quantization import Float8Tensor, PerRow  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise _without("fp8", "quantized") from None
+        raise needs_extra("base_dtype fp8", "quantized") from None
     packed = Float8Tensor.from_hp(weight.float(), granularity=PerRow(), hp_value_lb=LEAST)
     return Stored((packed.qdata, packed.scale), partial(packed.dequantize, weight.dtype))
 
@@ -74,14 +75,10 @@ def _nf4(weight: Tensor) -> Stored:
     try:
         import bitsandbytes.functional as bnb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise _without("nf4", "nf4") from None
+        raise needs_extra("base_dtype nf4", "nf4") from None
     kept, state = bnb.quantize_4bit(weight.reshape(-1, NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4")
     shape = weight.shape
     return Stored((kept, state.absmax), lambda: bnb.dequantize_4bit(kept, state).view(shape))
-
-
-def _without(kind: str, extra: str) -> ValueError:
-    return ValueError(f"base_dtype {kind} needs the extra '{extra}': pip install 'lorasmith[{extra}]'")
 
 
 PACKINGS: dict[str, Callable[[Tensor], Stored]] = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from lorasmith.installed import needs_extra
 from lorasmith.types import Step
 from lorasmith.whole import errors_name, flush_folder, write_whole
 
@@ -126,7 +127,7 @@ class TensorBoardLog:
 def refuse_without_tensorboard() -> None:
     """ValueError where TensorBoard's writer is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("tensorboard needs the extra 'tensorboard': pip install 'lorasmith[tensorboard]'")
+        raise needs_extra("tensorboard", "tensorboard")
 
 
 def _sound_steps(content: bytes) -> Iterator[Step]:
