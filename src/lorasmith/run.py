@@ -215,10 +215,13 @@ class Run:
         rows = [
             ("steps", f"{self.num_done} of {self.num_steps}, {counted(job.dataset.order.group_size, 'sample')} each"),
             ("pictures", str(len(job.dataset.samples))),
+            ("model", Path(str(job.config.model)).name),
+            ("learning rate", f"{job.config.learning_rate:g}, {job.config.schedule.name}"),
+            ("seed", str(job.config.seed)),
             (
                 "adapters",
-                f"{'+'.join(job.adapters.algorithms)} on {counted(len(job.adapters.adapters), 'layer')}, "
-                f"{counted(trained, 'trainable parameter')}",
+                f"{'+'.join(job.adapters.algorithms)} of rank {', '.join(map(str, job.adapters.ranks))} "
+                f"on {counted(len(job.adapters.adapters), 'layer')}, {counted(trained, 'trainable parameter')}",
             ),
             ("training time", f"{sum(step.seconds for step in steps):.0f} s"),
             *((f"{what} time", f"{seconds:.0f} s") for what, seconds in self.seconds.items()),
