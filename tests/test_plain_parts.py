@@ -236,8 +236,8 @@ def test_whole_kronecker_factors_with_an_alpha_of_no_meaning(tmp_path: Path, bas
     save_file(state, path)
     expected = torch.kron(w1.float(), w2.float())
     torch.testing.assert_close(delta_of(path), expected)
-    facts = dict(inspected(path).facts)
-    assert facts["alpha"] == "none" and "not finite" not in facts
+    inspection = inspected(path)
+    assert not inspection.facts["alphas"] and "not finite" not in dict(inspection.facts_table)
     convert(path, tmp_path / "b.safetensors", BASE, "lycoris")
     torch.testing.assert_close(delta_of(tmp_path / "b.safetensors"), expected)
     merge_into(BASE, [Source.parsed(str(path))], tmp_path / "model")

@@ -32,7 +32,7 @@ def invocation(tokens: Sequence[str], *, is_resuming: bool) -> Invocation:
     if len(sources) != 1 or not sources[0]:
         got = " ".join(sources) or "none"
         advice = ": --resume takes no value" if is_resuming and len(sources) > 1 else stray_words(tokens)
-        advice = advice if sources else ": lorasmith train PICTURES --model MODEL"
+        advice = advice if any(sources) else ": lorasmith train PICTURES --model MODEL"
         raise ValueError(f"train needs one folder of pictures or one TOML file, got {got}{advice}")
     source = Path(sources[0])
     if source.suffix.lower() in other_files.SUFFIXES and not source.is_dir():

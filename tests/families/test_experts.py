@@ -216,4 +216,4 @@ def test_a_run_writes_and_tells_them(tmp_path: Path) -> None:
         assert name in (folder / "report.html").read_text("utf-8")
         metadata = lorafile.read(folder / name)[1]
         assert f"lora_{metadata[EXPERT]}.safetensors" == name and metadata["modelspec.title"] == "cats"
-    assert "files of experts  lora_high_noise.safetensors, lora_low_noise.safetensors" in ended.out
+    assert "files of experts\tlora_high_noise.safetensors, lora_low_noise.safetensors" in ended.out

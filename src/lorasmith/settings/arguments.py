@@ -58,6 +58,7 @@ def stray_words(tokens: Sequence[str]) -> str:
         if not token.startswith("--") or key not in known:
             continue
         words = list(takewhile(lambda word: not (word.startswith("--") or os.path.exists(word)), tokens[start + 1 :]))
+        words = [word for word in words if word]
         setting = known[key]
         if len(words) < 2 or setting.kind in (int, float, bool) or setting.options:
             continue
