@@ -17,6 +17,7 @@ from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
 from lorasmith.installed import refuse_old
 from lorasmith.signals import INTERRUPTED, Interruption, interruptions
+from lorasmith.torchrun import is_first_here
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ def _as_memory_error(error: Exception) -> MemoryError:
 def _refused(error: Exception) -> int:
     """One line for the user; the traceback for LORASMITH_LOG=debug."""
     log.debug("", exc_info=error)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):  # bad input is every process's
+    if is_first_here() or not isinstance(error, ValueError):  # bad input is every process's
         print(f"lorasmith: {text_of(error)}", file=sys.stderr)
     return 2
 
