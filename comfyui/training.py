@@ -23,8 +23,8 @@ from lorasmith.adapters.dora import SCALE
 from lorasmith.checkpoints import CheckpointFolder
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
-from lorasmith.devices import is_out_of_memory
 from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui
+from lorasmith.faults import is_out_of_memory
 from lorasmith.job import Job
 from lorasmith.keeping import Keeper, kept
 from lorasmith.lock import FolderLock

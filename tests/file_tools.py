@@ -4,12 +4,7 @@ import torch
 from tiny_nets import Holder
 from torch import Tensor, nn
 
-from lorasmith.adapters import Algorithm
-from lorasmith.adapters.dora import DoRA
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.file_layouts import in_layout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attach, attached
 from lorasmith.families.sd import StableDiffusion
 from lorasmith.noise import Flow

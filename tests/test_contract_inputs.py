@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.contract import _targets, train_lora

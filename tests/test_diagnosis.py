@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.diagnosis import origin_of_non_finite

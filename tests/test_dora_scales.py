@@ -12,7 +12,7 @@ from lycoris.modules import get_module, make_module
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters.dora import DoRA
+from lorasmith.algorithms import DoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.contract import train_lora
 from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lorasmith import drawing, lorafile
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.demo import BASE
 from lorasmith.drawing import draw_comparison

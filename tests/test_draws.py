@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 
-from lorasmith.draws import SEED_MAX, Purpose, normal, path_number, permutation, uniform
+from lorasmith.config import SEED_MAX
+from lorasmith.draws import Purpose, normal, path_number, permutation, uniform
 
 
 def test_equal_arguments_give_equal_numbers_and_global_generators_stay() -> None:

@@ -15,12 +15,7 @@ from tiny_nets import NETS, Holder, holder_of
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters import Algorithm
-from lorasmith.adapters.dora import DoRA
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import Dataset

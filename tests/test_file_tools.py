@@ -21,7 +21,7 @@ from tiny_nets import NETS, Holder, holder_of, pipeline_of
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.file_layouts import metadata_of

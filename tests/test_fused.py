@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import Algorithm, adapter_from_file
-from lorasmith.adapters.dora import DoRA
+from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.fused import Member, joined, parted
 
 ROWS = (6, 6, 6, 12)

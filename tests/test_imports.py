@@ -16,6 +16,7 @@ FLOORS = (
         "torchrun",
         "not_weights",
         "installed",
+        "dtypes",
     ),
     (
         "draws",
@@ -39,6 +40,7 @@ FLOORS = (
         "noise",
         "losses",
         "optimizers",
+        "masters",
         "adapters",
         "data.pictures",
         "data.listing",
@@ -69,6 +71,7 @@ FLOORS = (
         "fused",
         "events",
         "quantised",
+        "algorithms",
     ),
     ("attach", "memory", "config", "lorafile", "dora_scales", "sampling", "validation"),
     (

@@ -11,10 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoHa, LoKr, LoRA
-from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 from lorasmith.demo import BASE
 from lorasmith.inspection import inspected, layer_norms
 from lorasmith.norms_plot import kind_of_layer, norms_figure

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith import lorafile
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.contract import train_lora
 from lorasmith.families.sd import StableDiffusion, StableDiffusionDenoiser

@@ -14,8 +14,7 @@ from test_memory import Case, case, equal, gradients  # noqa: F401
 from torch import Tensor, nn
 
 from lorasmith import low_bit
-from lorasmith.adapters import Algorithm, LoHa, LoKr
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, LoHa, LoKr
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.contract import train_lora

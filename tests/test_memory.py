@@ -12,9 +12,7 @@ from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from measure_checkpointing import Subject, measured
 from torch import Tensor, nn
 
-from lorasmith.adapters.dora import DoRA
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, DoRA, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import offload, quantize_backward, refuse_useless_offloading
 from lorasmith.config import Config

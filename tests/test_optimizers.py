@@ -15,6 +15,7 @@ from transformers import get_scheduler
 
 from lorasmith.contract import train_lora
 from lorasmith.devices import has_bf16
+from lorasmith.masters import LossScale, Masters, norm
 from lorasmith.noise import Flow
 from lorasmith.optimizers import (
     SGD,
@@ -23,11 +24,8 @@ from lorasmith.optimizers import (
     Constant,
     Cosine,
     Linear,
-    LossScale,
-    Masters,
     Optimizer,
     RMSprop,
-    norm,
 )
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.peft_config import CONFIG, HEADER, with_alphas
+from lorasmith.header import PEFT_CONFIG
+from lorasmith.peft_config import CONFIG, with_alphas
 
 
 def lora(rank: int, names: tuple[str, str] = ("lora_A.weight", "lora_B.weight")) -> dict[str, Tensor]:
@@ -19,7 +20,7 @@ def lora(rank: int, names: tuple[str, str] = ("lora_A.weight", "lora_B.weight"))
 
 
 def header(**config: Any) -> dict[str, str]:
-    return {HEADER: json.dumps({f"unet.{key}": value for key, value in config.items()})}
+    return {PEFT_CONFIG: json.dumps({f"unet.{key}": value for key, value in config.items()})}
 
 
 PATH = Path("a.safetensors")
@@ -70,10 +71,10 @@ def test_a_layer_s_own_alpha_holds() -> None:
 
 def test_each_net_has_its_own_configuration() -> None:
     state = {**lora(4), **{key.replace("unet", "text_encoder"): tensor for key, tensor in lora(4).items()}}
-    metadata = {HEADER: json.dumps({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2})}
+    metadata = {PEFT_CONFIG: json.dumps({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2})}
     found = with_alphas(state, metadata, PATH)
     assert float(found["unet.a.to_q.alpha"]) == 8 and float(found["text_encoder.a.to_q.alpha"]) == 2
-    for_all = with_alphas(state, {HEADER: json.dumps({"lora_alpha": 5})}, PATH)
+    for_all = with_alphas(state, {PEFT_CONFIG: json.dumps({"lora_alpha": 5})}, PATH)
     assert float(for_all["unet.a.to_q.alpha"]) == float(for_all["text_encoder.a.to_q.alpha"]) == 5
 
 
@@ -137,7 +138,7 @@ def refusal(metadata: dict[str, str], path: Path, state: dict[str, Tensor] | Non
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_configuration_is_one_clear_line(tmp_path: Path, text: str) -> None:
-    assert BROKEN[text] in refusal({HEADER: text}, PATH)
+    assert BROKEN[text] in refusal({PEFT_CONFIG: text}, PATH)
     (tmp_path / CONFIG).write_text(text)
     assert BROKEN[text] in refusal({}, tmp_path / "adapter_model.safetensors")
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import FlowDenoiser
-from torch import Tensor
 
 from lorasmith import contract, lorafile, training
 from lorasmith.checkpoints import CheckpointFolder, read
 from lorasmith.config import Checkpoints, NonFinite
+from lorasmith.masters import LossScale
 from lorasmith.noise import Flow
-from lorasmith.optimizers import SGD, LossScale, RMSprop
+from lorasmith.optimizers import SGD, RMSprop
 from lorasmith.targets import Targets
 from lorasmith.training import NonFiniteError
 from lorasmith.types import Result
@@ -45,13 +45,13 @@ def inputs(num: int = 5, sizes: tuple[int, ...] = (8,)) -> dict[str, Any]:
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes the training break off at its n-th loss from now on; 0: never. What was patched before stays so."""
-    base: list[Callable[..., Tensor]] = []
+    base: list[Callable[..., torch.Tensor]] = []
 
     def broken_at(number: int) -> None:
         base.extend([] if base else [training.sample_losses])
         calls = 0
 
-        def counted(*args: Any) -> Tensor:
+        def counted(*args: Any) -> torch.Tensor:
             nonlocal calls
             calls += 1
             if calls == number:
@@ -267,7 +267,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, bad: Callable[[tuple[int, ...], flo
     """Makes losses NaN where `bad` says so of their samples' numbers and the rate; returns the numbers seen."""
     losses, seen = training.sample_losses, []
 
-    def spoilt(denoiser: Any, batch: Any, config: Any) -> Tensor:
+    def spoilt(denoiser: Any, batch: Any, config: Any) -> torch.Tensor:
         seen.append(batch.numbers)
         found = losses(denoiser, batch, config)
         return found * math.nan if bad(batch.numbers, config.learning_rate) else found

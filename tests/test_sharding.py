@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters import Algorithm, DoRA, LoHa, LoKr, LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import quantize_backward
 from lorasmith.config import Config

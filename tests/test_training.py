@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset, batch_of

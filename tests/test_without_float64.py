@@ -15,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasmith.adapters import DoRA, LoHa, LoKr, LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.data.cache import Dataset
+from lorasmith.masters import norm
 from lorasmith.memory import shared_copy
-from lorasmith.optimizers import norm
 from lorasmith.sampling import drawn
 from lorasmith.state import State
 from lorasmith.training import train

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.demo import BASE
 from lorasmith.low_bit import LowBitLinear

@@ -25,8 +25,7 @@ def make(folder: Path) -> None:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from lorasmith import lorafile
-    from lorasmith.adapters.dora import DoRA
-    from lorasmith.adapters.lora import LoRA
+    from lorasmith.algorithms import DoRA, LoRA
     from lorasmith.attach import AdapterSet
     from lorasmith.families import opened
     from lorasmith.targets import Targets

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import Algorithm
 from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.algorithms import Algorithm
 from lorasmith.kernels.packed import Packed
 from lorasmith.layouts import OFFSETS, normal
 from lorasmith.targets import Targets, adaptable_layers

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
-from lorasmith.faults import text_of
+from lorasmith.faults import is_out_of_memory, text_of
 from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
 from lorasmith.installed import refuse_old
@@ -41,7 +41,7 @@ for command in COMMANDS:
     app.command(command, group=FILES)
 Tokens = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Resume = Annotated[bool, Parameter(negative="")]
-SETTINGS = ("torch", "lorasmith.invocation", "lorasmith.checks")  # what settings are read and checked with
+CHECKS = ("torch", "lorasmith.checks")  # what settings are checked with, and the folders and files that they name
 
 
 @app.command(help_flags=[])
@@ -53,9 +53,11 @@ def train(*tokens: Tokens, resume: Resume = False, json: Json = False) -> int:
         show(_word_after_help(tokens))
         return 0
     with _shown_training(json) as (display, report):
+        from lorasmith.console import load
         from lorasmith.invocation import invocation
 
         asked = invocation(tokens, is_resuming=resume)
+        load(display, "libraries", CHECKS)
         return _execute(asked.config, display, report, resume=resume, folder=asked.folder)
 
 
@@ -75,16 +77,20 @@ def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False,
         print events as they happen, a JSON object a line
     """
     with _shown_training(json) as (display, report):
+        from lorasmith.console import load
         from lorasmith.demo import demo_settings
-        from lorasmith.run_folder import numbered_folder
         from lorasmith.settings import configured, merged, parsed
         from lorasmith.settings.arguments import stray_words
 
         others, values = parsed(tokens, "demo")
         if others:
             raise ValueError(f"demo takes settings only, got {' '.join(others)}{stray_words(tokens)}")
-        folder = {"output": str(numbered_folder(f"demo-{concept}", is_there=resume))}
-        config = configured(merged({**demo_settings(concept), **folder}, values))
+        config = configured(merged(demo_settings(concept), values))
+        load(display, "libraries", CHECKS)
+        from lorasmith.run_folder import numbered_folder
+
+        folder = config.output or numbered_folder(f"demo-{concept}", is_there=resume)
+        config = config.model_copy(update={"output": folder})
         return _execute(config, display, report, resume=resume)
 
 
@@ -122,14 +128,15 @@ def sample(
     from lorasmith.console import MODEL_LIBRARIES, load, opened_display
 
     with opened_display() as display:
-        load(display, "libraries", SETTINGS)
-        from lorasmith.checks import checked_sample
         from lorasmith.invocation import with_model
         from lorasmith.settings import configured
 
         values = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
         named = {"model": model} if encoders is None else {"model": model, "encoders": encoders}
         config = configured(with_model({**named, "ignore_unknown": ignore_unknown, "sampling": values}))
+        load(display, "libraries", CHECKS)
+        from lorasmith.checks import checked_sample
+
         path, device = checked_sample(config, lora, output, overwrite=overwrite)
         load(display, "model classes", (*MODEL_LIBRARIES, "lorasmith.drawing"))
         from lorasmith.drawing import draw_comparison
@@ -154,13 +161,17 @@ def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> i
     json
         print one JSON document
     """
-    from lorasmith.console import show_json, show_table
-    from lorasmith.inspection import inspected, layer_norms
+    from lorasmith.console import load, opened_display, show_json, show_table
     from lorasmith.invocation import with_model
 
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
-    inspection = inspected(Path(with_model({"model": str(file)})["model"]))
+    path = Path(with_model({"model": str(file)})["model"])
+    with opened_display() as display:
+        load(display, "libraries", ("torch", "lorasmith.inspection"))
+        from lorasmith.inspection import inspected, layer_norms
+
+        inspection = inspected(path, display)
     if not json:
         show_table(inspection.facts_table)
         show_table(inspection.rows_table, inspection.columns)
@@ -202,15 +213,14 @@ def _word_after_help(tokens: Sequence[str]) -> str | None:
 
 @contextmanager
 def _shown_training(as_json: bool) -> Iterator[tuple[Any, Any]]:
-    """The display and the report of a training whose settings can be read at once."""
-    from lorasmith.console import load, opened_display, stdout
+    """The display and the report of a training."""
+    from lorasmith.console import opened_display, stdout
     from lorasmith.events import Events
     from lorasmith.run_report import Printed
     from lorasmith.torchrun import is_first
 
     events = Events(stdout, is_first()) if as_json else None
     with opened_display(events) as display:
-        load(display, "libraries", SETTINGS)
         yield display, events or Printed()
 
 
@@ -244,16 +254,10 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
 
 
 def _as_memory_error(error: Exception) -> MemoryError:
-    """What is to be said where memory ran out; anything else is raised."""
-    if isinstance(error, MemoryError):
-        return error
-    try:
-        from lorasmith.devices import is_out_of_memory
-    except (ImportError, MemoryError):  # not even that fits
-        return MemoryError(f"out of memory: {error}")
+    """The error to print where memory ran out; anything else is raised."""
     if not is_out_of_memory(error):
         raise error
-    return MemoryError(f"out of memory: {error}")
+    return error if isinstance(error, MemoryError) else MemoryError(f"out of memory: {error}")
 
 
 def _refused(error: Exception) -> int:

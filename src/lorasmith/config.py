@@ -5,18 +5,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from lorasmith.adapters import Algorithm
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import Algorithm, LoRA
 from lorasmith.component import Component
-from lorasmith.data.folder import CaptionLines
-from lorasmith.devices import BaseDtypeName, DtypeName, TrainingDtypeName
-from lorasmith.draws import SEED_MAX
+from lorasmith.data.listing import CaptionLines
+from lorasmith.dtypes import BaseDtypeName, DtypeName, TrainingDtypeName
 from lorasmith.losses import MSE, Loss
 from lorasmith.noise import Times, Uniform
 from lorasmith.optimizers import AdamW, Constant, Optimizer, Schedule
 from lorasmith.targets import TEXT_NETS, Targets
 
 MAX_STEPS = 100_000
+SEED_MAX = 2**64 - 1
 LayoutName = Literal["kohya", "diffusers", "comfyui", "lycoris"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]

@@ -2,19 +2,16 @@
 
 import logging
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lorasmith.dtypes import DtypeName, TrainingDtypeName
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DtypeName = Literal["bf16", "fp32"]
-TrainingDtypeName = Literal["bf16", "fp32", "none"]
-BaseDtypeName = Literal["none", "int8", "fp8", "nf4"]
 
 
 def best_device() -> torch.device:
@@ -79,16 +76,3 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 def in_double(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the processor: Apple's GPUs have no such numbers."""
     return tensor.cpu().double()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """By its text, or by what it comes from: torch raises a class of its own for some devices alone."""
-    words = (
-        "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
-        "could not create a memory", "could not create a primitive", "failed to map segment",
-    )  # fmt: skip
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, RuntimeError | ImportError) and any(word in str(error) for word in words):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SEED_MAX = 2**64 - 1
-
 
 class Purpose(IntEnum):
     """What a number is drawn for; the values are part of every seed's meaning and never change."""

@@ -3,8 +3,8 @@
 import logging
 
 from lorasmith.checks import Request
-from lorasmith.devices import is_out_of_memory
 from lorasmith.display import Display, follow
+from lorasmith.faults import is_out_of_memory
 from lorasmith.openmp import cores_shared
 from lorasmith.pace import Pace, Training
 from lorasmith.run import Run, opened_run

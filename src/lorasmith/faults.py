@@ -15,3 +15,16 @@ def text_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot use {error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """By its text, or by what it comes from: torch raises a class of its own for some devices alone."""
+    words = (
+        "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+        "could not create a memory", "could not create a primitive", "failed to map segment",
+    )  # fmt: skip
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, RuntimeError | ImportError) and any(word in str(error) for word in words):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lorasmith.not_weights import what_it_is
 
 METADATA = "__metadata__"
+PEFT_CONFIG = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, among the metadata
 MAX_AXES = 64  # of a tensor in torch
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -38,7 +39,7 @@ class Header:
             if not path.is_file():
                 found = "a folder" if path.is_dir() else "nothing there"
                 raise ValueError(f"{path} must be a safetensors file, got {found}")
-            with safe_open(path, framework="pt"):  # which checks all of it: sizes, offsets, dtypes, UTF-8, depth
+            with safe_open(path, framework="np"):  # which checks all of it: sizes, offsets, dtypes, UTF-8, depth
                 return cls._parsed(path)
         except OSError as error:
             raise ValueError(f"{path} must be a safetensors file, but it cannot be read: {error}") from error

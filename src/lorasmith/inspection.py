@@ -23,6 +23,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 from lorasmith.norms_plot import LayerNorm
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import Quantisation
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
@@ -91,12 +92,12 @@ def _sizes(headers: Sequence[Header], keys: Iterable[str] | None = None) -> Row:
     }
 
 
-def inspected(path: Path) -> Inspection:
+def inspected(path: Path, progress: Progress = SILENT) -> Inspection:
     """A LoRA file, a single-file checkpoint or a diffusers folder; ValueError where it is nothing that can be read."""
     if path.is_dir():
         return _folder(path)
     header = Header.of(path)
-    return _lora(path) if is_lora(header.shapes) else _checkpoint(path, header)
+    return _lora(path, progress) if is_lora(header.shapes) else _checkpoint(path, header)
 
 
 def _folder(path: Path) -> Inspection:
@@ -135,7 +136,7 @@ def _checkpoint(path: Path, header: Header) -> Inspection:
     return Inspection(facts, "parts", rows, header.metadata)
 
 
-def _lora(path: Path) -> Inspection:
+def _lora(path: Path, progress: Progress) -> Inspection:
     """A LoRA: a row each block, with the norm of what it adds."""
     state, metadata = lorafile.read(path)
     layers = by_layer(state)
@@ -157,7 +158,7 @@ def _lora(path: Path) -> Inspection:
         "other_parts": Counter(part for parts in layers.values() for part in parts.keys() - KNOWN),
         "tensors_not_finite": num_bad,
     }
-    return Inspection(facts, "blocks", _blocks(layers), metadata)
+    return Inspection(facts, "blocks", _blocks(layers, progress), metadata)
 
 
 def layer_norms(path: Path) -> list[LayerNorm]:
@@ -194,17 +195,19 @@ def _rank(parts: Mapping[str, Tensor]) -> int | str | None:
     return None if factor is None or not factor.ndim else len(factor)
 
 
-def _blocks(layers: Layers) -> list[Row]:
+def _blocks(layers: Layers, progress: Progress) -> list[Row]:
     """A row each block: layers, ranks, and the norms of what they add, None where these are not finite."""
     blocks: dict[str, list[Mapping[str, Tensor]]] = {}
-    for layer, parts in layers.items():
+    norms: dict[str, list[float]] = {}
+    for layer, parts in tracked(layers.items(), "measuring layers", progress, len(layers)):
         if kind_of(parts):
             blocks.setdefault(_block(layer), []).append(parts)
+            norms.setdefault(_block(layer), []).append(_norm(parts))
     rows: list[Row] = []
     for block in sorted(blocks, key=_place):
         members = blocks[block]
-        norms = torch.tensor([_norm(parts) for parts in members])
-        mean, most = float(norms.square().mean().sqrt()), float(norms.max())
+        found = torch.tensor(norms[block])
+        mean, most = float(found.square().mean().sqrt()), float(found.max())
         rows.append(
             {
                 "block": block,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__, lorafile
-from lorasmith.adapters import Algorithm
+from lorasmith.algorithms import Algorithm
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import offload, quantize_backward
 from lorasmith.checkpoints import Checkpoint

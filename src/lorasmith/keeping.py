@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.checkpoints import SUBFOLDER, CheckpointFolder, newest_in
-from lorasmith.devices import is_out_of_memory
+from lorasmith.faults import is_out_of_memory
 from lorasmith.job import Job
 from lorasmith.lock import PATIENCE, FolderLock
 from lorasmith.progress import SILENT, Progress

@@ -1,12 +1,13 @@
 """Losses: how far a prediction is from its target, by element, and their mean by sample."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from lorasmith.component import Component, named
+
+if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
+    from torch import Tensor
 
 
 class MSE(Component):
@@ -14,8 +15,10 @@ class MSE(Component):
 
     name: Literal["MSE"] = "MSE"
 
-    def elementwise(self, pred: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
+        from torch.nn import functional as F
+
         return F.mse_loss(pred, target, reduction="none")
 
 
@@ -24,8 +27,10 @@ class L1(Component):
 
     name: Literal["L1"] = "L1"
 
-    def elementwise(self, pred: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
+        from torch.nn import functional as F
+
         return F.l1_loss(pred, target, reduction="none")
 
 
@@ -35,8 +40,10 @@ class Huber(Component):
     name: Literal["Huber"] = "Huber"
     delta: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="difference where the square ends")
 
-    def elementwise(self, pred: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
+        from torch.nn import functional as F
+
         return F.huber_loss(pred, target, reduction="none", delta=self.delta)
 
 
@@ -46,14 +53,16 @@ class SmoothL1(Component):
     name: Literal["SmoothL1"] = "SmoothL1"
     beta: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="difference where the square ends")
 
-    def elementwise(self, pred: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
+        from torch.nn import functional as F
+
         return F.smooth_l1_loss(pred, target, reduction="none", beta=self.beta)
 
 
 Loss = Annotated[MSE | L1 | Huber | SmoothL1, Field(discriminator="name"), named("MSE")]
 
 
-def by_sample(loss: Loss, pred: Tensor, target: Tensor) -> Tensor:
+def by_sample(loss: Loss, pred: "Tensor", target: "Tensor") -> "Tensor":
     """pred, target [B,…] -> the mean over each sample's elements [B], float32."""
     return loss.elementwise(pred.float(), target.float()).flatten(1).mean(1)

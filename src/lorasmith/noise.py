@@ -3,16 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from lorasmith.component import Component, named
 
+if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
+    from torch import Tensor
 
-def _along(values: Tensor, like: Tensor) -> Tensor:
+
+def _along(values: "Tensor", like: "Tensor") -> "Tensor":
     """values [B] -> [B,1,…] with as many axes as `like` [B,…], on its device."""
     return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
@@ -24,23 +25,23 @@ class Diffusion:
     The net predicts eps, v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans and Ho 2022, appendix D), or x0.
     """
 
-    alphas_cumprod: Tensor  # a [T], float32
+    alphas_cumprod: "Tensor"  # a [T], float32
     prediction: Literal["eps", "v", "x0"]
 
-    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _scales(self, t: "Tensor", like: "Tensor") -> "tuple[Tensor, Tensor]":
         """t [B] -> the factors of x0 and eps, [B,1,…] each."""
         a = self.alphas_cumprod[t.cpu()]
         return _along(a.sqrt(), like), _along((1 - a).sqrt(), like)
 
-    def time(self, fraction: Tensor) -> Tensor:
+    def time(self, fraction: "Tensor") -> "Tensor":
         num_steps = len(self.alphas_cumprod)
         return (fraction * num_steps).long().clamp(0, num_steps - 1)
 
-    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def noise(self, x0: "Tensor", eps: "Tensor", t: "Tensor") -> "Tensor":
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * eps
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: "Tensor", eps: "Tensor", t: "Tensor") -> "Tensor":
         if self.prediction == "eps":
             return eps
         if self.prediction == "x0":
@@ -48,7 +49,7 @@ class Diffusion:
         signal, sigma = self._scales(t, x0)
         return signal * eps - sigma * x0
 
-    def x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def x0(self, x_t: "Tensor", out: "Tensor", t: "Tensor") -> "Tensor":
         if self.prediction == "x0":
             return out
         signal, sigma = self._scales(t, x_t)
@@ -56,7 +57,7 @@ class Diffusion:
             return signal * x_t - sigma * out
         return (x_t - sigma * out) / signal
 
-    def eps(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def eps(self, x_t: "Tensor", out: "Tensor", t: "Tensor") -> "Tensor":
         if self.prediction == "eps":
             return out
         signal, sigma = self._scales(t, x_t)
@@ -64,7 +65,7 @@ class Diffusion:
             return signal * out + sigma * x_t
         return (x_t - signal * out) / sigma
 
-    def snr(self, t: Tensor) -> Tensor:
+    def snr(self, t: "Tensor") -> "Tensor":
         a = self.alphas_cumprod[t.cpu()]
         return a / (1 - a)
 
@@ -98,22 +99,22 @@ class Flow:
         """The flow for latents of this shape."""
         return self if self.by_size is None else Flow(self.by_size(shape))
 
-    def time(self, fraction: Tensor) -> Tensor:
+    def time(self, fraction: "Tensor") -> "Tensor":
         return self.shift * fraction / (1 + (self.shift - 1) * fraction)
 
-    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(x0, eps, _along(t, x0))
+    def noise(self, x0: "Tensor", eps: "Tensor", t: "Tensor") -> "Tensor":
+        return x0.lerp(eps, _along(t, x0))
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: "Tensor", eps: "Tensor", t: "Tensor") -> "Tensor":
         return eps - x0
 
-    def x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def x0(self, x_t: "Tensor", out: "Tensor", t: "Tensor") -> "Tensor":
         return x_t - _along(t, x_t) * out
 
-    def eps(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def eps(self, x_t: "Tensor", out: "Tensor", t: "Tensor") -> "Tensor":
         return x_t + (1 - _along(t, x_t)) * out
 
-    def snr(self, t: Tensor) -> Tensor:
+    def snr(self, t: "Tensor") -> "Tensor":
         return ((1 - t) / t).square()
 
 
@@ -122,7 +123,7 @@ class Uniform(Component):
 
     name: Literal["uniform"] = "uniform"
 
-    def fraction(self, u: Tensor) -> Tensor:
+    def fraction(self, u: "Tensor") -> "Tensor":
         """u [B], uniform in [0, 1) -> the law's quantile [B] in [0, 1]."""
         return u
 
@@ -136,9 +137,9 @@ class LogitNormal(Component):
     )
     std: float = Field(default=1.0, gt=0, le=10, allow_inf_nan=False, description="standard deviation of the logit")
 
-    def fraction(self, u: Tensor) -> Tensor:
+    def fraction(self, u: "Tensor") -> "Tensor":
         """u [B], uniform in [0, 1) -> the law's quantile [B] in [0, 1]."""
-        return torch.sigmoid(self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+        return (self.mean + self.std * math.sqrt(2) * (2 * u - 1).erfinv()).sigmoid()
 
 
 Times = Annotated[Uniform | LogitNormal, Field(discriminator="name"), named("uniform")]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.header import PEFT_CONFIG
 from lorasmith.layouts import LAYOUT, RANKED, by_layer
 
 log = logging.getLogger(__name__)
 
-HEADER = "lora_adapter_metadata"  # diffusers' key in a file's metadata
 BROKEN = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CONFIG = "adapter_config.json"  # PEFT's file beside a LoRA
@@ -76,8 +76,8 @@ def _refuse_changed_base(config: Mapping[str, Any], path: Path) -> None:
 def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
     """{the first part of layers' names: their configuration}; "" where it holds for all."""
     beside = path.with_name(CONFIG)
-    if HEADER in metadata:
-        return _unpacked(json.loads(metadata[HEADER]))
+    if PEFT_CONFIG in metadata:
+        return _unpacked(json.loads(metadata[PEFT_CONFIG]))
     is_its = path.name in OWNERS or not any(path.with_name(name).exists() for name in OWNERS)
     if is_its and beside.is_file():
         return {"": {**json.loads(beside.read_text(encoding="utf-8"))}}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoKr
 from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.adapters.oft import OFTAdapter
+from lorasmith.algorithms import LoKr
 from lorasmith.attach import AdapterSet, targeted
 from lorasmith.base_weights import refuse_unfit_int8, refuse_useless_offloading
 from lorasmith.checkpoints import Checkpoint

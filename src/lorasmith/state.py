@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
-from lorasmith.optimizers import LossScale, Masters, Optimizer
+from lorasmith.masters import LossScale, Masters
+from lorasmith.optimizers import Optimizer
 from lorasmith.types import Step
 
 MASTER, OPTIMIZER, RECORD = "master", "optimizer", "record"

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
-from torch import nn
 
-from lorasmith.adapters.layer import ADAPTABLE
 from lorasmith.component import Component
+
+if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
+    from torch import nn
 
 ATTENTION = r"(^|[._])(attn\d*|attention)\."
 MLP = r"(^|[._])(ff(_context)?|ffn|mlp|feed_forward)\."
@@ -58,8 +59,10 @@ class Targets(Component):
         return any(re.search(p, path) for p in wanted) and not any(re.search(p, path) for p in self.exclude)
 
 
-def adaptable_layers(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def adaptable_layers(nets: "Mapping[str, nn.Module]") -> "dict[str, nn.Module]":
     """{path: module} of every layer that could carry an adapter; a path is "<net>.<module path>"."""
+    from lorasmith.adapters.layer import ADAPTABLE
+
     return {
         f"{name}.{path}": module
         for name, net in nets.items()

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.header import Header, header_bytes
-from lorasmith.whole import PARTIAL, errors_name, write_pieces
+from lorasmith.whole import PARTIAL, copied, errors_name, write_pieces
 
-PIECE = 2**24  # bytes
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -62,18 +61,6 @@ class TensorFile:
         """The bytes of a tensor, of whatever dtype."""
         begin, end = self.header.places[key]
         yield from copied(self.header.path, begin, end)
-
-
-def copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes of a file from one place up to another, in pieces; ValueError where it ends before."""
-    with errors_name(path, "read"), path.open("rb") as file:
-        file.seek(begin)
-        while begin < end:
-            piece = file.read(min(PIECE, end - begin))
-            if not piece:
-                raise ValueError(f"{path} must not change while it is read, but it ends at byte {begin} of {end}")
-            yield piece
-            begin += len(piece)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

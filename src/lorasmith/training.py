@@ -16,14 +16,15 @@ import torch
 
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
-from lorasmith.devices import device_of, is_out_of_memory
+from lorasmith.devices import device_of
 from lorasmith.diagnosis import origin_of_non_finite
+from lorasmith.faults import is_out_of_memory
 from lorasmith.fusing import fused
 from lorasmith.kernels.attention import fast_attention
 from lorasmith.kernels.native import library
+from lorasmith.masters import Masters, norm
 from lorasmith.memory import checkpointed, freed_memory_kept
 from lorasmith.objective import sample_losses
-from lorasmith.optimizers import Masters, norm
 from lorasmith.state import Counters, State
 from lorasmith.types import Batch, Denoiser, Step
 from lorasmith.world import ALONE, World

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read in pieces."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
+PIECE = 2**24  # bytes
 
 
 def write_whole(path: Path, *content: bytes | memoryview) -> None:
@@ -29,6 +30,18 @@ def write_pieces(path: Path, content: Iterable[bytes | memoryview]) -> None:
     finally:
         with suppress(OSError):  # a read-only disk refuses even where there is nothing to remove
             temporary.unlink(missing_ok=True)
+
+
+def copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from one place up to another, in pieces; ValueError where it ends before."""
+    with errors_name(path, "read"), path.open("rb") as file:
+        file.seek(begin)
+        while begin < end:
+            piece = file.read(min(PIECE, end - begin))
+            if not piece:
+                raise ValueError(f"{path} must not change while it is read, but it ends at byte {begin} of {end}")
+            yield piece
+            begin += len(piece)
 
 
 def make_folder(path: Path, *, exist_ok: bool = True) -> None:

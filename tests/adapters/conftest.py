@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import Algorithm
-from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Adapter, Layer
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 
 N_IN, N_OUT = 24, 30
 

@@ -8,12 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.base import row_products, row_squares
-from lorasmith.adapters.dora import DoRA, DoRAAdapter
+from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import DoRA, LoRA
 from lorasmith.kernels.decomposed import decomposed, row_norms
 
 ALPHA, RANK = 2.0, 4

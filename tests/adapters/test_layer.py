@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.layer import ADAPTABLE, Layer
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 
 
 def test_sizes() -> None:

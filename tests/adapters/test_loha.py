@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.loha import LoHa
+from lorasmith.algorithms import LoHa
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 

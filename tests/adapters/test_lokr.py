@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.lokr import LoKr, LoKrAdapter, factorized
+from lorasmith.adapters.lokr import LoKrAdapter, factorized
+from lorasmith.algorithms import LoKr
 from lorasmith.kernels.dense import DenseConv
 from lorasmith.kernels.kronecker import Kronecker
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 

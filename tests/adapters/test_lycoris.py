@@ -13,11 +13,8 @@ from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import DoRA, LoHa, LoKr, LoRA
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import adapter_from_file
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT
 
 N_OUT, SIZE = 30, 5
 

@@ -10,12 +10,9 @@ from lycoris.functional import factorization
 from torch import nn
 
 from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.dora import DoRA
 from lorasmith.adapters.layer import Layer
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lokr import LoKr, factorized
-from lorasmith.adapters.lora import LoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.adapters.lokr import factorized
+from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 
 ALGORITHMS = st.one_of(
     st.builds(LoRA, rank=st.integers(1, 16)),

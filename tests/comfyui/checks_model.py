@@ -19,7 +19,7 @@ from pack_runs import (
 from tiny_models import tiny
 from torch import Tensor, nn
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.contract import config_of
 from lorasmith.draws import Purpose, normal, uniform

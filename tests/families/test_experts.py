@@ -11,8 +11,7 @@ from tiny import made
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import Algorithm, LoHa, LoRA
-from lorasmith.adapters.dora import DoRA
+from lorasmith.algorithms import Algorithm, DoRA, LoHa, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import Dataset

@@ -14,7 +14,7 @@ from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config, LayoutName
 from lorasmith.data.cache import batch_of

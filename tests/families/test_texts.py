@@ -12,10 +12,7 @@ from tiny import PROMPTS, made
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import Algorithm
-from lorasmith.adapters.dora import DoRA
-from lorasmith.adapters.loha import LoHa
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import Algorithm, DoRA, LoHa, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.checks import checked
 from lorasmith.config import Config, LayoutName, TextEncoder

@@ -8,7 +8,7 @@ import torch
 from tiny import FRAME, PROMPTS, TINY, made
 from torch import Tensor
 
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.contract import train_lora

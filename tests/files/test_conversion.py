@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoRA
-from lorasmith.adapters.dora import DoRA
+from lorasmith.algorithms import DoRA, LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import LayoutName
 from lorasmith.demo import BASE

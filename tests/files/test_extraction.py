@@ -14,7 +14,7 @@ from tiny import made
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.demo import BASE
 from lorasmith.families import opened

@@ -18,8 +18,7 @@ from lorasmith import lorafile
 from lorasmith.demo import BASE
 from lorasmith.files.harmless import FIELDS, HASHES, KEYS, harmless
 from lorasmith.files.metadata import rewrite
-from lorasmith.header import Header
-from lorasmith.peft_config import HEADER
+from lorasmith.header import PEFT_CONFIG, Header
 
 NAMES = ("annabel", "kowalczyk", "müllerhaus", "o'haraigh", "李小龙")
 SPELLINGS = (
@@ -36,7 +35,7 @@ ENCODINGS = (
 )  # fmt: skip
 SECRETS = [encoded(spelling.format(name)) for name in NAMES for spelling in SPELLINGS for encoded in ENCODINGS]
 LAYERS = [f"unet.down_blocks.0.attn1.to_{kind}.lora_{factor}.weight" for kind in "qkv" for factor in "AB"]
-KNOWN = sorted(KEYS | HASHES | {HEADER, "prompt", "ot_config", "caption"})
+KNOWN = sorted(KEYS | HASHES | {PEFT_CONFIG, "prompt", "ot_config", "caption"})
 INNER = [*sorted(FIELDS), "to_q", "unet.r", "unet.alpha_pattern", "down_blocks.0"]
 
 
@@ -71,7 +70,7 @@ def test_no_secret_survives_in_any_spelling_or_nesting(metadata: dict[str, str])
     try:
         kept = harmless(metadata, LAYERS)
     except ValueError:
-        assert HEADER in metadata  # which scales the LoRA, so that it is refused rather than left out
+        assert PEFT_CONFIG in metadata  # which scales the LoRA, so that it is refused rather than left out
         return
     text = json.dumps(kept, ensure_ascii=False).lower()
     found = [form for name in NAMES for form in forms(name) if form in text]
@@ -134,14 +133,14 @@ def test_json_keeps_what_is_known_of_it() -> None:
 @pytest.mark.parametrize("pattern", ["to_[qk]", r"down_blocks\.\d+\.attn1\.to_q", "^(.*attn1.*|to_v)$", "attn1.to_k"])
 def test_patterns_over_layers_stay(pattern: str) -> None:
     config = {"unet.r": 4, "unet.alpha_pattern": {pattern: 2}, "unet.base_model_name_or_path": "anna/model"}
-    kept = json.loads(harmless({HEADER: json.dumps(config)}, LAYERS)[HEADER])
+    kept = json.loads(harmless({PEFT_CONFIG: json.dumps(config)}, LAYERS)[PEFT_CONFIG])
     assert kept == {"unet.r": 4, "unet.alpha_pattern": {pattern: 2}}
 
 
 @pytest.mark.parametrize("value", ['{"unet.alpha_pattern": {"[anna]": 2}}', '{"unet.r": "anna"}', "[1]", "{anna"])
 def test_a_scale_is_not_lost(value: str) -> None:
-    with pytest.raises(ValueError, match=f"^{HEADER}.* must be .*, as it scales the LoRA"):
-        harmless({HEADER: value}, LAYERS)
+    with pytest.raises(ValueError, match=f"^{PEFT_CONFIG}.* must be .*, as it scales the LoRA"):
+        harmless({PEFT_CONFIG: value}, LAYERS)
 
 
 def test_diffusers_and_lorasmith_load_the_same_afterwards(tmp_path: Path) -> None:
@@ -158,8 +157,10 @@ def test_diffusers_and_lorasmith_load_the_same_afterwards(tmp_path: Path) -> Non
     )
     before, after = tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "b.safetensors"
     written = rewrite(before, after, changes={}, strip=True)
-    assert "anna" in Header.of(before).metadata[HEADER] and "anna" not in after.read_bytes().decode(errors="ignore")
-    assert written.reduced == [HEADER] and written.left_out == []
+    assert "anna" in Header.of(before).metadata[PEFT_CONFIG] and "anna" not in after.read_bytes().decode(
+        errors="ignore"
+    )
+    assert written.reduced == [PEFT_CONFIG] and written.left_out == []
 
     def loaded(path: Path) -> dict[str, Any]:
         pipe.unload_lora_weights()

@@ -19,9 +19,7 @@ from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
 from lorasmith import dora_scales, lorafile
-from lorasmith.adapters import LoHa, LoKr, LoRA
-from lorasmith.adapters.dora import DoRA
-from lorasmith.adapters.oft import OFT
+from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import LayoutName
 from lorasmith.demo import BASE

@@ -1,23 +1,17 @@
 """The algorithms, one a file, and what they share."""
 
 from collections.abc import Collection, Mapping
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from lorasmith.adapters.dora import DoRA, DoRAAdapter
+from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.dora_inputs import InputDoRAAdapter, is_over_inputs
 from lorasmith.adapters.layer import Adapter, Layer
-from lorasmith.adapters.loha import LoHa, LoHaAdapter
-from lorasmith.adapters.lokr import LoKr, LoKrAdapter
-from lorasmith.adapters.lora import LoRA, LoRAAdapter
-from lorasmith.adapters.oft import OFT, OFTAdapter
-from lorasmith.component import named
+from lorasmith.adapters.loha import LoHaAdapter
+from lorasmith.adapters.lokr import LoKrAdapter
+from lorasmith.adapters.lora import LoRAAdapter
+from lorasmith.adapters.oft import OFTAdapter
 
-Algorithm = Annotated[
-    LoRA | LoHa | LoKr | OFT | DoRA, Field(discriminator="name", description="the kind of adapter"), named("LoRA")
-]
 Kind = type[LoRAAdapter | LoHaAdapter | LoKrAdapter | OFTAdapter | DoRAAdapter]
 ADAPTERS: tuple[Kind, ...] = (LoRAAdapter, LoHaAdapter, LoKrAdapter, OFTAdapter, DoRAAdapter)
 

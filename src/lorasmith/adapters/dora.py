@@ -6,37 +6,19 @@ at 0, so that the layer stays exactly as it is in 16 bits too, and weight decay 
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import row_products, row_squares
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
-from lorasmith.adapters.lora import Alpha, LoRAAdapter, Rank, new_factors, product, read_factors
-from lorasmith.component import Component
+from lorasmith.adapters.lora import LoRAAdapter, new_factors, product, read_factors
 from lorasmith.kernels.decomposed import SMALLEST, decomposed, lengths_of, row_norms
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Base, Operation
 
 SCALE, VECTOR = "dora_scale", "lora_magnitude_vector"
 """m in files: LyCORIS's name, [n_out, 1…]; PEFT's, [n_out], or [1, n_out, 1…] of a convolution."""
-
-
-class DoRA(Component):
-    """Low-rank adapters and a length for each output: m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|."""
-
-    name: Literal["DoRA"] = "DoRA"
-    rank: Rank = 8
-    alpha: Alpha = None
-
-    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "DoRAAdapter":
-        """A new adapter, the identity; A is that of a LoRA of this seed and path."""
-        assert base is not None
-        squares = row_squares(base)
-        down, up = new_factors(layer, self.rank, path, seed)
-        alpha = float(self.rank) if self.alpha is None else self.alpha
-        return DoRAAdapter(layer, (down, up, torch.zeros_like(squares)), squares, alpha)
 
 
 class DoRAAdapter(nn.Module):
@@ -57,6 +39,15 @@ class DoRAAdapter(nn.Module):
         self.squares = squares
         self.alpha = alpha
         self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
+
+    @classmethod
+    def new(
+        cls, layer: Layer, rank: int, alpha: float | None, path: str, seed: int, *, base: nn.Module
+    ) -> "DoRAAdapter":  # fmt: skip
+        """The identity; A is that of a LoRA of this seed and path."""
+        squares = row_squares(base)
+        down, up = new_factors(layer, rank, path, seed)
+        return cls(layer, (down, up, torch.zeros_like(squares)), squares, float(rank) if alpha is None else alpha)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "DoRAAdapter":

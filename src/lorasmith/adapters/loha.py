@@ -5,14 +5,11 @@ r rank, K the numbers in the kernel, g the layer's groups.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
-from lorasmith.adapters.lora import Alpha, Rank
-from lorasmith.component import Component
 from lorasmith.draws import Purpose, normal, path_number
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
@@ -20,25 +17,6 @@ from lorasmith.kernels.pairs import pairs
 from lorasmith.kernels.update import Base, Build, Operation, Weights, updated
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-
-
-class LoHa(Component):
-    """Hadamard products of two low-rank matrices: y + (alpha / rank) ((w1_a w1_b) * (w2_a w2_b)) x."""
-
-    name: Literal["LoHa"] = "LoHa"
-    rank: Rank = 8
-    alpha: Alpha = None
-
-    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoHaAdapter":
-        """A new adapter, the identity: w2_a is 0, the others normal with LyCORIS's deviations, from (seed, path)."""
-        stds = (0.1, 1.0, 0.0, 1.0)
-        factors = [
-            std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape)
-            if std
-            else torch.zeros(shape, dtype=torch.float32)
-            for suffix, std, shape in zip(FACTORS, stds, _shapes(layer, self.rank), strict=True)
-        ]
-        return LoHaAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
 
 
 class LoHaAdapter(nn.Module):
@@ -56,6 +34,18 @@ class LoHaAdapter(nn.Module):
         self.factors = nn.ParameterList(factors)
         self.alpha = alpha
         self.operation, self.build = _way(layer, factors[0].shape[1])
+
+    @classmethod
+    def new(cls, layer: Layer, rank: int, alpha: float | None, path: str, seed: int) -> "LoHaAdapter":
+        """The identity: w2_a is 0, the others normal with LyCORIS's deviations, from (seed, path)."""
+        stds = (0.1, 1.0, 0.0, 1.0)
+        factors = [
+            std * normal(seed, Purpose.INIT, path_number(f"{path}.{suffix}"), shape)
+            if std
+            else torch.zeros(shape, dtype=torch.float32)
+            for suffix, std, shape in zip(FACTORS, stds, _shapes(layer, rank), strict=True)
+        ]
+        return cls(layer, factors, float(rank) if alpha is None else alpha)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoHaAdapter":

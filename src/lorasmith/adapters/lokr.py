@@ -6,15 +6,11 @@ w1 [a, b], w2 [c, d, k…] with n_out = a c and n_in / g = b d; g the layer's gr
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, idle_alpha, size_of
-from lorasmith.adapters.lora import Alpha, Rank
-from lorasmith.component import Component
 from lorasmith.draws import kaiming
 from lorasmith.kernels.dense import DenseConv
 from lorasmith.kernels.kronecker import Kronecker
@@ -35,33 +31,6 @@ def factorized(size: int, factor: int | None) -> tuple[int, int]:
     return m, size // m
 
 
-class LoKr(Component):
-    """Kronecker products: y + scale (w1 (x) w2) x."""
-
-    name: Literal["LoKr"] = "LoKr"
-    rank: Rank = 8
-    alpha: Alpha = None
-    factor: int | None = Field(
-        default=None, ge=1, le=65536, description="rows and columns of the smaller Kronecker factor; none: near square"
-    )
-
-    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoKrAdapter":
-        """A new adapter, the identity: w2 (or its second factor) is 0, the rest Kaiming's, drawn from (seed, path).
-
-        w2 is decomposed at the rank where LyCORIS does so and that makes it smaller.
-        """
-        a, c = factorized(layer.n_out, self.factor)
-        b, d = factorized(layer.weight_shape[1], self.factor)
-        columns = d * math.prod(layer.kernel)
-        factors = {"lokr_w1": kaiming(seed, f"{path}.lokr_w1", (a, b))}
-        if 2 * self.rank < max(c, d) and self.rank * (c + columns) < c * columns:
-            factors["lokr_w2_a"] = kaiming(seed, f"{path}.lokr_w2_a", (c, self.rank))
-            factors["lokr_w2_b"] = torch.zeros(self.rank, columns, dtype=torch.float32)
-        else:
-            factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel, dtype=torch.float32)
-        return LoKrAdapter(layer, factors, float(self.rank) if self.alpha is None else self.alpha)
-
-
 class LoKrAdapter(nn.Module):
     """The adapter of one layer: w1 and w2 each whole or as a product of two factors."""
 
@@ -79,6 +48,25 @@ class LoKrAdapter(nn.Module):
         self._alpha = alpha
         self.rank = _rank(factors)
         self.operation, self.build = _way(layer, factors)
+
+    @classmethod
+    def new(
+        cls, layer: Layer, rank: int, alpha: float | None, path: str, seed: int, *, factor: int | None
+    ) -> "LoKrAdapter":  # fmt: skip
+        """The identity: w2 (or its second factor) is 0, the rest Kaiming's, drawn from (seed, path).
+
+        w2 is decomposed at the rank where LyCORIS does so and that makes it smaller.
+        """
+        a, c = factorized(layer.n_out, factor)
+        b, d = factorized(layer.weight_shape[1], factor)
+        columns = d * math.prod(layer.kernel)
+        factors = {"lokr_w1": kaiming(seed, f"{path}.lokr_w1", (a, b))}
+        if 2 * rank < max(c, d) and rank * (c + columns) < c * columns:
+            factors["lokr_w2_a"] = kaiming(seed, f"{path}.lokr_w2_a", (c, rank))
+            factors["lokr_w2_b"] = torch.zeros(rank, columns, dtype=torch.float32)
+        else:
+            factors["lokr_w2"] = torch.zeros(c, d, *layer.kernel, dtype=torch.float32)
+        return cls(layer, factors, float(rank) if alpha is None else alpha)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoKrAdapter":

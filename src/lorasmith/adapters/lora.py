@@ -3,37 +3,15 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
-from lorasmith.component import Component
 from lorasmith.draws import kaiming
 from lorasmith.kernels.dense import DenseConv, DenseLinear
 from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
 from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
-
-Rank = Annotated[int, Field(ge=1, le=128, description="inner dimension of the adapters")]
-Alpha = Annotated[
-    float | None,
-    Field(gt=0, le=1e6, allow_inf_nan=False, description="the update is scaled by alpha / rank; none: the rank"),
-]
-
-
-class LoRA(Component):
-    """Low-rank adapters: y + (alpha / rank) up(down(x))."""
-
-    name: Literal["LoRA"] = "LoRA"
-    rank: Rank = 8
-    alpha: Alpha = None
-
-    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "LoRAAdapter":
-        """A new adapter, the identity."""
-        down, up = new_factors(layer, self.rank, path, seed)
-        return LoRAAdapter(layer, down, up, float(self.rank) if self.alpha is None else self.alpha)
 
 
 class LoRAAdapter(nn.Module):
@@ -51,6 +29,12 @@ class LoRAAdapter(nn.Module):
         self.up = nn.Parameter(up)
         self.alpha = alpha
         self.operation, self.build = way(layer, len(down))
+
+    @classmethod
+    def new(cls, layer: Layer, rank: int, alpha: float | None, path: str, seed: int) -> "LoRAAdapter":
+        """The identity."""
+        down, up = new_factors(layer, rank, path, seed)
+        return cls(layer, down, up, float(rank) if alpha is None else alpha)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "LoRAAdapter":

@@ -6,42 +6,13 @@ W becomes R^T times it.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.adapters.lokr import factorized
-from lorasmith.component import Component
 from lorasmith.kernels.rotation import cayley, rotated
-
-Constraint = Annotated[
-    float | None,
-    Field(
-        gt=0, le=1e6, allow_inf_nan=False, description="limit of Q's norm, times the layer's outputs; none: no limit"
-    ),
-]
-
-
-class OFT(Component):
-    """Orthogonal adapters: y + (R^T - I)(y - bias) in blocks."""
-
-    name: Literal["OFT"] = "OFT"
-    rank: Annotated[int, Field(ge=1, le=128, description="size of a block, or their number where that is smaller")] = 8
-    alpha: Constraint = None
-
-    def build(self, layer: Layer, path: str, seed: int, base: nn.Module | None = None) -> "OFTAdapter":
-        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
-        size, num_blocks = factorized(layer.n_out, self.rank)
-        if size == 1:
-            is_prime = factorized(layer.n_out, None)[0] == 1
-            raise ValueError(
-                f"OFT needs blocks of 2 or more, but rank {self.rank} cuts {layer.n_out} outputs into single ones; "
-                f"{'' if is_prime else 'give another rank or '}add the layer to targets.exclude"
-            )
-        return OFTAdapter(layer, torch.zeros(num_blocks, size, size, dtype=torch.float32), self.alpha or 0.0)
 
 
 class OFTAdapter(nn.Module):
@@ -63,6 +34,18 @@ class OFTAdapter(nn.Module):
         self.blocks = nn.Parameter(blocks)
         self.layer = layer
         self.constraint = constraint
+
+    @classmethod
+    def new(cls, layer: Layer, rank: int, constraint: float | None) -> "OFTAdapter":
+        """The identity; ValueError where its blocks would be single numbers, which cannot turn."""
+        size, num_blocks = factorized(layer.n_out, rank)
+        if size == 1:
+            is_prime = factorized(layer.n_out, None)[0] == 1
+            raise ValueError(
+                f"OFT needs blocks of 2 or more, but rank {rank} cuts {layer.n_out} outputs into single ones; "
+                f"{'' if is_prime else 'give another rank or '}add the layer to targets.exclude"
+            )
+        return cls(layer, torch.zeros(num_blocks, size, size, dtype=torch.float32), constraint or 0.0)
 
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "OFTAdapter":

@@ -5,14 +5,12 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from lorasmith.data.listing import listed, named
+from lorasmith.data.listing import CaptionLines, listed, named
 from lorasmith.data.pictures import PICTURE_SUFFIXES, opener
 from lorasmith.types import Example
 
 MAX_REPEATS = 10_000
-CaptionLines = Literal["join", "first"]
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lorasmith.data.pictures import PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
+CaptionLines = Literal["join", "first"]
 
 SYSTEM = re.compile(
     r"\._.*|\.ds_store|\.localized|\.apple.*|\.trash.*|\.spotlight-.*|\.fseventsd|\.temporaryitems|__macosx|icon\r"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lorasmith.peft_config import HEADER
+from lorasmith.header import PEFT_CONFIG
 
 KEYS = frozenset(
     f"{prefix}{key}"
@@ -101,8 +101,10 @@ def harmless(metadata: Mapping[str, str], tensors: Collection[str] = ()) -> dict
     ValueError where the scale of the LoRA would be lost.
     """
     kept = {key: _published(key, value) for key, value in metadata.items()}
-    if HEADER in metadata:
-        kept[HEADER] = _peft_configuration(metadata[HEADER], frozenset(PART.findall(" ".join(tensors).lower())))
+    if PEFT_CONFIG in metadata:
+        kept[PEFT_CONFIG] = _peft_configuration(
+            metadata[PEFT_CONFIG], frozenset(PART.findall(" ".join(tensors).lower()))
+        )
     return {key: value for key, value in kept.items() if value is not None}
 
 
@@ -129,10 +131,12 @@ def _peft_configuration(text: str, layers: frozenset[str]) -> str:
     except (ValueError, RecursionError):
         found = kept = None
     if not isinstance(found, dict) or not isinstance(kept, dict):
-        raise ValueError(f"{HEADER} must be a JSON object, as it scales the LoRA: it can neither be kept nor left out")
+        raise ValueError(
+            f"{PEFT_CONFIG} must be a JSON object, as it scales the LoRA: it can neither be kept nor left out"
+        )
     for key in found:
         if _is_key(key, layers) and key.rpartition(".")[2] in SCALING and kept.get(key) != found[key]:
-            raise ValueError(f"{HEADER}: {key} must be made of numbers and layers' names, as it scales the LoRA")
+            raise ValueError(f"{PEFT_CONFIG}: {key} must be made of numbers and layers' names, as it scales the LoRA")
     return json.dumps(kept)
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from lorasmith.files.harmless import harmless
 from lorasmith.files.outputs import refuse_output
 from lorasmith.header import Header, header_bytes
-from lorasmith.tensor_file import copied
-from lorasmith.whole import write_pieces
+from lorasmith.whole import copied, write_pieces
 
 NAME = re.compile(r"[^=\s][^=]*")
 

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasmith import __version__
-from lorasmith.files.truncation import Losses
-from lorasmith.peft_config import HEADER
+from lorasmith.header import PEFT_CONFIG
+
+if TYPE_CHECKING:  # torch, which takes seconds: metadata are changed without it
+    from lorasmith.files.truncation import Losses
 
 HISTORY = "lorasmith.history"
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", HEADER)
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", PEFT_CONFIG)
 """What a file says of its tensors, which are others now; PEFT's configuration states ranks and alphas."""
 Shown = Callable[[Sequence[str]], Iterable[str]]
 """Runs through names and shows how far it is."""
@@ -49,7 +52,7 @@ def network_dim(ranks: Iterable[int]) -> dict[str, str]:
     return {"ss_network_dim": str(next(iter(found))) if len(found) == 1 else "Dynamic"}
 
 
-def table_of(losses: Losses) -> list[tuple[str, ...]]:
+def table_of(losses: "Losses") -> list[tuple[str, ...]]:
     """What was lost: all together, then the worst layers."""
     rows = [("all layers", "", f"{losses.overall:.3g}")]
     return [*rows, *((layer, str(losses.ranks[layer]), f"{error:.3g}") for layer, error in losses.worst())]
