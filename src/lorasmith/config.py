@@ -95,7 +95,7 @@ class TextEncoder(Component):
     """The text encoders, as far as they are trained."""
 
     train: bool = Field(
-        default=False, description="adapt the text encoders too (Stable Diffusion 1.x, 2.x, SDXL); captions stay texts"
+        default=False, description="adapt the text encoders too (all Stable Diffusion, Flux.1); captions stay texts"
     )
     learning_rate: float | None = Field(
         default=None, ge=1e-7, le=1.0, allow_inf_nan=False, description="their own rate; none: learning_rate"

@@ -19,15 +19,18 @@ from lorasmith.config import Checkpoints, Config, NonFinite, TextEncoder
 from lorasmith.data.cache import Dataset
 from lorasmith.devices import DTYPES, best_device, compute_dtype, device_of
 from lorasmith.dora_scales import PAPER
-from lorasmith.families import Family, opened
+from lorasmith.families import Family, Plain, opened, with_adapted_texts
+from lorasmith.header import Header
 from lorasmith.inputs import samples_of
 from lorasmith.job import Job
 from lorasmith.keeping import kept
+from lorasmith.layouts import split
 from lorasmith.loading import adapters_from
 from lorasmith.memory import shared_copy
 from lorasmith.plan import Plan
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
+from lorasmith.text_names import text_layer
 from lorasmith.types import Denoiser, Result, Step
 from lorasmith.world import ALONE, World
 
@@ -160,9 +163,14 @@ def train_lora(
         raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = _family(model, encoders, with_texts=config.text_encoder.train)
+        if isinstance(family, Plain) and family.TEXTS is not None and config.existing_lora is not None:
+            _refuse_texts(config.existing_lora)
         denoiser: Denoiser = model if family is None else family.denoiser
         device = best_device() if isinstance(model, str | Path) else device_of(denoiser)
         plan = Plan.of(denoiser, config, home=device_of(denoiser), device=device, world=world)
+        if family is not None:
+            family = with_adapted_texts(family, plan.adapters.nets)
+            denoiser = family.denoiser
         samples = samples_of(latents, positive, family, several_sizes=bucket_mode)
         dataset = Dataset.of(samples, [1] * len(samples), seed=config.seed, group_size=config.group_size * world.size)
         metadata = family.metadata() if family else {}
@@ -208,6 +216,19 @@ def _family(model: Any, encoders: Any, *, with_texts: bool) -> Family | None:
         return None
     _refuse_no_model(model)
     return opened(model, encoders, with_texts=with_texts)
+
+
+def _refuse_texts(lora: Path) -> None:
+    """ValueError where a LoRA to continue has layers of text encoders, which are not to be trained."""
+    try:
+        keys = Header.of(lora).shapes
+    except ValueError as error:
+        raise ValueError(f"existing_lora: {error}") from error
+    if any(text_layer(split(key)[0]) for key in keys):
+        raise ValueError(
+            f"text_encoder must be TextEncoder(train=True), with captions as positive, to continue {lora}, which "
+            f"holds layers of text encoders"
+        )
 
 
 def _refuse_no_model(model: Any) -> None:

@@ -12,7 +12,7 @@ from lorasmith import lorafile
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.devices import compute_dtype, model_dtype
-from lorasmith.families import opened
+from lorasmith.families import opened, with_adapted_texts
 from lorasmith.families.skeletons import skeleton_for
 from lorasmith.files.stored import with_stored_weights
 from lorasmith.header import Header
@@ -47,12 +47,11 @@ def draw_comparison(
     """
     assert config.model is not None and config.sampling.prompts
     header = None if lora is None else Header.of(lora)
-    outline, path = skeleton_for(
-        config.model, config.encoders, header, with_texts=False, ignore_unknown=config.ignore_unknown
-    )
+    outline, path = skeleton_for(config.model, config.encoders, header, with_texts=False)
     adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
     with progress.stage("loading the model"):
         family = opened(config.model, config.encoders, with_texts=isinstance(outline, Encoding))
+        family = with_adapted_texts(family, adapters.nets if adapters else ())
         codec = family.codec(device)
         if lora is not None and adapters is not None and "DoRA" in adapters.algorithms:  # whose weights it needs
             adapters = _adapters(lora, family.denoiser, config)

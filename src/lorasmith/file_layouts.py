@@ -27,6 +27,7 @@ from lorasmith.layouts import (
 )
 from lorasmith.original_names import TRANSFORMERS
 from lorasmith.targets import TEXT_NETS
+from lorasmith.text_names import text_layer
 from lorasmith.types import Aliased, Denoiser
 
 State = dict[str, Tensor]
@@ -52,18 +53,26 @@ BEST_OF: Mapping[str, Mapping[str, LayoutName]] = {
 def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
     """That which most programs read of these adapters; None: the denoiser's own names, where it has some.
 
-    A file of several experts has their own, which tell them apart.
+    A file of several experts has their own, which tell them apart. One with layers of T5, which diffusers leaves out,
+    has kohya's.
     """
     kinds = [kind for net in denoiser.nets.values() if (kind := class_in_diffusers(net)) in TRANSFORMERS]
-    is_plain = all(denoiser.file_key(path) == path for path in adapters.adapters)
+    is_plain = all(denoiser.file_key(path) == path or path.startswith(TEXT_NETS) for path in adapters.adapters)
     if not is_plain or not kinds or experts(denoiser):
         return None
     own = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
     wanted: set[LayoutName] = {own.get(algorithm) or BEST[algorithm] for algorithm in adapters.algorithms}
     layout: LayoutName = wanted.pop() if len(wanted) == 1 else "lycoris"
+    if layout == "diffusers" and any(_is_of_t5(denoiser.file_key(path)) for path in adapters.adapters):
+        layout = "kohya"
     if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
         return "lycoris"
     return layout
+
+
+def _is_of_t5(layer: str) -> bool:
+    text = text_layer(layer)
+    return text is not None and text.encoder == "t5"
 
 
 def _are_joined(adapters: AdapterSet, denoiser: Denoiser) -> bool:

@@ -20,7 +20,7 @@ from lorasmith.config import Config
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.tags import tag_frequency
 from lorasmith.drawing import pictures
-from lorasmith.families import Family, opened
+from lorasmith.families import Family, opened, with_adapted_texts
 from lorasmith.families.skeletons import skeleton_for
 from lorasmith.files.stored import with_stored_weights
 from lorasmith.header import Header
@@ -81,6 +81,7 @@ class Run:
         assert config.model is not None
         with progress.stage("loading the model"):
             family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
+            family = with_adapted_texts(family, plan.adapters.nets)
             codec = family.codec(plan.device)
         resolution = config.data.resolution or codec.resolution
         given = config.model_copy(update={"data": config.data.model_copy(update={"resolution": resolution})})

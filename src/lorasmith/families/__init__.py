@@ -58,6 +58,11 @@ def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool =
     return WithTexts.of(family) if with_texts else family
 
 
+def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:
+    """The same, but large text encoders without adapters, which are on these nets, encode captions once."""
+    return family.only(nets) if isinstance(family, WithTexts) else family
+
+
 def _opened(model: Any, encoders: str | Path | None) -> Plain:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
     if path is not None and is_file(path):

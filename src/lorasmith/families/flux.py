@@ -1,6 +1,6 @@
 """Flux.1 (Black Forest Labs 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from lorasmith.families.pipeline import (
     unpacked,
     warn_of_cuts,
 )
-from lorasmith.families.texts import Texts
+from lorasmith.families.texts import Texts, output_of, tokens, tokens_of
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
@@ -67,13 +67,28 @@ def grid(height: int, width: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
 
 
+CLIP, T5 = "text_encoder", "text_encoder_2"
+
+
+def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
+    """CLIP and T5, {"ids", "ids_2": [B,L]} -> {"text": [B,512,D], "pooled": [B,D]}.
+
+    Without T5 its output is in the conditioning.
+    """
+    text = encoders[T5](cond[tokens_of(T5)])[0] if T5 in encoders else cond[output_of(T5)]
+    return {"text": text, "pooled": encoders[CLIP](cond[tokens_of(CLIP)]).pooler_output}
+
+
 class FluxCodec(PictureCodec):
     """The autoencoder, T5 for the tokens, and CLIP for the pooled vector."""
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {"text": [B,512,D], "pooled": [B,D]}, float32."""
+        """B texts -> {"text": [B,512,D], "pooled": [B,D]}, float32, or their tokens."""
         warn_of_cuts(texts, self.pipe.tokenizer_2, NUM_TOKENS)
+        if self.kept_tokens:
+            found = tokens(texts, {CLIP: self.pipe.tokenizer}, {CLIP: self.pipe.tokenizer_max_length})
+            return {**found, **self._t5(texts, T5, self.pipe.tokenizer_2, NUM_TOKENS)}
         device = self.pipe.text_encoder.device
         text, pooled, _ = self.pipe.encode_prompt(list(texts), None, device=device, max_sequence_length=NUM_TOKENS)
         return {"text": text.float(), "pooled": pooled.float()}
@@ -83,7 +98,7 @@ class Flux(PipelineFamily):
     """Flux.1 dev and schnell."""
 
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
-    TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"})
+    TEXTS: ClassVar[Texts | None] = Texts({CLIP: "lora_te1", T5: "lora_te3"}, text_of, optional=(T5,))
 
     def denoiser_of(self, components: Components) -> FluxDenoiser:
         return FluxDenoiser(components.net("transformer"), flow_of(components.scheduler))

@@ -4,7 +4,7 @@ B batch, C channels, f h w latent frames and sides, F H W frames and pixels, L t
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.families.components import MODULES, Components, OpenComponents
-from lorasmith.families.texts import Texts
+from lorasmith.families.texts import Texts, output_of, tokens, tokens_of
 from lorasmith.noise import Flow, TokenShift
 from lorasmith.types import Codec, Cond, Denoiser
 
@@ -68,6 +68,7 @@ class PictureCodec:
 
     PATCH: ClassVar[int] = 2
     """Latent pixels along a token's side."""
+    kept_tokens: Collection[str] = ()
 
     def __init__(self, pipe: Any, resolution: int | None = None) -> None:
         """resolution: the side of the pictures that the model was made for, where the pipeline does not state it."""
@@ -98,6 +99,14 @@ class PictureCodec:
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
         raise NotImplementedError
+
+    def _t5(self, texts: Sequence[str], name: str, tokenizer: Any, length: int) -> Cond:
+        """B texts -> {tokens_of(name): [B,L]} where T5's tokens are kept, else {output_of(name): [B,L,D]}, float32."""
+        found = tokens(texts, {name: tokenizer}, {name: length})
+        if name in self.kept_tokens:
+            return found
+        encoder = getattr(self.pipe, name)
+        return {output_of(name): encoder(found[tokens_of(name)].to(encoder.device))[0].float()}
 
 
 @dataclass(frozen=True)

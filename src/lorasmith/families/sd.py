@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -76,7 +76,7 @@ def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
 class StableDiffusionCodec:
     """The autoencoder, the CLIP text encoder and its tokenizer."""
 
-    keeps_tokens = False
+    kept_tokens: Collection[str] = ()
 
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: CLIPTokenizer, unet: Mapping[str, Any]) -> None:
         """vae: an AutoencoderKL; text_encoder: a CLIPTextModel; unet: the UNet's config."""
@@ -112,7 +112,7 @@ class StableDiffusionCodec:
             if num_tokens > length:
                 log.warning("only the first %d of %d tokens are read of %r", length, num_tokens, text[:60])
         found = tokens(texts, {"text_encoder": self.tokenizer}, {"text_encoder": length})
-        if self.keeps_tokens:
+        if self.kept_tokens:
             return found
         ids = {name: value.to(self.text_encoder.device) for name, value in found.items()}
         return {name: value.float() for name, value in text_of({"text_encoder": self.text_encoder}, ids).items()}

@@ -1,10 +1,12 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn, no_grad
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lorasmith.families.components import Components
 from lorasmith.families.pipeline import (
@@ -16,7 +18,7 @@ from lorasmith.families.pipeline import (
     refuse_odd,
     warn_of_cuts,
 )
-from lorasmith.families.texts import Texts
+from lorasmith.families.texts import Texts, output_of, tokens, tokens_of
 from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
@@ -57,21 +59,47 @@ class SD3Denoiser:
         return path
 
 
+CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+
+
+def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
+    """CLIPs and T5, {"ids", "ids_2", "ids_3": [B,L]} -> {"text": [B,77+256,D], "pooled": [B,P]}.
+
+    CLIPs' tokens are read before the last layer. Without T5 its output [B,256,D] is in the conditioning.
+    """
+    clips = [encoders[name](cond[tokens_of(name)], output_hidden_states=True) for name in CLIPS]
+    tail = encoders[T5](cond[tokens_of(T5)])[0] if T5 in encoders else cond[output_of(T5)]
+    text = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+    text = torch.cat([pad(text, (0, tail.shape[-1] - text.shape[-1])), tail.to(text.dtype)], dim=-2)
+    return {"text": text, "pooled": torch.cat([clip.text_embeds for clip in clips], dim=-1)}
+
+
 class SD3Codec(PictureCodec):
     """The autoencoder, two CLIPs for tokens and pooled vectors, and T5, without which its tokens are zeros."""
 
-    @no_grad()
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Cond:
-        """B texts -> {"text": [B,77+256,D], "pooled": [B,P]}, float32."""
+        """B texts -> {"text": [B,77+256,D], "pooled": [B,P]}, float32, or their tokens."""
         if self.pipe.text_encoder_3 is None:
             warn_of_cuts(texts, self.pipe.tokenizer, self.pipe.tokenizer_max_length)
         else:
             warn_of_cuts(texts, self.pipe.tokenizer_3, NUM_TOKENS)
+        if self.kept_tokens:
+            return self._tokens(texts)
         text, _, pooled, _ = self.pipe.encode_prompt(
             list(texts), None, None, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False,
             max_sequence_length=NUM_TOKENS,
         )  # fmt: skip
         return {"text": text.float(), "pooled": pooled.float()}
+
+    def _tokens(self, texts: Sequence[str]) -> Cond:
+        pipe = self.pipe
+        tokenizers = dict(zip(CLIPS, (pipe.tokenizer, pipe.tokenizer_2), strict=True))
+        found = tokens(texts, tokenizers, {name: pipe.tokenizer_max_length for name in CLIPS})
+        if pipe.text_encoder_3 is None:
+            width = pipe.transformer.config["joint_attention_dim"]
+            return {**found, output_of(T5): torch.zeros(len(texts), NUM_TOKENS, width)}
+        return {**found, **self._t5(texts, T5, pipe.tokenizer_3, NUM_TOKENS)}
 
 
 class SD3(PipelineFamily):
@@ -79,8 +107,9 @@ class SD3(PipelineFamily):
 
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
     TEXTS: ClassVar[Texts | None] = Texts(
-        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
-    )
+        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}, text_of,
+        optional=(T5,),
+    )  # fmt: skip
 
     def denoiser_of(self, components: Components) -> SD3Denoiser:
         return SD3Denoiser(components.net("transformer"), flow_of(components.scheduler))

@@ -67,8 +67,6 @@ def last_layer(encoders: Mapping[str, Any]) -> tuple[str, ...]:
 class SDXLCodec(PictureCodec):
     """The autoencoder and both text encoders."""
 
-    keeps_tokens = False
-
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self.tokenizers = {"text_encoder": pipe.tokenizer, "text_encoder_2": pipe.tokenizer_2}
@@ -80,7 +78,7 @@ class SDXLCodec(PictureCodec):
         warn_of_cuts(texts, self.pipe.tokenizer, self.pipe.tokenizer.model_max_length)
         lengths = {name: tokenizer.model_max_length for name, tokenizer in self.tokenizers.items()}
         found = tokens(texts, self.tokenizers, lengths)
-        if self.keeps_tokens:
+        if self.kept_tokens:
             return found
         encoders = {name: getattr(self.pipe, name) for name in self.tokenizers}
         ids = {name: value.to(self.pipe.text_encoder.device) for name, value in found.items()}

@@ -56,28 +56,20 @@ def skeleton(
 
 
 def skeleton_for(
-    model: str | Path, encoders: str | Path | None, lora: Header | None, *, with_texts: bool,
-    ignore_unknown: bool = False,
-) -> tuple[Denoiser, Path | None]:  # fmt: skip
+    model: str | Path, encoders: str | Path | None, lora: Header | None, *, with_texts: bool
+) -> tuple[Denoiser, Path | None]:
     """The denoiser of a model, with its text encoders where they are asked for or a LoRA has layers of them.
 
     Also returns where its weights are, if the LoRA cannot be understood without them. ValueError where text encoders
-    are asked for and cannot be trained, or have layers in a LoRA and cannot be adapted (unless with ignore_unknown).
+    are asked for and cannot be trained.
     """
     needs_weights = lora is not None and any(split(key)[1] in (SCALE, VECTOR) for key in lora.shapes)
     needs_names = with_texts or lora is not None
     denoiser, path = skeleton(model, with_texts=needs_names, with_weights=needs_weights, encoders=encoders)
-    can_encode = isinstance(denoiser, TextDenoiser) and denoiser.texts.encode is not None
-    if with_texts and not can_encode:
+    if with_texts and not isinstance(denoiser, TextDenoiser):
         raise ValueError("text_encoder.train must be false for this model: it has no text encoders to be trained")
     if isinstance(denoiser, TextDenoiser) and not with_texts and lora is not None:
-        has_texts = _has_texts(denoiser, lora.shapes)
-        if has_texts and not can_encode and not ignore_unknown:
-            raise ValueError(
-                f"{lora.path} holds layers of text encoders, which are not applied to this model yet: ignore_unknown "
-                f"leaves them out"
-            )
-        denoiser = denoiser if has_texts and can_encode else denoiser.inner
+        denoiser = denoiser if _has_texts(denoiser, lora.shapes) else denoiser.inner
     return denoiser, path if needs_weights else None
 
 

@@ -3,8 +3,8 @@
 B batch, L tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,10 +23,11 @@ class Texts:
     """How layers of a family's text encoders are named in LoRA files, and how they are trained."""
 
     prefixes: Mapping[str, str]  # {net: kohya's name of it}
-    encode: Callable[[Mapping[str, Any], Cond], Cond] | None = None
-    """nets, {name: [B,L]} -> {name: [B,L,D] or [B,D]}; None: they are not trained yet."""
+    encode: Callable[[Mapping[str, Any], Cond], Cond]  # nets, {name: [B,L]} -> {name: [B,L,D] or [B,D]}
     idle: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda encoders: ()
     """nets -> how paths of layers begin that nobody reads."""
+    optional: Collection[str] = ()
+    """The nets without which `encode` takes what they return, `output_of`, from the conditioning."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ class TextDenoiser:
             raise ValueError(
                 f"positive must be captions where text encoders are trained, got {found} without {missing[0]}"
             )
-        assert self.texts.encode is not None
         others = {name: value for name, value in cond.items() if name not in tokens}
         return {**others, **self.texts.encode(self.encoders, cond)}
 
@@ -92,6 +92,11 @@ def tokens_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "ids")
 
 
+def output_of(encoder: str) -> str:
+    """text_encoder_3 -> output_3: the name in conditioning of what an encoder makes of the tokens."""
+    return encoder.replace("text_encoder", "output")
+
+
 def tokens(texts: Sequence[str], tokenizers: Mapping[str, Any], lengths: Mapping[str, int]) -> Cond:
     """B texts -> {tokens_of(encoder): [B,L]} by each encoder's tokenizer, filled up or cut to its length L."""
     return {
@@ -105,8 +110,8 @@ def tokens(texts: Sequence[str], tokenizers: Mapping[str, Any], lengths: Mapping
 class TokenCodec(Codec, Protocol):
     """A codec that can leave the encoding of tokens to a denoiser."""
 
-    keeps_tokens: bool
-    """Whether encode_texts returns tokens."""
+    kept_tokens: Collection[str]
+    """The encoders whose tokens encode_texts returns; where there are none, it returns what the denoiser reads."""
 
 
 class TextFamily(Protocol):
@@ -135,18 +140,24 @@ class WithTexts:
     def of(cls, family: TextFamily) -> "WithTexts":
         """ValueError where its text encoders are missing, or of a kind that is not trained."""
         texts = family.TEXTS
-        if texts is None or texts.encode is None:
+        if texts is None:
             raise ValueError("text_encoder.train must be false for this model: its text encoders are not trained yet")
         pipe = family.pipeline(family.denoiser)
-        encoders = {name: getattr(pipe, name) for name in texts.prefixes}
-        missing = [name for name, encoder in encoders.items() if encoder is None]
+        encoders = {name: encoder for name in texts.prefixes if (encoder := getattr(pipe, name)) is not None}
+        missing = [name for name in texts.prefixes if name not in encoders and name not in texts.optional]
         if missing:
             raise ValueError(f"text_encoder.train must be false where the model holds no {missing[0]}")
         return cls(family, TextDenoiser(family.denoiser, encoders, texts))
 
+    def only(self, nets: Collection[str]) -> "WithTexts":
+        """Without the optional encoders that are not among these nets: captions are encoded with them once."""
+        encoders = self.denoiser.encoders
+        left = {name: encoders[name] for name in encoders if name in nets or name not in self.denoiser.texts.optional}
+        return replace(self, denoiser=replace(self.denoiser, encoders=left))
+
     def codec(self, device: torch.device) -> TokenCodec:
         codec = self.family.codec(device)
-        codec.keeps_tokens = True
+        codec.kept_tokens = frozenset(self.denoiser.encoders)
         return codec
 
     def pipeline(self, denoiser: Denoiser) -> Any:
