@@ -25,7 +25,18 @@ FILES = UNFINISHED | {"lora.safetensors", "loss.png", "report.html"}
 TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompts", "[]")
 
 
-STAGES = ("encoding", "extracting", "generating", "hashing", "loading", "measuring", "merging", "packing", "resizing")
+STAGES = (
+    "encoding",
+    "extracting",
+    "generating",
+    "hashing",
+    "loading",
+    "measuring",
+    "merging",
+    "packing",
+    "resizing",
+    "writing",
+)
 WORK = re.compile(rf"lorasmith \d[\w.]*|stopped: \d.*|(?:training|{'|'.join(STAGES)})\b.*")
 """A line about the work in hand."""
 

@@ -121,7 +121,8 @@ def test_ctrl_c_ends_after_the_step_in_hand(home: Path, monkeypatch: pytest.Monk
     assert (ended.code, ended.err) == (130, "")
     path = Path("runs", "cats", "lora.safetensors")
     assert ended.out.endswith(f"LoRA of 2 steps: {path}\nstopped after step 2 of 4; --resume goes on\n")
-    assert listing(home / "runs" / "cats") == UNFINISHED | {"lora.safetensors"}
+    assert listing(home / "runs" / "cats") == FILES
+    assert "2 of 4, 1 sample each" in (home / "runs" / "cats" / "report.html").read_text("utf-8")
     assert lorafile.read(home / path)[1]["lorasmith.steps"] == "2"
     assert signal.getsignal(signal.SIGINT) is usual
 

@@ -112,6 +112,23 @@ def test_what_cannot_be_run_is_refused(opened: Opened, values: dict[str, Any], m
     assert not Path("runs").exists()
 
 
+def test_samples_of_the_last_step_are_generated_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    generated, calls = run.pictures, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return generated(*arguments)
+
+    monkeypatch.setattr(run, "pictures", counted)
+    for output, every in (("plain", None), ("often", 1)):
+        with opened(steps=2, output=output, sampling={"every": every}) as found:
+            assert len(list(found.steps())) == 2
+            found.finish()
+    assert len(calls) == 2 + 3  # before and after; and after the first step
+    plain, often = (Path(output, "before_after.png").read_bytes() for output in ("plain", "often"))
+    assert plain == often and len(list(Path("often", "samples").iterdir())) == 2
+
+
 def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opened, tmp_path: Path) -> None:
     made(tmp_path / "held out", "a white cat", "a grey cat")
     made(tmp_path / "others", "a house", "a tree", "a car")

@@ -29,6 +29,7 @@ def execute(request: Request, display: Display, report: Report) -> int:
                 raise MemoryError(f"out of memory: {advice} ({error})") from error
             raise
         if run.num_done < run.num_steps or (request.world.size == 1 and stop.is_set()):
+            run.report_so_far()
             if run.folder is not None:
                 report.stopped(run.num_done, run.num_steps)
             return INTERRUPTED

@@ -72,6 +72,7 @@ class Run:
     progress: Progress
     tensorboard: TensorBoardLog | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # {"sampling" or "measuring": what it took so far}
+    drawn: tuple[int, list[Image.Image]] = (0, [])  # what was generated last during training, and after which step
 
     @classmethod
     def of(cls, request: Request, folder: RunFolder | None, progress: Progress = SILENT) -> "Run":
@@ -190,21 +191,34 @@ class Run:
             return []
         drawn, measured = [("without LoRA", self._draw())], [self._measure()]
         with attached(self.job.denoiser, self.job.adapters):
-            drawn.append(("with LoRA", self._draw()))
+            step, pictures_there = self.drawn
+            drawn.append(("with LoRA", pictures_there if step == self.num_done else self._draw()))
             measured.append(self._measure())
         if self.folder is None or self.keeper.log is None:
             return []
         if self.keeper.restored():
             self.save()
-        path, steps = self.folder.path, self.keeper.log.steps
-        save_loss_plot(steps, path / "loss.png")
-        shown = []
+        path, shown = self.folder.path, []
         if self.prompts:
             save_comparison(drawn, self.prompts, path / "before_after.png")
             shown.append(("Before and after", path / "before_after.png"))
-        summary = self.summary(steps, *measured)
+        return self._write_report(self.folder, self.keeper.log.steps, shown, *measured)
+
+    def report_so_far(self) -> None:
+        """Writes the report of a run that was stopped, without what would have to be generated or measured."""
+        if self.folder is not None and self.keeper.log is not None and self.keeper.log.steps:
+            with self.progress.stage("writing the report"):
+                self._write_report(self.folder, self.keeper.log.steps, [], {}, {})
+
+    def _write_report(
+        self, folder: RunFolder, steps: Sequence[Step], shown: Sequence[tuple[str, Path]],
+        before: dict[str, Tensor], after: dict[str, Tensor],
+    ) -> list[tuple[str, str]]:  # fmt: skip
+        """The loss plot and the page; returns the summary on it."""
+        save_loss_plot(steps, folder.path / "loss.png")
+        summary = self.summary(steps, before, after)
         config = toml_of(self.given, is_shared=True)
-        save_page(path / "report.html", path.name, summary, shown, config, steps=steps)
+        save_page(folder.path / "report.html", folder.path.name, summary, shown, config, steps=steps)
         return summary
 
     def summary(
@@ -246,6 +260,7 @@ class Run:
         if not self.prompts or (self.folder is None and not self.job.config.sharded):
             return
         drawn = self._draw()
+        self.drawn = self.num_done, drawn
         if self.folder is not None:
             self.keeper.restored()
             path = self.folder.samples_path / f"step-{self.num_done:07d}.png"
