@@ -42,6 +42,7 @@ FLOORS = (
         "optimizers",
         "masters",
         "adapters",
+        "data.colours",
         "data.pictures",
         "data.listing",
         "data.folder",

@@ -9,6 +9,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from lorasmith.data.colours import in_srgb
+
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 PICTURE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".apng", ".avif", ".tif", ".tiff", ".jxl",
@@ -34,7 +36,7 @@ _TURNS = {
 
 
 def picture(path: Path) -> Image.Image:
-    """The picture, decoded, as 8-bit RGB: turned as its EXIF data say, on white where transparent, the first frame.
+    """The picture, decoded, as 8-bit sRGB: turned as its EXIF data say, on white where transparent, the first frame.
 
     ValueError that names the file and the reason when it cannot be read, or needs an extra that is not installed.
     """
@@ -46,7 +48,8 @@ def picture(path: Path) -> Image.Image:
                 raise ValueError(f"it has {size}, the limit is {MAX_PIXELS:,}: scale it down")
             image.load()  # first, since it turns a TIFF, and then takes the orientation out of its EXIF data
             turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            return _rgb(image if turn is None else image.transpose(turn))
+            profile = image.info.get("icc_profile") or b""
+            return _rgb(image if turn is None else image.transpose(turn), profile, path.name)
     except UnidentifiedImageError:
         reason = "it is not in a picture format" if path.stat().st_size else "it is empty"
     except OSError as error:
@@ -124,14 +127,18 @@ def _identified(file: IO[bytes], name: str) -> Image.Image:
     raise UnidentifiedImageError
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode -> RGB."""
+def _rgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """A picture of any mode -> RGB, in sRGB if it has a colour profile."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 0 to 255
         grey = np.asarray(image).clip(0, 65535)
-        return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    colours = in_srgb(image, profile, name) if profile else None
+    if not image.has_transparency_data:
+        return colours or image.convert("RGB")
+    rgba = image.convert("RGBA")
+    if colours:
+        colours.putalpha(rgba.getchannel("A"))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, colours or rgba).convert("RGB")
