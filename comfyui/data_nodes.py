@@ -55,7 +55,7 @@ class LorasmithDataset(io.ComfyNode):
         """Changes with any picture or caption in the folder, so that nothing stale is trained on."""
         root = inside(folder_paths.get_input_directory(), folder)
         found = listed(root) if root.is_dir() else Listing()
-        paths = [root / path for path in (*found.pictures, *found.captions.values())]
+        paths = [root / path for path in (*found.pictures, *found.captions.values(), *found.tables)]
         return repr(sorted((path.as_posix(), *_state(path)) for path in paths if path.is_file()))
 
     @classmethod

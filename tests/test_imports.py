@@ -42,6 +42,7 @@ FLOORS = (
         "optimizers",
         "masters",
         "adapters",
+        "data.captions",
         "data.colours",
         "data.pictures",
         "data.listing",

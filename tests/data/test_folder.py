@@ -1,5 +1,7 @@
 """Picture folders: captions and repeats of the samples, and what is said of those without."""
 
+import csv
+import json
 import logging
 import re
 import sys
@@ -211,4 +213,83 @@ def test_an_extra_that_is_missing_is_said_before_anything_is_read(
     made(tmp_path / f"a.{suffix}", "no picture at all")
     message = f".{suffix.lower()} pictures need the extra '{extra}': pip install 'lorasmith[{extra}]'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        examples(tmp_path)
+
+
+def test_pictures_that_share_a_caption_file_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "a.jpg", "b.png"):
+        made(tmp_path / name)
+    made(tmp_path / "a.txt", "both")
+    made(tmp_path / "b.txt", "b")
+    assert captions(tmp_path) == {"a.jpg": "both", "a.png": "both", "b.png": "b"}
+    what = f"pictures in {tmp_path} that share a caption file, as only their suffixes differ"
+    assert messages(caplog) == [f"{what}: 2 (a.jpg, a.png)"]
+
+
+ROWS = [
+    {"file_name": "a.png", "text": "a red cat"},
+    {"file_name": "sub/b.png", "text": "first, line\nsecond"},
+    {"file_name": "own.png", "text": "not this"},
+    {"file_name": "gone.png", "text": "of no picture"},
+    {"file_name": "3_cats/c.png", "text": "\u2028 caf\u00e9"},
+]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_captions_in_a_table_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    for path in ("a.png", "sub/b.png", "own.png", "3_cats/c.png", "3_cats/d.png"):
+        made(tmp_path / path)
+    made(tmp_path / "own.txt", "its own")
+    if name.endswith(".csv"):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        made(tmp_path / name, "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))
+    assert captions(tmp_path) == {
+        "3_cats/c.png": "caf\u00e9",
+        "3_cats/d.png": "cats",
+        "a.png": "a red cat",
+        "own.png": "its own",
+        "sub/b.png": "first, line second",
+    }
+    assert messages(caplog) == [f"rows of {tmp_path / name} that name no picture: 1 (gone.png)"]
+
+
+def test_the_nearest_table_counts_and_jsonl_before_csv(tmp_path: Path) -> None:
+    made(tmp_path / "sub" / "a.png")
+    made(tmp_path / "metadata.jsonl", '{"file_name": "sub/a.png", "text": "far"}')
+    assert captions(tmp_path) == {"sub/a.png": "far"}
+    made(tmp_path / "sub" / "metadata.csv", "file_name,prompt\na.png,near")
+    assert captions(tmp_path) == {"sub/a.png": "near"}
+    made(tmp_path / "sub" / "metadata.jsonl", '{"file_name": "a.png", "caption": "nearest", "prompt": "no"}\n\n')
+    assert captions(tmp_path) == {"sub/a.png": "nearest"}
+
+
+def test_tables_that_give_no_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "sub/b.png"):
+        made(tmp_path / name)
+        made((tmp_path / name).with_suffix(".txt"), "its own")
+    made(tmp_path / "metadata.jsonl", '{"image": "a.png", "label": 3}')
+    made(tmp_path / "sub" / "metadata.csv", "file_name,text\nb.png,not this")
+    assert set(captions(tmp_path).values()) == {"its own"}
+    assert messages(caplog) == [
+        f"left out of {tmp_path}: 1 table without captions by file_name (metadata.jsonl); "
+        "1 table for pictures with caption files (sub/metadata.csv)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_', "a JSON object a line, line 2 is none: Unterminated .*"),
+        ("metadata.jsonl", "[1]", "a JSON object a line, line 1 is a list"),
+        ("metadata.csv", 'file_name,text\na.png,"cut', "a CSV table: unexpected end of data"),
+    ],
+)
+def test_a_broken_table_is_refused(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    made(tmp_path / "a.png")
+    made(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))} must be {reason}$"):
         examples(tmp_path)

@@ -80,9 +80,15 @@ def test_a_folder_reached_by_two_ways_is_read_once(tmp_path: Path) -> None:
         ("p.0.mask.png", ["p.0.jpg"]),
         ("p0-MASK.PNG", ["p0.png"]),
         ("p0_alpha.png", ["p0.webp"]),
+        ("mask_p0.png", ["p0.jpg", "p0.txt"]),
+        ("p0_depth.png", ["p0.png"]),
+        ("p0_depth_map.png", ["p0.png"]),
+        ("p0-openpose.png", ["p0.png"]),
         ("masks/p0.png", ["p0.jpg"]),
         ("Mask/sub/p0.png", ["img/sub/p0.jpg"]),
         ("conditioning_images/p0.png", ["images/p0.png"]),
+        ("depth_maps/p0.png", ["p0.png"]),
+        ("loss_masks/p0.png", ["p0.png"]),
     ],
 )
 def test_masks_of_other_programs_are_no_samples(tmp_path: Path, mask: str, others: list[str]) -> None:
@@ -95,6 +101,9 @@ def test_masks_of_other_programs_are_no_samples(tmp_path: Path, mask: str, other
     "names",
     [
         ["venetian_mask.png", "other.png"],
+        ["mask_of_gold.png", "gold.png"],
+        ["cat.png", "cat_pose.png", "cat_normal.png"],
+        ["in_depth.png", "sub/in.png"],
         ["venetian.png", "venetian_mask.png", "venetian_mask.txt"],
         ["masks/1.png", "hats/2.png"],
         ["masks/1.png", "hats/1.png", "masks/1.caption"],
@@ -133,8 +142,15 @@ def test_captions_elsewhere_are_named(tmp_path: Path) -> None:
     found = listed(
         with_files(tmp_path, "a.png", "a.json", "b.png", "b.tags", "metadata.jsonl", "notes.md", "dataset.yaml")
     )
-    why = "files that may hold captions, which are read from .txt and .caption files alone"
-    assert found.said == f"3 {why} (a.json, b.tags, metadata.jsonl); 1 .yaml, 1 .md" and not found.is_harmless
+    why = "files that may hold captions, in a form that is not read"
+    assert found.said == f"2 {why} (a.json, b.tags); 1 .yaml, 1 .md" and not found.is_harmless
+    assert found.tables == [Path("metadata.jsonl")]
+
+
+def test_an_accent_belongs_to_its_letter_or_stands_alone(tmp_path: Path) -> None:
+    """An e with an accent is one character or two: what macOS has written and what is typed elsewhere are one name."""
+    found = listed(with_files(tmp_path, "caf\u00e9.png", "cafe\u0301.txt", "sub/b.png"))
+    assert found.captions == {Path("caf\u00e9.png"): Path("cafe\u0301.txt")} and found.said == ""
 
 
 def test_other_formats_are_counted(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_a_change_behind_a_link_is_seen(folders: Path) -> None:
     for text in ("a cat", "a dog!"):
         (elsewhere / "a.txt").write_text(text)
         seen.append(LorasmithDataset.fingerprint_inputs("pictures"))
-    assert len(set(seen)) == 3 and LorasmithDataset.fingerprint_inputs("gone") == "[]"
+    (elsewhere / "metadata.jsonl").touch()
+    seen.append(LorasmithDataset.fingerprint_inputs("pictures"))
+    assert len(set(seen)) == 4 and LorasmithDataset.fingerprint_inputs("gone") == "[]"
 
 
 def test_buckets_keep_pairs_together() -> None:

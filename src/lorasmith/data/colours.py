@@ -21,11 +21,12 @@ def in_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     plain = _plain(image)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = MODES.get(source.profile.xcolor_space, "")
+        space: str = source.profile.xcolor_space  # pyright: ignore[reportAttributeAccessIssue]: of a file's type, it says
+        mode = MODES.get(space, "")
         if mode == "RGB" and plain.mode == "L":
             plain = plain.convert("RGB")
         if mode != plain.mode:
-            raise ImageCms.PyCMSError(f"it is for {source.profile.xcolor_space.strip()}, not for {plain.mode}")
+            raise ImageCms.PyCMSError(f"it is for {space.strip()}, not for {plain.mode}")
         transform = _transform(source, mode)
     except (ImageCms.PyCMSError, OSError) as error:
         log.warning("the colour profile of picture %s is ignored: %s", name, error)

@@ -1,16 +1,19 @@
 """A folder of pictures -> samples: their captions and repeats, and one line for what is left out."""
 
-import codecs
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasmith.data.listing import CaptionLines, listed, named
+from lorasmith.data.captions import captions_in, lines, text_of
+from lorasmith.data.listing import CaptionLines, Listing, Reason, listed, named, normal
 from lorasmith.data.pictures import PICTURE_SUFFIXES, opener
 from lorasmith.types import Example
 
 MAX_REPEATS = 10_000
+NO_ROWS = Reason("table without captions by file_name", "tables without captions by file_name")
+UNUSED = Reason("table for pictures with caption files", "tables for pictures with caption files")
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +21,9 @@ log = logging.getLogger(__name__)
 def examples(folder: Path, caption_lines: CaptionLines = "join") -> list[Example]:
     """The pictures below folder, sorted by relative path; links are followed.
 
-    A picture NAME.png has the caption in NAME.txt or else NAME.caption. Pictures in a folder named N_name, as kohya's
-    trainer has it, are repeated N times, and name is the caption of those without a caption file. Of a caption of
-    several lines, all are joined into one, or the first is taken.
+    A picture NAME.png has the caption in NAME.txt or else NAME.caption, or else in the metadata.jsonl or metadata.csv
+    of a folder above it. Pictures in a folder named N_name, as kohya's trainer has it, are repeated N times, and name
+    is the caption of those without. Of a caption of several lines, all are joined into one, or the first is taken.
     ValueError without pictures, for one that needs an extra, for a caption that is no text, and for 0 repeats.
     """
     if not folder.exists():
@@ -34,27 +37,47 @@ def examples(folder: Path, caption_lines: CaptionLines = "join") -> list[Example
     for suffix in sorted({path.suffix for path in listing.pictures}):
         opener(suffix)
 
-    lines = {path: _lines(folder / path) for path in listing.captions.values()}
+    texts = _from_tables(folder, listing)
+    sources = {path: path for path in texts} | listing.captions
+    texts |= {path: lines(text_of(folder / caption)) for path, caption in listing.captions.items()}
     found_examples: list[Example] = []
     without_caption: list[str] = []
     num_empty = 0
     for path in listing.pictures:
         repeats, caption = _repeats_and_name(path)
-        caption_path = listing.captions.get(path.with_suffix(""))
-        if caption_path is not None:
-            caption = " ".join(lines[caption_path] if caption_lines == "join" else lines[caption_path][:1])
-            num_empty += not caption
+        if (text := texts.get(path)) is not None:
+            caption = " ".join(text if caption_lines == "join" else text[:1])
+            num_empty += not caption and path in listing.captions
         if not caption:
             without_caption.append(path.as_posix())
         found_examples.append(Example(folder / path, caption, repeats))
     done = "joined into one" if caption_lines == "join" else "of which the first is read"
-    of_several_lines = sorted(path.as_posix() for path in lines if len(lines[path]) > 1)
+    of_several_lines = sorted({sources[path].as_posix() for path in texts if len(texts[path]) > 1})
     tell_of(f"captions of several lines in {folder}, {done} (data.caption_lines)", of_several_lines, logging.INFO)
+    counts = Counter(listing.captions.values())
+    sharing = [path.as_posix() for path, caption in listing.captions.items() if counts[caption] > 1]
+    tell_of(f"pictures in {folder} that share a caption file, as only their suffixes differ", sharing)
     empty = f", {num_empty} of them with an empty caption file" if num_empty else ""
     tell_of(f"pictures without a caption in {folder}{empty}", without_caption)
     if listing.left_out:
         log.log(logging.INFO if listing.is_harmless else logging.WARNING, "left out of %s: %s", folder, listing.said)
     return found_examples
+
+
+def _from_tables(folder: Path, listing: Listing) -> dict[Path, list[str]]:
+    """{picture without a caption file: the lines of its caption in a table}; tables that serve none are left out."""
+    pictures = {normal(path.as_posix()): path for path in listing.pictures}
+    found: dict[Path, list[str]] = {}
+    for table in sorted(listing.tables, key=lambda path: len(path.parts)):  # the nearest comes last
+        captions = captions_in(folder / table)
+        named_here = {normal((table.parent / name).as_posix()): text for name, text in captions.items()}
+        known = {pictures[name]: lines(text) for name, text in named_here.items() if name in pictures}
+        tell_of(f"rows of {folder / table} that name no picture", sorted(named_here.keys() - pictures.keys()))
+        unused = known.keys() & listing.captions.keys()
+        found |= {path: text for path, text in known.items() if path not in unused}
+        if not captions or (known and unused == known.keys()):
+            listing.leave_out(UNUSED if captions else NO_ROWS, [table])
+    return found
 
 
 def _repeats_and_name(path: Path) -> tuple[int, str]:
@@ -66,20 +89,6 @@ def _repeats_and_name(path: Path) -> tuple[int, str]:
                 raise ValueError(f"repeats must be 1 to {MAX_REPEATS}, got {repeats} from the name of folder {parent}")
             return repeats, match[2]
     return 1, ""
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a caption file that are not empty: UTF-8, or UTF-16 with its mark."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    try:
-        text = content.decode(encoding).removeprefix("\ufeff")  # not utf-8-sig: its errors count from behind the mark
-    except UnicodeDecodeError as error:
-        got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise ValueError(f"caption {path} must be UTF-8, got {got}") from None
-    if "\0" in text:
-        raise ValueError(f"caption {path} must be UTF-8, got a NUL at character {text.index(chr(0))}")
-    return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
 def tell_of(what: str, names: Sequence[str], level: int = logging.WARNING) -> None:

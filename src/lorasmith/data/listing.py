@@ -2,12 +2,14 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lorasmith.data import captions as caption_files
 from lorasmith.data.pictures import PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
@@ -23,9 +25,18 @@ SYSTEM = re.compile(
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 SIDECARS = (".yaml", ".yml", ".xml", ".xmp", ".md", ".html", ".rtf", ".tags", ".cap", ".captions", ".text", ".prompt")
 """Where other programs keep captions: in tables, or in files that are called as the picture is."""
-MASK = re.compile(r"(.+)[-_. ](?:mask|alpha|matte|cond|conditioning|control)", re.IGNORECASE)
+_CONTROL = (
+    r"masks?|alpha|matte|trimap|cond|conditioning|control|canny|openpose|lineart|softedge|mlsd|hed"
+    r"|depth(?:[-_ ]?map)?|normal[-_ ]?map|seg(?:mentation)?[-_ ]?map"
+)
+MASK = re.compile(rf"(.+)[-_. ](?:{_CONTROL})", re.IGNORECASE)
+MASK_BEFORE = re.compile(r"(?:mask|depth)[-_. ](.+)", re.IGNORECASE)
 MASK_OF_ONETRAINER = re.compile(r".+-(?:masklabel|condlabel)", re.IGNORECASE)
-MASK_FOLDER = re.compile(r"(?:masks?|conditionings?|controls?)(?:[-_ ](?:data|images?))?", re.IGNORECASE)
+MASK_FOLDER = re.compile(
+    r"(?:(?:(?:loss|alpha)[-_ ])?masks?|conditionings?|controls?|depths?|canny|openpose)"
+    r"(?:[-_ ](?:data|maps?|images?))?",
+    re.IGNORECASE,
+)
 RUN = ("run.toml", "steps.jsonl")
 """What every run folder of this program holds."""
 OF_RUN = re.compile(
@@ -46,8 +57,8 @@ class Reason:
 MASKS = Reason("mask or control image of another program", "masks or control images of other programs")
 OWN = Reason("file of a lorasmith run", "files of a lorasmith run", is_harmless=True)
 TABLE = Reason(
-    "file that may hold captions, which are read from .txt and .caption files alone",
-    "files that may hold captions, which are read from .txt and .caption files alone",
+    "file that may hold captions, in a form that is not read",
+    "files that may hold captions, in a form that is not read",
 )
 ORPHANS = Reason("caption file without a picture", "caption files without a picture")
 SECOND = Reason("second caption file of a picture", "second caption files of a picture")
@@ -66,7 +77,8 @@ class Listing:
     """Paths below the folder, relative to it, sorted."""
 
     pictures: list[Path] = field(default_factory=list)
-    captions: dict[Path, Path] = field(default_factory=dict)  # {picture without its suffix: the caption that is read}
+    captions: dict[Path, Path] = field(default_factory=dict)  # {picture: the caption file that is read}
+    tables: list[Path] = field(default_factory=list)  # of captions, the preferred one of a folder last
     left_out: dict[Reason, list[Path]] = field(default_factory=dict)
 
     def leave_out(self, reason: Reason, paths: Iterable[Path]) -> None:
@@ -105,20 +117,33 @@ def listed(folder: Path) -> Listing:
     captions = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
     masks = set(_masks(pictures, captions))
     found.pictures = [path for path in pictures if path not in masks]
-    stems = {path.with_suffix("") for path in found.pictures}
+    stems = {_stem(path) for path in found.pictures}
     read = {*pictures, *captions, *own}
     others = [path for path in files if path not in read]
-    tables = {path for path in others if _may_hold_captions(path, stems)}
+    of_stem: dict[str, Path] = {}
     for path in sorted(captions, key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()), reverse=True):
-        if (stem := path.with_suffix("")) in stems:
-            found.captions[stem] = path  # the preferred one comes last
+        of_stem[_stem(path)] = path  # the preferred one comes last
+    found.captions = {path: of_stem[stem] for path in found.pictures if (stem := _stem(path)) in of_stem}
+    for name in reversed(caption_files.TABLES):
+        found.tables += [path for path in others if path.name == name]
+    others = [path for path in others if path not in found.tables]
+    unread = {path for path in others if _may_hold_captions(path, stems)}
     found.leave_out(MASKS, (path for path in pictures if path in masks))
     found.leave_out(OWN, sorted(own))
-    found.leave_out(ORPHANS, (path for path in captions if path.with_suffix("") not in stems))
-    found.leave_out(SECOND, (p for p in captions if (stem := p.with_suffix("")) in stems and found.captions[stem] != p))
-    found.leave_out(TABLE, (path for path in others if path in tables))
-    found.leave_out(OTHER, (path for path in others if path not in tables))
+    found.leave_out(ORPHANS, (path for path in captions if _stem(path) not in stems))
+    found.leave_out(SECOND, (p for p in captions if (stem := _stem(p)) in stems and of_stem[stem] != p))
+    found.leave_out(TABLE, (path for path in others if path in unread))
+    found.leave_out(OTHER, (path for path in others if path not in unread))
     return found
+
+
+def normal(path: str) -> str:
+    """A path as one string, however it was typed: macOS takes letters and their accents apart."""
+    return unicodedata.normalize("NFC", path)
+
+
+def _stem(path: Path) -> str:
+    return normal(path.with_suffix("").as_posix())
 
 
 def _walked(root: Path, found: Listing) -> Iterator[Path]:
@@ -185,15 +210,14 @@ def _is_skipped(entry: os.DirEntry[str], path: Path, found: Listing) -> bool:
 def _of_runs(folder: Path, files: Sequence[Path]) -> Iterator[Path]:
     """What runs of this program have left in their folders, of which this folder may itself be one."""
     known = set(files)
-    for path in files:
-        for parent in path.parents:
-            if all(parent / name in known for name in RUN) and OF_RUN.fullmatch(path.relative_to(parent).as_posix()):
-                yield path
-                break
-        else:
-            above = folder.resolve()
-            if OF_RUN.fullmatch(f"{above.name}/{path.as_posix()}") and all((above.parent / n).is_file() for n in RUN):
-                yield path
+    runs = {path.parent for path in files if path.name == RUN[0] and all(path.with_name(name) in known for name in RUN)}
+    above = folder.resolve()
+    is_inside = all((above.parent / name).is_file() for name in RUN)
+    for path in files if runs or is_inside else ():
+        if any(parent in runs and OF_RUN.fullmatch(path.relative_to(parent).as_posix()) for parent in path.parents):
+            yield path
+        elif is_inside and OF_RUN.fullmatch(f"{above.name}/{path.as_posix()}"):
+            yield path
 
 
 def _masks(pictures: Sequence[Path], captions: Sequence[Path]) -> Iterator[Path]:
@@ -201,14 +225,14 @@ def _masks(pictures: Sequence[Path], captions: Sequence[Path]) -> Iterator[Path]
 
     One with a caption of its own is a sample, unless it has the name that OneTrainer keeps for masks.
     """
-    captioned = {path.with_suffix("") for path in captions}
+    captioned = {_stem(path) for path in captions}
     beside = {path.with_suffix("") for path in pictures}
     outside = {path.stem for path in pictures if not _mask_folder(path)}
     for path in pictures:
         if MASK_OF_ONETRAINER.fullmatch(path.stem):
             yield path
-        elif path.with_suffix("") not in captioned:
-            name = MASK.fullmatch(path.stem)
+        elif _stem(path) not in captioned:
+            name = MASK.fullmatch(path.stem) or MASK_BEFORE.fullmatch(path.stem)
             if (name and path.with_name(name[1]) in beside) or (_mask_folder(path) and path.stem in outside):
                 yield path
 
@@ -217,6 +241,6 @@ def _mask_folder(path: Path) -> bool:
     return any(MASK_FOLDER.fullmatch(part) for part in path.parent.parts)
 
 
-def _may_hold_captions(path: Path, stems: set[Path]) -> bool:
+def _may_hold_captions(path: Path, stems: set[str]) -> bool:
     suffix = path.suffix.lower()
-    return suffix in TABLES or (suffix in SIDECARS and path.with_suffix("") in stems)
+    return suffix in TABLES or (suffix in SIDECARS and _stem(path) in stems)

@@ -6,7 +6,7 @@ DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
     Name("pretrained_model_name_or_path model_id", "--model"),
     needless("variant revision", "the variant is found by itself", is_flag=False),
     Name("train_data_dir instance_data_dir", "--data.folder",
-         "or as the first argument; captions in text files beside the pictures, not in `metadata.jsonl`"),
+         "or as the first argument; captions in text files beside the pictures, or in `metadata.jsonl`"),
     missing("dataset_name dataset_config_name", "folders only", "--data.folder pictures"),
     missing("instance_prompt",
          "put the pictures into a subfolder named `1_the prompt`, or the prompt into text files beside them"),
