@@ -12,7 +12,7 @@ from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
 from lorasmith import drawing, lorafile
-from lorasmith.adapters.lora import LoRA
+from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.checks import checked
 from lorasmith.config import Config, TextEncoder
