@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
-from originals import open_clip
+from diffusers import FluxTransformer2DModel, StableDiffusion3Pipeline
+from originals import open_clip, original
 from safetensors.torch import load_file, save_file
 from tiny import made
 from tiny_encoders import clip, t5
 from torch import Tensor, nn
 
+from lorasmith import lorafile
+from lorasmith.algorithms import LoRA
+from lorasmith.attach import AdapterSet
+from lorasmith.families import opened
+from lorasmith.file_layouts import in_layout
 from lorasmith.files.conversion import convert
 from lorasmith.files.extraction import extract
 from lorasmith.files.merging import Source
 from lorasmith.files.merging_into import merge_into
 from lorasmith.files.truncation import Cut
+from lorasmith.targets import Targets
 
 State = dict[str, Tensor]
 
@@ -177,3 +183,34 @@ def test_diffusers_reads_what_is_converted_for_sd_3(tmp_path: Path, caplog: Any)
         torch.testing.assert_close(
             found.get_delta_weight("default_0"), lora[f"{name}.lora_up.weight"] @ lora[f"{name}.lora_down.weight"]
         )
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_a_single_file_with_encoders_says_as_much_as_the_folder(tmp_path: Path, name: str) -> None:
+    """convert finds the layers of all text encoders in it, wherever kohya's names put them."""
+    folder = made(name)
+    if name == "FluxPipeline":  # whose heads are of the published width in single files
+        folder.transformer = FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=16,
+            pooled_projection_dim=16, guidance_embeds=True,
+        )  # fmt: skip
+    folder.save_pretrained(tmp_path / "folder")
+    parts = {"clip_l": folder.text_encoder, "clip_g": folder.text_encoder_2, "t5xxl": folder.text_encoder_2}
+    parts = {**parts, "t5xxl": folder.text_encoder_3} if name != "FluxPipeline" else {**parts, "clip_g": None}
+    state = prefixed("model.diffusion_model.", original(folder.transformer))
+    for part, net in parts.items():
+        if net is not None:
+            tensors = net.state_dict() if part == "t5xxl" else plain(net)
+            state |= prefixed(f"text_encoders.{part}.transformer.", tensors)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.safetensors")
+    denoiser = opened(folder, with_texts=True).denoiser
+    adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(preset="all"), 0)
+    assert adapters.nets == denoiser.nets.keys()
+    lorafile.write(tmp_path / "a.safetensors", in_layout(adapters, denoiser, torch.float32, "diffusers"))
+    for model in ("folder", "model.safetensors"):
+        out = tmp_path / f"{model}.kohya.safetensors"
+        assert convert(tmp_path / "a.safetensors", out, tmp_path / model, "kohya") == len(adapters.adapters)
+    found, expected = (load_file(tmp_path / f"{n}.kohya.safetensors") for n in ("model.safetensors", "folder"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    numbers = ("1", "2", "3") if name != "FluxPipeline" else ("1", "3")
+    assert {key[: len("lora_te1")] for key in found} == {"lora_une", *(f"lora_te{number}" for number in numbers)}

@@ -6,7 +6,7 @@ The conversion is diffusers' own; where that knows one width alone, what depends
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lorasmith.families.sizes import (
     wan,
     z_image,
 )
+from lorasmith.families.text_encoders import shaped_encoders
 from lorasmith.families.weights import UNFIT, dtype_in, fitted, line, shaped, tensors
 from lorasmith.header import Header
 
@@ -81,6 +82,7 @@ class Original:
     axes: str | None = None  # the config's key for the parts of a head that are turned by each coordinate
     published: Callable[[Shapes], Config] | None = None  # the scheduler's config; None: published models differ
     vae: Config | None = None  # what no shape shows of an AutoencoderKL's config; None: it is of another class
+    texts: Mapping[str, str] = field(default_factory=dict)  # {a text encoder: how its tensors' names begin}
     part: str = "transformer"
 
     def net(self, header: Header, keys: Mapping[str, str], base: Config) -> nn.Module:
@@ -118,7 +120,8 @@ class Original:
         return {}
 
     def shaped_encoders(self, header: Header) -> dict[str, Any]:
-        return {}
+        """The text encoders that the file holds, without weights: enough to find a LoRA's layers."""
+        return shaped_encoders(header, self.texts)
 
     @property
     def _class(self) -> Any:
@@ -163,15 +166,17 @@ class Original:
 
 
 AXES = "axes_dims_rope"
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 ORIGINALS: dict[str, Original | OriginalSDXL] = {
     "Stable Diffusion 3": Original(
         "SD3Transformer2DModel", ("StableDiffusion3Pipeline",), sd3, "joint_blocks.",
         published=lambda _: {"shift": 3.0}, vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        texts={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
     ),
     "Flux": Original(
         "FluxTransformer2DModel", ("FluxPipeline",), flux, "double_blocks.", _any_width, AXES, _flux_scheduler,
-        FLUX_VAE,
+        FLUX_VAE, {"text_encoder": CLIP_L, "text_encoder_2": T5},
     ),
     "Chroma": Original(
         "ChromaTransformer2DModel", ("ChromaPipeline",), chroma, "double_blocks.", _any_width, AXES,

@@ -130,6 +130,8 @@ def lumina2(shapes: Shapes, base: Config) -> Config:
 def wan(shapes: Shapes, base: Config) -> Config:
     width, channels, *patch = shapes["patch_embedding.weight"]
     head = base.get("attention_head_dim", 128)  # which no shape shows: norms go over all heads
+    if width % head:
+        raise ValueError(f"its width must be a multiple of a head's, {head}, got {width}")
     image, added = "condition_embedder.image_embedder.norm1.weight", "blocks.0.attn2.add_k_proj.weight"
     return {
         "patch_size": tuple(patch),

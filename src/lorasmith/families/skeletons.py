@@ -124,8 +124,9 @@ def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -
     parts = {original.part: original.shaped(header, components.keys(), components.part_config(original.part))}
     if folder is not None:
         parts |= _parts(folder, _texts(name, with_texts=with_texts))
-    if with_texts:
-        parts |= original.shaped_encoders(header)
+    if with_texts:  # the folder's are used where the file's are not read
+        own = original.shaped_encoders(header)
+        parts = parts | own if original.holds_encoders(header) else own | parts
     return _denoiser(name, parts, {})
 
 

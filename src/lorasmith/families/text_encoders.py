@@ -1,4 +1,4 @@
-"""CLIP's text encoders in single files, under transformers' names or OpenCLIP's (Radford et al. 2021)."""
+"""The text encoders in single files: CLIP under transformers' names or OpenCLIP's (Radford et al. 2021), and T5."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -6,13 +6,48 @@ from typing import Any
 
 import torch
 from diffusers.loaders import single_file_utils as converters
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from lorasmith.families.ldm_sizes import clip_config
 from lorasmith.families.parts import check_report
-from lorasmith.families.weights import UNFIT, check_no_others, line, tensors
+from lorasmith.families.weights import UNFIT, check_no_others, line, shaped, tensors
 from lorasmith.header import Header
 
 POSITIONS = "embeddings.position_ids"  # 0, 1, 2 …, which some files hold
+
+
+def shaped_encoders(header: Header, names: Mapping[str, str]) -> dict[str, Any]:
+    """{part: how its tensors' names begin} -> those that the file holds, without weights, on the meta device."""
+    return {part: _shaped(header, prefix) for part, prefix in names.items() if header.holds(prefix)}
+
+
+def _shaped(header: Header, prefix: str) -> Any:
+    if header.holds(f"{prefix}encoder.block."):
+        return shaped(T5EncoderModel, _t5_config(header, prefix), path=header.path)
+    config = clip_config(header, prefix)
+    projection = f"{prefix}text_projection.weight"
+    if projection not in header.shapes:
+        return shaped(CLIPTextModel, config, path=header.path)
+    projected = {**config, "projection_dim": header.shape(projection)[0]}
+    return shaped(CLIPTextModelWithProjection, projected, path=header.path)
+
+
+def _t5_config(header: Header, prefix: str) -> dict[str, Any]:
+    """A T5Config's values; what no layer's shape depends on is left out."""
+    block = f"{prefix}encoder.block.0.layer"
+    num_words, width = header.shape(f"{prefix}shared.weight")
+    buckets, heads = header.shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")
+    is_gated = f"{block}.1.DenseReluDense.wi_0.weight" in header.shapes
+    return {
+        "vocab_size": num_words,
+        "d_model": width,
+        "d_kv": header.shape(f"{block}.0.SelfAttention.q.weight")[0] // heads,
+        "d_ff": header.shape(f"{block}.1.DenseReluDense.wo.weight")[1],
+        "num_layers": header.count(f"{prefix}encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if is_gated else "relu",
+    }
 
 
 def clip_encoder(header: Header, prefix: str, config: Mapping[str, Any], dtype: torch.dtype) -> CLIPTextModel:

@@ -146,7 +146,10 @@ class WithTexts:
         encoders = {name: encoder for name in texts.prefixes if (encoder := getattr(pipe, name)) is not None}
         missing = [name for name in texts.prefixes if name not in encoders and name not in texts.optional]
         if missing:
-            raise ValueError(f"text_encoder.train must be false where the model holds no {missing[0]}")
+            raise ValueError(
+                f"model, or encoders beside a single file, must hold {missing[0]} where text_encoder.train or a LoRA "
+                f"adapts it, but does not"
+            )
         return cls(family, TextDenoiser(family.denoiser, encoders, texts))
 
     def only(self, nets: Collection[str]) -> "WithTexts":
