@@ -8,9 +8,13 @@ _HOMES = {"read": "lorasmith.lorafile", "train_lora": "lorasmith.contract", "wri
 
 
 def __getattr__(name: str) -> Any:
-    """What is offered here from modules that take seconds to import, which happens when it is first used."""
+    """What is offered here from modules that take seconds to import, which happens when it is first used.
+
+    ValueError where packages are too old for these modules.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("lorasmith.installed").refuse_old()
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -15,7 +15,6 @@ from lorasmith import __version__
 from lorasmith.faults import is_out_of_memory, text_of
 from lorasmith.file_commands import COMMANDS, Json, Overwrite
 from lorasmith.help_layout import HelpPages
-from lorasmith.installed import refuse_old
 from lorasmith.signals import INTERRUPTED, Interruption, interruptions
 from lorasmith.torchrun import is_first_here
 
@@ -285,7 +284,6 @@ def main() -> None:
 def _code(interruption: Interruption) -> int:
     """The exit code of the command in the program's arguments; KeyboardInterrupt where it is interrupted."""
     try:
-        refuse_old()
         _refuse_bytes(sys.argv[1:])
         _hush_imports()
         return app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
