@@ -20,6 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lorasmith.devices import in_double
 from lorasmith.memory import INNERMOST, blocks
 from lorasmith.types import Cond
 
@@ -41,7 +42,7 @@ class SamplingProcess:
 
     def time(self, fraction: Tensor) -> Tensor:
         """fraction [B] in [0, 1), 0 the cleanest -> sigma [B]; the ends, where ComfyUI has no target, are left out."""
-        percents = (1 - fraction.double()).clamp(2**-24, 1 - 2**-24)
+        percents = (1 - in_double(fraction)).clamp(2**-24, 1 - 2**-24)
         return torch.tensor([float(self.sampling.percent_to_sigma(percent)) for percent in percents.tolist()])
 
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -50,20 +51,22 @@ class SamplingProcess:
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The output that x0 follows from; in float64, as x_t - x0 is nothing else than rounding at low noise."""
         of_input, of_output = self._of_denoised(t, x0)
-        x_t = self.noise(x0.double(), eps.double(), t.double())
-        return ((x0.double() - of_input * x_t) / of_output).to(x0.dtype)
+        wide = in_double(x0)
+        x_t = self.noise(wide, in_double(eps), in_double(t))
+        return ((wide - of_input * x_t) / of_output).to(x0)
 
     def x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-        of_input, of_output = (factor.to(x_t.dtype) for factor in self._of_denoised(t, x_t))
+        of_input, of_output = (factor.to(x_t) for factor in self._of_denoised(t, x_t))
         return of_input * x_t + of_output * out
 
     def eps(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
         of_x0, of_eps = self._of_noised(t, x_t)
-        return ((x_t - of_x0 * self.x0(x_t.double(), out.double(), t)) / of_eps).to(x_t.dtype)
+        wide = in_double(x_t)
+        return ((wide - of_x0 * self.x0(wide, in_double(out), t)) / of_eps).to(x_t)
 
     def snr(self, t: Tensor) -> Tensor:
         of_x0, of_eps = self._of_noised(t, t)
-        return (of_x0 / of_eps).square().to(t.dtype)
+        return (of_x0 / of_eps).square().to(t)
 
     def _of_denoised(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of x_t and of the output in x0, float64 [B,1,…]."""
@@ -80,9 +83,8 @@ class SamplingProcess:
 
 
 def _along(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """t [B] in float64 where `like` [B,…] is, and ones [B,1,…] there."""
-    sigma = t.to(like.device, torch.float64)
-    return sigma, torch.ones(len(t), *[1] * (like.ndim - 1), dtype=torch.float64, device=like.device)
+    """t [B] and ones [B,1,…] with as many axes as `like` [B,…], in float64 on the processor."""
+    return in_double(t), torch.ones(len(t), *[1] * (like.ndim - 1), dtype=torch.float64)
 
 
 class ComfyDenoiser:
