@@ -63,13 +63,13 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
     (
         nothing,
         {"existing_lora": "x.safetensors"},
-        r"existing_lora: x\.safetensors must be a safetensors file, got",
+        r"existing_lora: x\.safetensors must be a safetensors file: file not found",
     ),
     (a_file, {"existing_lora": "file"}, "existing_lora: file must be a safetensors file, but it cannot be read"),
     (a_file, {"output": "file/x"}, "output must be in a folder, got file.x: file is a file"),
     (a_file, {"output": "file"}, "output must be a folder that does not exist yet"),
     (nothing, {"model": "none/such/model"}, r"none.such.model must be a diffusers folder .*, got no such folder"),
-    (nothing, {"model": "x.safetensors"}, r"x\.safetensors must be a safetensors file, got nothing there"),
+    (nothing, {"model": "x.safetensors"}, r"x\.safetensors must be a safetensors file: file not found"),
     (lora, {"model": "lora.safetensors"}, r"lora\.safetensors must be a model, got a LoRA"),
     (nothing, {"encoders": str(BASE)}, "encoders must be none where model is no single file"),
     (nothing, {"data": {"held_out": "dogs"}}, "picture folder dogs does not exist"),
@@ -167,5 +167,5 @@ def test_samples_are_numbered_or_refused_where_their_file_is_there(home: Path) -
     with pytest.raises(ValueError, match=r"^output must not be there yet without --overwrite, got samples\.png$"):
         checked_sample(asked, None, Path("samples.png"), overwrite=False)
     assert checked_sample(asked, None, Path("samples.png"), overwrite=True)[0] == Path("samples.png")
-    with pytest.raises(ValueError, match=r"^x\.safetensors must be a safetensors file, got nothing there"):
+    with pytest.raises(ValueError, match=r"^x\.safetensors must be a safetensors file: file not found"):
         checked_sample(asked, Path("x.safetensors"), None, overwrite=False)

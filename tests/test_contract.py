@@ -119,7 +119,5 @@ def test_the_default_dtype_does_not_matter(denoiser: Any, latents: Tensor, texts
 
 
 def test_a_missing_lora_is_named(denoiser: Any, latents: Tensor, texts: Tensor) -> None:
-    with pytest.raises(
-        ValueError, match="^existing_lora: no.safetensors must be a safetensors file, got nothing there"
-    ):
+    with pytest.raises(ValueError, match="^existing_lora: no.safetensors must be a safetensors file: file not found"):
         train_lora(denoiser, latents, list(texts), existing_lora="no.safetensors")

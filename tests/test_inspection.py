@@ -109,7 +109,7 @@ def test_refusals(tmp_path: Path) -> None:
         inspected(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=r"a\.ckpt must be a safetensors file: a pickle"):
         inspected(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="got nothing there"):
+    with pytest.raises(ValueError, match="file not found"):
         inspected(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match="must be a diffusers folder with a model_index.json"):
         inspected(tmp_path)
@@ -123,7 +123,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"\nmodelspec.title\t{title}\n" in ended.out  # neither wrapped nor padded
     refused = lorasmith(tmp_path, "inspect", "nowhere.safetensors")
     assert refused.code == 2 and refused.err == (
-        "lorasmith: nowhere.safetensors must be a safetensors file, got nothing there\n"
+        "lorasmith: nowhere.safetensors must be a safetensors file: file not found\n"
     )
 
 

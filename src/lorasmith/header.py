@@ -37,8 +37,8 @@ class Header:
             )
         try:
             if not path.is_file():
-                found = "a folder" if path.is_dir() else "nothing there"
-                raise ValueError(f"{path} must be a safetensors file, got {found}")
+                found = ", got a folder" if path.is_dir() else ": file not found"
+                raise ValueError(f"{path} must be a safetensors file{found}")
             with safe_open(path, framework="np"):  # which checks all of it: sizes, offsets, dtypes, UTF-8, depth
                 return cls._parsed(path)
         except OSError as error:

@@ -330,7 +330,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path, models: dict[int, Tiny
         ValueError, match="pickle.safetensors is a zip archive or a pickle of torch.save, not a safetensors file"
     ):
         opened(renamed_pickle)
-    with pytest.raises(ValueError, match="nothing.safetensors must be a safetensors file, got nothing there"):
+    with pytest.raises(ValueError, match="nothing.safetensors must be a safetensors file: file not found"):
         opened(str(tmp_path / "nothing.safetensors"))
     path = written(tmp_path / "flow.safetensors", models[2].state(), {"modelspec.prediction_type": "flow"})
     with pytest.raises(ValueError, match=r"prediction_type of .*flow.safetensors must be epsilon or v, got 'flow'"):

@@ -164,4 +164,4 @@ def test_the_command(tmp_path: Path, tuned: Path) -> None:
         torch.bfloat16
     }
     refused = lorasmith(tmp_path, "extract", "demo", "nowhere", "--rank", "2", "--output", "b.safetensors")
-    assert refused.code == 2 and "nowhere must be a safetensors file, got nothing there" in refused.err
+    assert refused.code == 2 and "nowhere must be a safetensors file: file not found" in refused.err

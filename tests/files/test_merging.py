@@ -254,7 +254,7 @@ def test_the_command(tmp_path: Path) -> None:
             ["a.safetensors:0", "b.safetensors"],
             "the weight of a.safetensors must be a finite number other than 0, got 0",
         ),
-        (["x.safetensors", "b.safetensors"], "x.safetensors must be a safetensors file, got nothing there"),
+        (["x.safetensors", "b.safetensors"], "x.safetensors must be a safetensors file: file not found"),
     ):
         ended = lorasmith(tmp_path, "merge", *arguments, "--output", "d.safetensors")
         assert (ended.code, ended.err) == (2, f"lorasmith: {message}\n")
