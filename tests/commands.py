@@ -26,11 +26,14 @@ TINY = ("--model", "demo", "--device", "cpu", "--steps", "2", "--sampling.prompt
 
 
 STAGES = (
+    "converting",
+    "copying",
     "encoding",
     "extracting",
     "generating",
     "hashing",
     "loading",
+    "matching",
     "measuring",
     "merging",
     "packing",

@@ -252,8 +252,10 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
             raise ValueError(f"arguments must be UTF-8, got {argument!r}")
 
 
-def _as_memory_error(error: Exception) -> MemoryError:
-    """The error to print where memory ran out; anything else is raised."""
+def _printable(error: Exception) -> Exception:
+    """The error to print where memory ran out or a library is missing; anything else is raised."""
+    if isinstance(error, ImportError) and not is_out_of_memory(error):
+        return ImportError(f"cannot import a library that is needed: {error}")
     if not is_out_of_memory(error):
         raise error
     return error if isinstance(error, MemoryError) else MemoryError(f"out of memory: {error}")
@@ -292,4 +294,4 @@ def _code(interruption: Interruption) -> int:
         return _refused(error)
     except (RuntimeError, MemoryError, ImportError, SystemError) as error:
         interruption.raise_if_it_has_come()  # libraries may make another error of it
-        return _refused(_as_memory_error(error))
+        return _refused(_printable(error))

@@ -1,6 +1,6 @@
 """The commands for files: convert, merge, resize, extract, metadata. What they need is imported when they run."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from lorasmith.display import Display
 from lorasmith.pace import counted
-from lorasmith.progress import tracked
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Flag = Annotated[bool, Parameter(negative="")]
@@ -35,11 +35,11 @@ def resize(
     overwrite
         write over a file that is there
     """
-    with _working("resizing") as shown:
+    with _working() as display:
         from lorasmith.files.resizing import resize
         from lorasmith.files.truncation import Cut
 
-        losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, shown=shown)
+        losses = resize(file, output, Cut(rank=rank, keep=keep), overwrite=overwrite, progress=display)
     _show_losses(losses)
     print(output)
     return 0
@@ -71,22 +71,22 @@ def merge(
     if model is None:
         if ignore_unknown:
             raise ValueError("ignore_unknown leaves out layers that a model does not have: give it with --model")
-        with _working("merging") as shown:
+        with _working() as display:
             from lorasmith.files.merging import Source, merge
 
             sources = [Source.parsed(text) for text in loras]
-            losses = merge(sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, shown=shown)
+            losses = merge(sources, output, rank=rank, dtype=_dtype(dtype), overwrite=overwrite, progress=display)
         _show_losses(losses)
     else:
         if rank is not None or dtype is not None:
             raise ValueError("rank and dtype are those of a LoRA: give them without --model")
-        with _working("merging", with_models=True) as shown:
+        with _working(with_models=True) as display:
             from lorasmith.files.merging import Source
             from lorasmith.files.merging_into import merge_into
 
             sources = [Source.parsed(text) for text in loras]
             num_changed = merge_into(
-                _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, shown=shown
+                _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, progress=display
             )
         print(f"{counted(num_changed, 'weight')} changed")
     print(output)
@@ -116,14 +116,14 @@ def extract(
     overwrite
         write over a file that is there
     """
-    with _working("extracting", with_models=True) as shown:
+    with _working(with_models=True) as display:
         from lorasmith.files.extraction import extract
         from lorasmith.files.truncation import Cut
 
         own = _dtype(dtype)
         assert own is not None
         cut = Cut(rank=rank, keep=keep)
-        losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, shown=shown)
+        losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, progress=display)
     _show_losses(losses)
     print(output)
     return 0
@@ -151,7 +151,7 @@ def metadata(
     json
         print one JSON document: metadata and, of a file that is written, left_out, reduced and output
     """
-    from lorasmith.console import show_json, show_table
+    from lorasmith.console import opened_display, show_json, show_table
     from lorasmith.files.metadata import changes_of, rewrite
     from lorasmith.header import Header
 
@@ -166,7 +166,9 @@ def metadata(
         return 0
     if output is None:
         raise ValueError("output must be given with --set or --strip; the file itself only with --overwrite")
-    written = rewrite(file, output, changes=changes_of(set or []), strip=strip, overwrite=overwrite)
+    changes = changes_of(set or [])
+    with opened_display() as display:
+        written = rewrite(file, output, changes=changes, strip=strip, overwrite=overwrite, progress=display)
     if json:
         show_json({**asdict(written), "output": str(output)})
         return 0
@@ -197,11 +199,11 @@ def convert(
     overwrite
         write over a file that is there
     """
-    with _working("converting", with_models=True):
+    with _working(with_models=True) as display:
         from lorasmith.files.conversion import convert
 
         own = None if model is None else _model(model)
-        found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown)
+        found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown, progress=display)
     print(counted(found, "layer"))
     print(output)
     return 0
@@ -225,17 +227,13 @@ def _dtype(name: Dtype | None) -> Any:
 
 
 @contextmanager
-def _working(what: str, *, with_models: bool = False) -> Iterator[Any]:
-    """A display with the libraries loaded; its value runs through names and shows how far it has come."""
+def _working(*, with_models: bool = False) -> Iterator[Display]:
+    """A display, with the libraries loaded."""
     from lorasmith.console import MODEL_LIBRARIES, load, opened_display
 
     with opened_display() as display:
         load(display, "libraries", MODEL_LIBRARIES if with_models else ("torch", "lorasmith.lorafile"))
-
-        def through(names: Sequence[str]) -> Iterable[str]:
-            return tracked(names, what, display, len(names))
-
-        yield through
+        yield display
 
 
 def _show_metadata(metadata: Mapping[str, str]) -> None:

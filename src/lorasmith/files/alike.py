@@ -15,6 +15,7 @@ from lorasmith.files.factors import LoRAFile
 from lorasmith.layouts import normal
 from lorasmith.looks import lora_family
 from lorasmith.original_names import TRANSFORMERS
+from lorasmith.progress import SILENT, Progress
 from lorasmith.text_names import text_layer
 from lorasmith.whole import PARTIAL, errors_name
 
@@ -117,7 +118,7 @@ def _any_of(names: Collection[str]) -> re.Pattern[str]:
 
 
 @contextmanager
-def named_alike(loras: Sequence[LoRAFile], output: Path) -> Iterator[Sequence[LoRAFile]]:
+def named_alike(loras: Sequence[LoRAFile], output: Path, progress: Progress = SILENT) -> Iterator[Sequence[LoRAFile]]:
     """The files under one layout, the first one's where that can hold all of them, as long as this is open.
 
     Those that are named alike stay as they are. ValueError where they fit no published model, as for others nobody
@@ -134,7 +135,7 @@ def named_alike(loras: Sequence[LoRAFile], output: Path) -> Iterator[Sequence[Lo
     with errors_name(output):
         made = TemporaryDirectory(**beside, ignore_cleanup_errors=True)
     with made as folder:
-        yield _converted(loras, layouts, Path(folder))
+        yield _converted(loras, layouts, Path(folder), progress)
 
 
 def _are_alike(ways: Sequence[Way], loras: Sequence[LoRAFile]) -> bool:
@@ -145,14 +146,16 @@ def _are_alike(ways: Sequence[Way], loras: Sequence[LoRAFile]) -> bool:
     return whole.is_one or (ways[0].is_one and whole.has_one_code and all(names <= first for names in others))
 
 
-def _converted(loras: Sequence[LoRAFile], layouts: Sequence[LayoutName], folder: Path) -> Sequence[LoRAFile]:
+def _converted(
+    loras: Sequence[LoRAFile], layouts: Sequence[LayoutName], folder: Path, progress: Progress
+) -> Sequence[LoRAFile]:  # fmt: skip
     """In the first of these layouts that has a way to say all of them."""
     files = " and ".join(str(lora.path) for lora in loras)
     refused: list[ValueError] = []
     for layout in layouts:
         paths = [folder / f"{layout}-{number}.safetensors" for number in range(len(loras))]
         try:
-            fits = fitted_to_published(loras, layout)
+            fits = fitted_to_published(loras, layout, progress=progress)
         except ValueError as error:
             raise ValueError(
                 f"{files} must name layers alike to be added up, but do not, and {error}: "

@@ -23,6 +23,7 @@ from lorasmith.files.stored import with_stored_weights
 from lorasmith.layouts import LAYOUT, ModuleNames, known_originals
 from lorasmith.loading import Found, found_in, listed, refuse_misfits, warn_of_left_out
 from lorasmith.looks import lora_family
+from lorasmith.progress import SILENT, Progress
 from lorasmith.tensor_file import Named, write_streamed
 from lorasmith.text_names import text_layer
 from lorasmith.types import Denoiser
@@ -36,7 +37,7 @@ BATCH = 2**26  # bytes of the file
 
 def convert(
     source: Path, output: Path, model: str | Path | None, layout: LayoutName, *, overwrite: bool = False,
-    ignore_unknown: bool = False,
+    ignore_unknown: bool = False, progress: Progress = SILENT,
 ) -> int:  # fmt: skip
     """Writes the LoRA in a layout, in the widest dtype of its weights; returns how many layers it holds.
 
@@ -48,9 +49,9 @@ def convert(
     lora.refuse_strange_parts()
     try:
         if model is None:
-            (fitted,) = _published(lora, layout, ignore_unknown=ignore_unknown)
+            (fitted,) = _published(lora, layout, progress, ignore_unknown=ignore_unknown)
         else:
-            fitted = Fitted.of(lora, denoiser_for(lora, model), ignore_unknown=ignore_unknown)
+            fitted = Fitted.of(lora, denoiser_for(lora, model), progress, ignore_unknown=ignore_unknown)
         if not fitted.num_adapters:
             raise ValueError(f"{source} must hold a layer that the model has, got {listed(fitted.left_out)}")
         warn_of_left_out(fitted.left_out)
@@ -63,9 +64,11 @@ def convert(
     return fitted.num_adapters
 
 
-def _published(lora: LoRAFile, layout: LayoutName, *, ignore_unknown: bool) -> Sequence["Fitted"]:
+def _published(
+    lora: LoRAFile, layout: LayoutName, progress: Progress, *, ignore_unknown: bool
+) -> Sequence["Fitted"]:  # fmt: skip
     try:
-        return fitted_to_published([lora], layout, ignore_unknown=ignore_unknown)
+        return fitted_to_published([lora], layout, ignore_unknown=ignore_unknown, progress=progress)
     except ValueError as error:
         raise ValueError(f"{lora.path} {error}: --model must say which it is for") from error
 
@@ -78,20 +81,23 @@ class Fitted:
     denoiser: Denoiser
     left_out: Sequence[str] = ()  # layers of the file that the denoiser does not have
     num_adapters: int = 0
+    progress: Progress = SILENT
 
     @classmethod
-    def of(cls, lora: LoRAFile, whole: Denoiser, *, ignore_unknown: bool = False) -> "Fitted":
+    def of(
+        cls, lora: LoRAFile, whole: Denoiser, progress: Progress = SILENT, *, ignore_unknown: bool = False
+    ) -> "Fitted":  # fmt: skip
         """To what of a denoiser the file is for; ValueError that lists what fits no layer, or where there is nothing.
 
         ignore_unknown: what it does not have is left out.
         """
-        untried = cls(lora, named_part(whole, lora.layers, lora.metadata))
+        untried = cls(lora, named_part(whole, lora.layers, lora.metadata), progress=progress)
         unknown = [layer for layer, paths in untried.paths.items() if not paths]
         if unknown and ignore_unknown:
-            untried = cls(lora.of(lora.layers.keys() - unknown), untried.denoiser, unknown)
+            untried = replace(untried, lora=lora.of(lora.layers.keys() - unknown), left_out=unknown)
             if not untried.lora.layers:
                 return untried
-        return replace(untried, num_adapters=refuse_misfits(untried.found(), untried.lora.layers))
+        return replace(untried, num_adapters=refuse_misfits(untried.found("matching layers"), untried.lora.layers))
 
     def write(self, output: Path, layout: LayoutName) -> None:
         """The file in a layout; ValueError where that has no way to say it."""
@@ -120,13 +126,15 @@ class Fitted:
         refuse_several(itertools.chain(*self.paths.values()), layout)
         kept = (tensor for parts in self.lora.layers.values() for part, tensor in parts.items() if part not in LENGTHS)
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in kept))
-        for found in self.found():
+        for found in self.found("converting layers"):
             yield from in_layout(found.adapters, self.denoiser, dtype, layout).items()
 
-    def found(self) -> Iterator[Found]:
-        """Of a batch of layers at a time."""
-        for layers in filter(None, self._batches()):
-            yield found_in(self.lora.read(layers), self.denoiser, self.lora.metadata)
+    def found(self, what: str) -> Iterator[Found]:
+        """Of a batch of layers at a time. what: the name of the stage that is shown."""
+        with self.progress.stage(what, len(self.lora.layers)) as advance:
+            for layers in filter(None, self._batches()):
+                yield found_in(self.lora.read(layers), self.denoiser, self.lora.metadata)
+                advance(len(layers))
 
     def _batches(self) -> Iterator[list[str]]:
         """The file's layers; what the original code has as one, and what means the same module, stays together."""
@@ -154,7 +162,7 @@ def denoiser_for(lora: LoRAFile, model: str | Path) -> Denoiser:
 
 
 def fitted_to_published(
-    loras: Sequence[LoRAFile], layout: LayoutName, *, ignore_unknown: bool = False
+    loras: Sequence[LoRAFile], layout: LayoutName, *, ignore_unknown: bool = False, progress: Progress = SILENT
 ) -> Sequence[Fitted]:
     """For the published models that all of them may be for, of which those that they fit must agree on their names.
 
@@ -167,7 +175,7 @@ def fitted_to_published(
     for published in PUBLISHED.get(family, ()):
         whole = with_stored_weights(published_skeleton(published, with_texts=with_texts), None)
         try:
-            found[published.name] = [Fitted.of(lora, whole, ignore_unknown=ignore_unknown) for lora in loras]
+            found[published.name] = [Fitted.of(lora, whole, progress, ignore_unknown=ignore_unknown) for lora in loras]
         except ValueError as error:
             misfits.append(f"{published.name} ({error})")
     lacking = {name: sum(len(fit.left_out) for fit in fits) for name, fits in found.items()}

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lorasmith import __version__
 from lorasmith.files.models import Model, Place, held_in, part_of
-from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
+from lorasmith.files.outputs import derived, network_dim, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses
 from lorasmith.header import Header
 from lorasmith.layouts import DOWN, OFFSETS, UP
 from lorasmith.loading import listed
 from lorasmith.looks import model_family
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.tensor_file import Named, TensorFile, write_streamed
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ Key = tuple[str, str]  # the part of a folder ("" in a single file), and the ten
 
 def extract(
     base: Path, tuned: Path, output: Path, cut: Cut, *, dtype: torch.dtype, overwrite: bool = False,
-    shown: Shown = plain,
+    progress: Progress = SILENT,
 ) -> Losses:  # fmt: skip
     """Writes what a model has learnt as a LoRA for the model that it comes from; tensors that are alike are left out.
 
@@ -48,7 +49,7 @@ def extract(
         with ExitStack() as stack:
             files = [{header.path: stack.enter_context(TensorFile(header)) for _, header in m.files} for m in models]
             by_text = {f"{part} {key}": (part, key) for part, key in keys}
-            for text in shown(sorted(by_text)):
+            for text in tracked(sorted(by_text), "extracting", progress, len(by_text)):
                 part, key = by_text[text]
                 one, other = keys[part, key]
                 before, after = models[0].read(files[0][one.path], key), models[1].read(files[1][other.path], key)

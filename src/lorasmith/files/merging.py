@@ -15,10 +15,11 @@ from lorasmith.experts import EXPERT
 from lorasmith.families.published import may_be_one
 from lorasmith.files.alike import canonical, named_alike
 from lorasmith.files.factors import LoRAFile, layer_of
-from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
+from lorasmith.files.outputs import derived, network_dim, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
 from lorasmith.layouts import DOWN, OFFSETS, UP, normal
 from lorasmith.looks import lora_family, transformer_width
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.tensor_file import Named, write_streamed
 from lorasmith.text_names import text_layer
 
@@ -66,7 +67,7 @@ class _Share:
 
 def merge(
     sources: Sequence[Source], output: Path, *, rank: int | None = None, dtype: torch.dtype | None = None,
-    overwrite: bool = False, shown: Shown = plain,
+    overwrite: bool = False, progress: Progress = SILENT,
 ) -> Losses:  # fmt: skip
     """Writes the weighted sum of LoRAs; LoRA beside LoRA is exact, with the sum of the ranks.
 
@@ -81,12 +82,13 @@ def merge(
     _refuse_other_models(sources)
     losses = Losses()
     what = f"merge of {', '.join(map(str, sources))}" + (f" at {cut}" if cut else "")
-    with named_alike([source.lora for source in sources], output) as loras:
+    with named_alike([source.lora for source in sources], output, progress) as loras:
         alike = [replace(source, lora=lora) for source, lora in zip(sources, loras, strict=True)]
         shares, names = _by_layer(alike), Names.of(loras)
+        shown = tracked(sorted(shares), "merging", progress, len(shares))
         write_streamed(
             output,
-            (named for layer in shown(sorted(shares)) for named in _added(shares[layer], cut, dtype, losses, names)),
+            (named for layer in shown for named in _added(shares[layer], cut, dtype, losses, names)),
             lambda: {
                 **derived(_agreed([lora.metadata for lora in loras]), what),
                 **network_dim(losses.ranks.values()),

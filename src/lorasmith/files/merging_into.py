@@ -22,12 +22,13 @@ from lorasmith.files.conversion import Fitted, denoiser_for
 from lorasmith.files.factors import LoRAFile, Parts, layer_of
 from lorasmith.files.merging import Source
 from lorasmith.files.models import Model, Place, Whole, held_in
-from lorasmith.files.outputs import Shown, derived, plain, refuse_output
+from lorasmith.files.outputs import copied_in_view, derived, refuse_output
 from lorasmith.files.rounding import Rounding
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
 from lorasmith.loading import listed, warn_of_left_out
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import StoredWeight
 from lorasmith.tensor_file import TensorFile, bytes_of
 from lorasmith.whole import PARTIAL, errors_name, write_pieces
@@ -65,7 +66,7 @@ Plan = Mapping[Place, Mapping[int, _Share]]
 
 def merge_into(
     path: Path, sources: Sequence[Source], output: Path, *, overwrite: bool = False, ignore_unknown: bool = False,
-    shown: Shown = plain,
+    progress: Progress = SILENT,
 ) -> int:  # fmt: skip
     """Writes the model with the LoRAs in it, in the order given; returns how many weights and biases have changed.
 
@@ -78,13 +79,13 @@ def merge_into(
         _refuse_folder(output, overwrite=overwrite)
     else:
         refuse_output(output, overwrite=overwrite)
-    with _under_its_names(model, sources, output, ignore_unknown=ignore_unknown) as parts:
+    with _under_its_names(model, sources, output, progress, ignore_unknown=ignore_unknown) as parts:
         _refuse_packed(model, sources)
         merge = Merge(model, sources, _planned(model, parts, ignore_unknown=ignore_unknown), Rounding())
         if path.is_dir():
-            _write_folder(model, merge, output, shown)
+            _write_folder(model, merge, output, progress)
         else:
-            write_pieces(output, merge.pieces("", model.files[0][1], shown))
+            write_pieces(output, merge.pieces("", model.files[0][1], progress))
     merge.rounding.tell()
     return merge.rounding.num_changed
 
@@ -102,7 +103,7 @@ def _refuse_packed(model: Model, sources: Sequence[Source]) -> None:
 
 @contextmanager
 def _under_its_names(
-    model: Model, sources: Sequence[Source], output: Path, *, ignore_unknown: bool
+    model: Model, sources: Sequence[Source], output: Path, progress: Progress, *, ignore_unknown: bool
 ) -> Iterator[Sequence[Sequence[Source]]]:
     """Each LoRA in one part or two: what has other names than a single file's model is converted to the model's.
 
@@ -117,7 +118,14 @@ def _under_its_names(
         made = TemporaryDirectory(**beside, ignore_cleanup_errors=True)
     with made as folder:
         yield [
-            _converted(model, source, layers, Path(folder, f"{number}.safetensors"), ignore_unknown=ignore_unknown)
+            _converted(
+                model,
+                source,
+                layers,
+                Path(folder, f"{number}.safetensors"),
+                ignore_unknown=ignore_unknown,
+                progress=progress,
+            )
             if layers
             else [source]
             for number, (source, layers) in enumerate(zip(sources, strange, strict=True))
@@ -125,7 +133,7 @@ def _under_its_names(
 
 
 def _converted(
-    model: Model, source: Source, strange: Sequence[str], made: Path, *, ignore_unknown: bool
+    model: Model, source: Source, strange: Sequence[str], made: Path, *, ignore_unknown: bool, progress: Progress
 ) -> Sequence[Source]:
     """A LoRA's layers that have the model's names, and the others converted; ValueError that says why they cannot be.
 
@@ -139,7 +147,7 @@ def _converted(
             return [source]
         raise _unfit(model, lora, strange, error) from error
     try:
-        fitted = Fitted.of(others, denoiser, ignore_unknown=ignore_unknown)
+        fitted = Fitted.of(others, denoiser, progress, ignore_unknown=ignore_unknown)
         if not fitted.num_adapters:
             return [source]
         fitted.write(made, "comfyui")
@@ -286,7 +294,7 @@ class Merge:
             if any(share.touches(parameter) for share in self.plan.get(place, {}).values())
         ]
 
-    def pieces(self, part: str, header: Header, shown: Shown) -> Iterator[bytes | memoryview]:
+    def pieces(self, part: str, header: Header, progress: Progress) -> Iterator[bytes | memoryview]:
         """A file of the model with the LoRAs in it, its other tensors as they are, in the order in which they lie."""
         order = sorted(header.places, key=lambda key: header.places[key])
         entries = [(key, header.dtypes[key], header.shapes[key], header.num_bytes(key)) for key in order]
@@ -294,7 +302,7 @@ class Merge:
         yield header_bytes(entries, derived(header.metadata, what))
         weights = {scale: weight for weight, scale in self.model.quantised[header.path].scales.items()}
         with TensorFile(header) as file:
-            for key in shown(order):
+            for key in tracked(order, "merging", progress, len(order)):
                 if self.concerned(part, key):
                     yield bytes_of(self._merged(file, part, key, self.rounding).numbers)
                 elif key in weights and self.concerned(part, weights[key]):  # a greater weight needs a greater scale
@@ -317,7 +325,7 @@ class Merge:
         return after
 
 
-def _write_folder(model: Model, merge: Merge, output: Path, shown: Shown) -> None:
+def _write_folder(model: Model, merge: Merge, output: Path, progress: Progress) -> None:
     """The whole folder beside, then under its name."""
     made = output.with_name(f".{output.name}.{os.getpid()}{PARTIAL}")
     weights = {header.path: (part, header) for part, header in model.files}
@@ -331,10 +339,9 @@ def _write_folder(model: Model, merge: Merge, output: Path, shown: Shown) -> Non
             elif source in weights and any(
                 merge.concerned(weights[source][0], key) for key in weights[source][1].shapes
             ):
-                write_pieces(target, merge.pieces(*weights[source], shown))
+                write_pieces(target, merge.pieces(*weights[source], progress))
             else:
-                with errors_name(target):
-                    shutil.copyfile(source, target)
+                copied_in_view(source, target, progress)
         with errors_name(output):
             _put(made, output)
     finally:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.files.harmless import harmless
-from lorasmith.files.outputs import refuse_output
+from lorasmith.files.outputs import in_view, refuse_output
 from lorasmith.header import Header, header_bytes
+from lorasmith.progress import SILENT, Progress
 from lorasmith.whole import copied, write_pieces
 
 NAME = re.compile(r"[^=\s][^=]*")
@@ -36,7 +37,13 @@ def changes_of(settings: Sequence[str]) -> dict[str, str]:
 
 
 def rewrite(
-    source: Path, output: Path, *, changes: Mapping[str, str], strip: bool, overwrite: bool = False
+    source: Path,
+    output: Path,
+    *,
+    changes: Mapping[str, str],
+    strip: bool,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> Rewritten:
     """Writes the file with other metadata, its tensors byte for byte the same.
 
@@ -50,7 +57,8 @@ def rewrite(
         sorted(header.metadata.keys() - kept.keys()),
         sorted(key for key in kept if _parsed(kept[key]) != _parsed(header.metadata[key])),
     )
-    write_pieces(output, _pieces(header, rewritten.metadata))
+    pieces = _pieces(header, rewritten.metadata)
+    write_pieces(output, in_view(pieces, source.stat().st_size, "copying", progress))
     return rewritten
 
 

@@ -1,12 +1,14 @@
 """Where the tools write, and what their files say of themselves."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith import __version__
 from lorasmith.header import PEFT_CONFIG
+from lorasmith.progress import Progress
+from lorasmith.whole import PIECE, copied, write_pieces
 
 if TYPE_CHECKING:  # torch, which takes seconds: metadata are changed without it
     from lorasmith.files.truncation import Losses
@@ -14,13 +16,25 @@ if TYPE_CHECKING:  # torch, which takes seconds: metadata are changed without it
 HISTORY = "lorasmith.history"
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", PEFT_CONFIG)
 """What a file says of its tensors, which are others now; PEFT's configuration states ranks and alphas."""
-Shown = Callable[[Sequence[str]], Iterable[str]]
-"""Runs through names and shows how far it is."""
+MEGABYTE = 10**6
 
 
-def plain(names: Sequence[str]) -> Iterable[str]:
-    """Shows nothing."""
-    return names
+def in_view(pieces: Iterable[bytes], num_bytes: int, what: str, progress: Progress) -> Iterator[bytes]:
+    """The pieces, of so many bytes in all; how many megabytes are done is shown."""
+    done = 0
+    with progress.stage(f"{what} (MB)", num_bytes // MEGABYTE) as advance:
+        for piece in pieces:
+            yield piece
+            before, done = done, done + len(piece)
+            advance(done // MEGABYTE - before // MEGABYTE)
+
+
+def copied_in_view(source: Path, target: Path, progress: Progress) -> None:
+    """Copies a file; that is shown where it takes a while."""
+    num_bytes = source.stat().st_size
+    pieces = copied(source, 0, num_bytes)
+    is_large = num_bytes > PIECE
+    write_pieces(target, in_view(pieces, num_bytes, f"copying {source.name}", progress) if is_large else pieces)
 
 
 def refuse_output(output: Path, *, overwrite: bool) -> None:

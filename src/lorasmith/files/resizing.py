@@ -8,15 +8,16 @@ from torch import Tensor
 from lorasmith.adapters.layer import size_of
 from lorasmith.dora_scales import COMFYUI, KEY
 from lorasmith.files.factors import LoRAFile
-from lorasmith.files.outputs import Shown, derived, network_dim, plain, refuse_output
+from lorasmith.files.outputs import derived, network_dim, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
 from lorasmith.layouts import DOWN, UP
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.tensor_file import Named, write_streamed
 
 RESIZABLE = ("LoRA", "DoRA", None)
 
 
-def resize(source: Path, output: Path, cut: Cut, *, overwrite: bool = False, shown: Shown = plain) -> Losses:
+def resize(source: Path, output: Path, cut: Cut, *, overwrite: bool = False, progress: Progress = SILENT) -> Losses:
     """Writes a LoRA with fewer ranks; alpha and dtypes are kept, and so are layers that have no more than is asked for.
 
     ValueError where a layer is of another algorithm, or none would change.
@@ -28,10 +29,11 @@ def resize(source: Path, output: Path, cut: Cut, *, overwrite: bool = False, sho
         greatest = max((size_of(parts, DOWN, 0) for parts in lora.layers.values() if DOWN in parts), default=0)
         if 0 < greatest <= cut.rank:
             raise ValueError(f"rank must be below that of {source}, {greatest}, got {cut.rank}")
-    losses = Losses()
+    losses, layers = Losses(), sorted(lora.layers)
+    shown = tracked(layers, "resizing", progress, len(layers))
     write_streamed(
         output,
-        (named for layer in shown(sorted(lora.layers)) for named in _resized(lora, layer, cut, losses)),
+        (named for layer in shown for named in _resized(lora, layer, cut, losses)),
         lambda: {
             **derived(lora.metadata, f"resize to {cut}, relative error {losses.overall:.3g}"),
             **network_dim(losses.ranks.values()),

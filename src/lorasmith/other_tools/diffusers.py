@@ -78,7 +78,7 @@ DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
 
 SIMPLETUNER = Tool("SimpleTuner's name", "diffusers", "--", (
     Name("model_family", "--model", "the family is read from the model", is_other_value=True),
-    Name("model_type", "--adapter LoRA", "always one of the [algorithms](../algorithms/index.md)"),
+    Name("model_type", "--adapter", "always one of the [algorithms](../algorithms/index.md)"),
     Name("lora_type", "--adapter", "`lycoris` has LoHa, LoKr and OFT"),
     Name("lora_rank", "--adapter.rank", "default 8", default="16"),
     Name("data_backend_config", "--data.folder", "the folder itself, and not a file; or as the first argument",
@@ -94,5 +94,7 @@ SIMPLETUNER = Tool("SimpleTuner's name", "diffusers", "--", (
     missing("caption_dropout_probability"),
     missing("use_ema ema_decay"),
     missing("flow_schedule_shift flow_schedule_auto_shift", "the shift is the model's own scheduler's"),
+    needless("aspect_bucket_rounding aspect_bucket_alignment", "buckets are always on, in the model's own multiple",
+             is_flag=False),
     needless("resolution_type minimum_image_size", "`data.resolution` is in pixels, and means an area", is_flag=False),
 ))  # fmt: skip

@@ -5,6 +5,7 @@ from lorasmith.other_tools.name import CHECKPOINTS, EPOCHS, Name, Tool, missing,
 ONETRAINER = Tool("OneTrainer's name", "onetrainer", "", (
     Name("base_model_name", "--model", "folder, single file or hub id"),
     needless("model_type", "the family is read from the model", is_flag=False),
+    Name("weight_dtype", "--base_dtype", "of the frozen weights; default: as they are stored"),
     needless("training_method", "a LoRA is always trained", is_flag=False),
     Name("concept_file_name concepts", "--data.folder",
          "one folder of pictures, or as the first argument; folders named `10_name` in it are repeated ten times",

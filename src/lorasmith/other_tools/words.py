@@ -30,7 +30,7 @@ BITS = Words(
           "fp8-torchao": "fp8", "qfloat8": "fp8", "float8": "fp8", "float_8": "fp8", "float8_e4m3fn": "fp8",
           "no_change": "none", "nf4-bnb": "nf4", "nfloat_4": "nf4", "qint8": "int8"},
     near={"int4-quanto": "nf4", "uint4": "nf4", "uint3": "nf4", "int2-quanto": "nf4", "fp4": "nf4", "qint4": "nf4",
-          "bf16": "none", "fp16": "none", "fp32": "none"},
+          "bf16": "none", "fp16": "none", "fp32": "none", "bfloat_16": "none", "float_16": "none", "float_32": "none"},
 )  # fmt: skip
 WORDS: Mapping[str, Words] = {
     "adapter": Words(
