@@ -93,7 +93,7 @@ def test_layers_that_nothing_says_the_alpha_of_are_counted(caplog: pytest.LogCap
     state = {**lora(4), "unet.norm.diff": torch.ones(3), "unet.norm.diff_b": torch.ones(3)}
     assert with_alphas(state, {}, PATH) == state
     assert [record.getMessage() for record in caplog.records] == [
-        "a.safetensors: 1 layers do not say their alpha: taken as their rank, so that the scale is 1"
+        "a.safetensors: 1 layer without an alpha: taken to be the rank, so that the scale is 1"
     ]
     caplog.clear()
     found = with_alphas(state, header(lora_alpha=8), PATH)

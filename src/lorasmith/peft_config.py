@@ -38,9 +38,8 @@ def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     for config in configs.values():
         _refuse_changed_base(config, path)
     if silent and metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
-        log.warning(
-            "%s: %d layers do not say their alpha: taken as their rank, so that the scale is 1", path.name, silent
-        )
+        what = "1 layer without an alpha" if silent == 1 else f"{silent} layers without an alpha"
+        log.warning("%s: %s: taken to be the rank, so that the scale is 1", path.name, what)
     return {**state, **scaled}
 
 
