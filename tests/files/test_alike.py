@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import made
 from torch import Tensor
 
 from lorasmith.config import LayoutName
+from lorasmith.families import FAMILIES, opened
 from lorasmith.families.published import (
     CHROMA,
     FLUX,
@@ -84,11 +86,8 @@ def product(pair: tuple[Tensor, Tensor]) -> Tensor:
     return up @ (down @ torch.randn(down.shape[1], 3, generator=torch.Generator().manual_seed(9)))
 
 
-@pytest.mark.parametrize(("published", "one", "other"), PAIRS, ids=lambda v: getattr(v, "name", v))
-def test_layers_add_up_under_the_first_one_s_names(
-    tmp_path: Path, published: Published, one: LayoutName, other: LayoutName
-) -> None:
-    denoiser = published_skeleton(published, with_texts=True)
+def check_sum(tmp_path: Path, denoiser: Denoiser, one: LayoutName, other: LayoutName) -> None:
+    """Two LoRAs in these layouts that share layers are merged by the formula, into the first one's layout."""
     layers = layers_of(denoiser)
     a, b = random_lora(denoiser, layers[::2] + layers[1:2], 2, 0), random_lora(denoiser, layers[1:], 1, 1)
     assert a.keys() & b.keys() and a.keys() - b.keys() and b.keys() - a.keys()
@@ -107,3 +106,60 @@ def test_layers_add_up_under_the_first_one_s_names(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
     assert state.keys() == in_layout(again, denoiser, torch.float32, one).keys()
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "c.safetensors"}
+
+
+@pytest.mark.parametrize(("published", "one", "other"), PAIRS, ids=lambda v: getattr(v, "name", v))
+def test_layers_add_up_under_the_first_one_s_names(
+    tmp_path: Path, published: Published, one: LayoutName, other: LayoutName
+) -> None:
+    check_sum(tmp_path, published_skeleton(published, with_texts=True), one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("Wan 2.1", "comfyui", "diffusers"), ("FluxPipeline", "kohya", "diffusers"),
+        ("StableDiffusion3Pipeline", "diffusers", "kohya"),
+    ],
+)  # fmt: skip
+def test_no_published_model_needs_to_have_such_sizes(
+    tmp_path: Path, name: str, one: LayoutName, other: LayoutName
+) -> None:
+    pipe = made(name)
+    check_sum(tmp_path, opened(pipe, with_texts=FAMILIES[type(pipe).__name__].TEXTS is not None).denoiser, one, other)
+
+
+def pair(name: str, n_out: int, n_in: int) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.randn(2, n_in), f"{name}.lora_B.weight": torch.randn(n_out, 2)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pair("transformer.layers.0.attn.to_q", 24, 24), pair("diffusion_model.layers.0.attention.qkv", 48, 24)),
+        (pair("transformer.layers.0.attn.to_q", 24, 24), pair("diffusion_model.layers.0.feed_forward.w1", 64, 24)),
+        (
+            pair("transformer.transformer_blocks.0.attn.to_q", 24, 24),
+            pair("diffusion_model.joint_blocks.0.x_block.attn.qkv", 96, 32),
+        ),
+        (
+            pair("transformer.transformer_blocks.1.norm1_context.linear", 48, 24),
+            pair("diffusion_model.joint_blocks.0.x_block.attn.proj", 24, 24),
+        ),
+        (
+            pair("lora_unet_transformer_blocks_0_attn_add_q_proj", 24, 24),
+            pair("transformer.transformer_blocks.0.attn.to_q", 24, 24),
+        ),
+    ],
+    ids=["heads shared otherwise", "heads unknown", "contradictions", "names by depth", "any transformer"],
+)
+def test_sizes_that_do_not_say_which_rows_are_whose(
+    tmp_path: Path, one: dict[str, Tensor], other: dict[str, Tensor]
+) -> None:
+    sources = []
+    for name, state in (("a", one), ("b", other)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        sources.append(Source.parsed(str(tmp_path / f"{name}.safetensors")))
+    with pytest.raises(ValueError, match=r"must name layers alike .* convert one of them first|made for"):
+        merge(sources, tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -18,6 +18,7 @@ from lorasmith.families.published import PUBLISHED
 from lorasmith.families.skeletons import published_skeleton, skeleton
 from lorasmith.file_layouts import in_layout, metadata_in, refuse_several
 from lorasmith.files.factors import LoRAFile
+from lorasmith.files.other_sizes import at_sizes_of
 from lorasmith.files.outputs import derived, refuse_output
 from lorasmith.files.stored import with_stored_weights
 from lorasmith.layouts import LAYOUT, ModuleNames, known_originals
@@ -166,23 +167,15 @@ def fitted_to_published(
 ) -> Sequence[Fitted]:
     """For the published models that all of them may be for, of which those that they fit must agree on their names.
 
-    ignore_unknown: those count that lack the fewest layers. ValueError that goes on where the files' names stand.
+    Several LoRAs that fit none may be for one of other sizes. ignore_unknown: those count that lack the fewest layers.
+    ValueError that goes on where the files' names stand.
     """
     family = lora_family({layer: parts for lora in loras for layer, parts in lora.layers.items()})
     with_texts = any(map(_has_texts, loras))
-    found: dict[str, list[Fitted]] = {}
-    misfits: list[str] = []
-    for published in PUBLISHED.get(family, ()):
-        whole = with_stored_weights(published_skeleton(published, with_texts=with_texts), None)
-        try:
-            found[published.name] = [Fitted.of(lora, whole, progress, ignore_unknown=ignore_unknown) for lora in loras]
-        except ValueError as error:
-            misfits.append(f"{published.name} ({error})")
-    lacking = {name: sum(len(fit.left_out) for fit in fits) for name, fits in found.items()}
-    found = {name: fits for name, fits in found.items() if lacking[name] == min(lacking.values())}
-    if len(found) > 1:
-        by_keys = {_keys(fits, layout): name for name, fits in reversed(found.items())}
-        found = {name: fits for name, fits in found.items() if name in by_keys.values()}
+    outlines = {p.name: published_skeleton(p, with_texts=with_texts) for p in PUBLISHED.get(family, ())}
+    found, misfits = _fits(outlines, loras, layout, progress, ignore_unknown=ignore_unknown)
+    if not found and len(loras) > 1:
+        found = _resized(loras, layout, progress, with_texts=with_texts)
     if len(found) != 1:
         fits = f"fits {' and '.join(found)}, whose names differ" if found else "fits no published model"
         reason = f", not even {misfits[0]}" if misfits and not found else ""
@@ -190,6 +183,47 @@ def fitted_to_published(
         what = fits if len(loras) == 1 else fits.replace("fits", "fit", 1)
         raise ValueError(f"{look} {family}, but {what}{reason}")
     return next(iter(found.values()))
+
+
+def _resized(
+    loras: Sequence[LoRAFile], layout: LayoutName, progress: Progress, *, with_texts: bool
+) -> dict[str, list[Fitted]]:
+    """As `_fits` has it, for models of other sizes; none where it is not sure which, or what their layers are."""
+    try:
+        outlines = at_sizes_of(loras, with_texts=with_texts)
+    except ValueError as error:
+        log.debug("sizes of no published model: %s", error)
+        return {}
+    found, misfits = _fits(outlines, loras, layout, progress)
+    return found if len(found) == 1 and not misfits else {}
+
+
+def _fits(
+    outlines: Mapping[str, Denoiser],
+    loras: Sequence[LoRAFile],
+    layout: LayoutName,
+    progress: Progress,
+    *,
+    ignore_unknown: bool = False,
+) -> tuple[dict[str, list[Fitted]], list[str]]:
+    """{a model that all of them fit: how}, of those that give them the same names one; and why they do not fit others.
+
+    outlines: {a model: its skeleton}.
+    """
+    found: dict[str, list[Fitted]] = {}
+    misfits: list[str] = []
+    for name, outline in outlines.items():
+        whole = with_stored_weights(outline, None)
+        try:
+            found[name] = [Fitted.of(lora, whole, progress, ignore_unknown=ignore_unknown) for lora in loras]
+        except ValueError as error:
+            misfits.append(f"{name} ({error})")
+    lacking = {name: sum(len(fit.left_out) for fit in fits) for name, fits in found.items()}
+    found = {name: fits for name, fits in found.items() if lacking[name] == min(lacking.values())}
+    if len(found) > 1:
+        by_keys = {_keys(fits, layout): name for name, fits in reversed(found.items())}
+        found = {name: fits for name, fits in found.items() if name in by_keys.values()}
+    return found, misfits
 
 
 def _keys(fits: Sequence[Fitted], layout: LayoutName) -> frozenset[str]:
