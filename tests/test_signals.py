@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lorasmith.__main__ import main
 from lorasmith.display import Shown
 from lorasmith.lines import Muted
 from lorasmith.signals import STOPPING, interruptible, interruptions
@@ -75,3 +76,12 @@ def test_nohup_is_respected() -> None:
             assert not stop.is_set() and not interruption.has_come
     finally:
         signal.signal(signal.SIGHUP, usual)
+
+
+def test_ctrl_c_while_the_command_line_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lorasmith.__main__.refuse_old", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "lorasmith: stopped\n"

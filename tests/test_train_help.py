@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_sections() -> None:
     assert help_layout.section("H", rows, None) == "H:\n  --a     one two three four\n  --long"
     assert help_layout.section("H", rows, 30) == "H:\n  --a\n      one two three four\n  --long"
     assert help_layout.section("H", [("-a", "word " * 15)], 60).splitlines()[2].startswith("      word")
+
+
+def test_help_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs may be started with stdout closed, which Python has as None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert help_layout.width_of_output() is None
+    train_help.show(None)

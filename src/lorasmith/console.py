@@ -137,5 +137,5 @@ def show_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> 
 
 
 def show_json(document: Mapping[str, Any]) -> None:
-    """One JSON document, and nothing else, on stdout."""
-    stdout.line(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    """One JSON document, and nothing else, on stdout: in one line, unless a person reads it."""
+    stdout.line(json.dumps(document, indent=1 if stdout.isatty() else None, ensure_ascii=False, allow_nan=False))

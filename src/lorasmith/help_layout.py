@@ -18,7 +18,9 @@ Rows = Sequence[tuple[str, str]]
 
 def width_of_output() -> int | None:
     """Columns of the terminal; None for a pipe or a file, where lines may be of any length."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if sys.stdout is None or not sys.stdout.isatty():  # None: the program was started without one
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def section(heading: str, rows: Rows, width: int | None) -> str:
