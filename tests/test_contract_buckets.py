@@ -10,8 +10,8 @@ import torch
 from commands import Notes
 from torch import Tensor, nn
 
-from lorasmith import lorafile
 from lorasmith.contract import train_lora
+from lorasmith.digests import digest
 from lorasmith.noise import Flow
 from lorasmith.targets import Targets
 from lorasmith.types import Cond
@@ -110,7 +110,7 @@ def test_nested_and_flat_conditioning_and_any_cut_of_a_bucket_give_the_same_file
         ([square[:1], square[1:], flat, tall], texts()),
         ([*square.split(1), flat, tall], texts()),
     ]
-    assert len({lorafile.file_bytes(train(spy, *way, batch_size=2), {}) for way in ways}) == 1
+    assert len({digest(train(spy, *way, batch_size=2).items()) for way in ways}) == 1
 
 
 def test_one_conditioning_serves_all_or_each_bucket(spy: Spy) -> None:
@@ -151,7 +151,7 @@ def test_one_size_needs_no_buckets(spy: Spy) -> None:
     """A list of one size is one data set, with bucket_mode or without it."""
     square = buckets()[0]
     files = [
-        lorafile.file_bytes(train(spy, latents, texts()[:3], bucket_mode=mode), {})
+        digest(train(spy, latents, texts()[:3], bucket_mode=mode).items())
         for latents in (square, list(square.split(1)))
         for mode in (True, False)
     ]

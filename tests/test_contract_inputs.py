@@ -12,11 +12,11 @@ from commands import Notes
 from PIL import Image
 from torch import Tensor, nn
 
-from lorasmith import lorafile
 from lorasmith.algorithms import LoRA
 from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.contract import _targets, train_lora
+from lorasmith.digests import digest
 from lorasmith.noise import Flow
 from lorasmith.targets import Targets
 from lorasmith.types import Cond, Result
@@ -107,8 +107,8 @@ def trained(model: Any, latents: Any = LATENTS, positive: Any = TEXTS, **inputs:
     return train_lora(model, latents, positive, **{"steps": 1, "targets": Targets(preset="all"), **inputs})
 
 
-def bytes_of(model: Pointwise, latents: Any = LATENTS, positive: Any = TEXTS) -> bytes:
-    return lorafile.file_bytes(trained(model, latents, positive, batch_size=2, steps=2).lora, {})
+def bytes_of(model: Pointwise, latents: Any = LATENTS, positive: Any = TEXTS) -> str:
+    return digest(trained(model, latents, positive, batch_size=2, steps=2).lora.items())
 
 
 def refusal(model: Any, latents: Any = LATENTS, positive: Any = TEXTS, **inputs: Any) -> str:
@@ -292,7 +292,7 @@ def test_bad_conditioning_is_named(model: Pointwise, positive: Any, message: str
 )
 def test_torch_s_dtypes_are_other_names(model: Pointwise, name: str, value: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[value]
-    one, other = (lorafile.file_bytes(trained(model, **{name: given}).lora, {}) for given in (value, dtype))
+    one, other = (digest(trained(model, **{name: given}).lora.items()) for given in (value, dtype))
     assert one == other
 
 

@@ -34,13 +34,12 @@ def trained(family: StableDiffusion, preset: Any = "all", rank: int = 4) -> Adap
 def test_equal_content_makes_equal_bytes_in_every_process(tmp_path: Path) -> None:
     """The library alone orders metadata by a hash that changes between processes."""
     code = (
-        "import torch, sys; from lorasmith.lorafile import file_bytes; m = {f'key{i}': str(i) for i in range(20)};"
-        "sys.stdout.buffer.write(file_bytes({'b': torch.ones(2), 'a': torch.zeros(3, 1)}, m))"
+        "import torch, sys; from lorasmith.lorafile import file_pieces; m = {f'key{i}': str(i) for i in range(20)};"
+        "sys.stdout.buffer.write(b''.join(file_pieces({'b': torch.ones(2), 'a': torch.zeros(3, 1)}, m)))"
     )
     outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
-    assert outputs == {
-        lorafile.file_bytes({"a": torch.zeros(3, 1), "b": torch.ones(2)}, dict(reversed(METADATA.items())))
-    }
+    state = {"a": torch.zeros(3, 1), "b": torch.ones(2)}
+    assert outputs == {b"".join(lorafile.file_pieces(state, dict(reversed(METADATA.items()))))}
 
 
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_base_hash_is_of_the_values(family: StableDiffusion) -> None:
 
 
 def test_the_header_is_sorted() -> None:
-    content = lorafile.file_bytes({"b": torch.ones(1), "a": torch.ones(1)}, METADATA)
+    content = b"".join(lorafile.file_pieces({"b": torch.ones(1), "a": torch.ones(1)}, METADATA))
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     assert list(header["__metadata__"]) == sorted(METADATA)

@@ -15,6 +15,7 @@ from conftest import FlowDenoiser
 from lorasmith import contract, lorafile, training
 from lorasmith.checkpoints import CheckpointFolder, read
 from lorasmith.config import Checkpoints, NonFinite
+from lorasmith.digests import digest
 from lorasmith.masters import LossScale
 from lorasmith.noise import Flow
 from lorasmith.optimizers import SGD, RMSprop
@@ -65,19 +66,16 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def train(flow_denoiser: FlowDenoiser) -> Callable[..., Result]:
-    def trained(**values: Any) -> Result:
-        quick = {"steps": STEPS, "batch_size": 2, "rank": 2, "learning_rate": 0.01, "targets": TARGETS}
-        return contract.train_lora(flow_denoiser, **{**inputs(), **quick, **values})
-
-    return trained
+    quick = {"steps": STEPS, "batch_size": 2, "rank": 2, "learning_rate": 0.01, "targets": TARGETS}
+    return lambda **values: contract.train_lora(flow_denoiser, **{**inputs(), **quick, **values})
 
 
 Train = Callable[..., Result]
 Breaking = Callable[[int], None]
 
 
-def bytes_of(result: Result) -> bytes:
-    return lorafile.file_bytes(result.lora, {"loss": str(result.loss), "steps": str(result.steps)})
+def bytes_of(result: Result) -> str:
+    return f"{digest(result.lora.items())} {result.loss} {result.steps}"
 
 
 def interrupted(train: Train, breaking: Breaking, folder: Path, at: tuple[int, ...], **values: Any) -> Result:

@@ -39,21 +39,12 @@ def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> lis
     return [head, *(tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order)]
 
 
-def file_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A LoRA as a safetensors file; ValueError that names a tensor with NaN or infinity."""
-    return b"".join(_finite_pieces(state, metadata))
-
-
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing."""
-    write_whole(Path(path), *_finite_pieces(state, metadata or {}))
-
-
-def _finite_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing; NaN and infinity are refused."""
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
-    return file_pieces(state, metadata)
+    write_whole(Path(path), *file_pieces(state, metadata or {}))
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
