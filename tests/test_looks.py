@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.looks import FOLDER_PART, MODEL_SIGNS, SIGNS, TEXT_WIDTHS, lora_family, model_family, n_in
+from lorasmith.looks import FOLDER_PART, MODEL_SIGNS, SIGNS, TEXT_WIDTHS, is_lora, lora_family, model_family, n_in
 
 FAMILIES = {  # a layer as its programs name it: the family
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": "SDXL or Stable Diffusion 3",
@@ -148,6 +148,22 @@ def test_widths_that_disagree_tell_nothing() -> None:
     assert lora_family({"unet.mid_block.attn2.to_k": {"alpha": torch.tensor(1.0)}}) == (
         "a UNet of the Stable Diffusion kind"
     )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "lora_up.weight", "lora_A.default.weight", "lora.down.weight", "processor.to_q_lora.up.weight", "hada_w1_a",
+        "lokr_w2", "oft_blocks", "oft_R.default.weight", "boft_R", "dora_scale", "a1.weight", "diff", "diff_b",
+        "diff_m", "w_norm", "b_norm", "on_input", "ia3_l", "set_weight", "reshape_weight", "vera_lambda_b",
+    ],
+)  # fmt: skip
+def test_a_single_part_of_any_adapter_makes_a_lora(part: str) -> None:
+    assert is_lora([f"diffusion_model.blocks.0.self_attn.norm_k.{part}"])
+
+
+def test_no_part_of_a_model_makes_a_lora() -> None:
+    assert not is_lora([*MODELS, "blocks.0.modulation", "diffuse.weight", "x.diff.weight", "a1.bias", "norm.w"])
 
 
 def test_nothing_looks_like_nothing() -> None:

@@ -59,7 +59,10 @@ MODEL_SIGNS = (
     (r"model\.diffusion_model\.input_blocks\.", UNETS),
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )
-LORA = re.compile(r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|\.[ab][12]\.weight$")
+LORA = re.compile(
+    r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|ia3_l|vera_lambda"
+    r"|\.([ab][12]\.weight|diff(_[bm])?|[wb]_norm|on_input|set_weight|reshape_weight)$"
+)
 UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")
 TEXT = re.compile(r"attn2_to_[kv]$")
 
