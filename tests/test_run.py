@@ -17,6 +17,8 @@ from lorasmith import lorafile, run
 from lorasmith.checks import checked
 from lorasmith.demo import BASE
 from lorasmith.families.sd import StableDiffusion
+from lorasmith.job import _network
+from lorasmith.loading import adapters_from
 from lorasmith.run import Run, opened_run
 from lorasmith.run_folder import numbered_folder
 from lorasmith.settings import configured, merged
@@ -260,3 +262,22 @@ def test_the_metadata_of_dora_are_lycoriss_and_say_whose_lengths_it_holds(opened
         metadata = job_run.job.file_metadata()
     assert metadata["ss_network_module"] == "lycoris.kohya" and metadata["lorasmith.dora_scale"] == "paper"
     assert metadata["ss_network_args"] == '{"algo": "locon", "dora_wd": "True", "wd_on_output": "True"}'
+
+
+def test_the_metadata_say_which_way_dora_s_lengths_are(family: StableDiffusion) -> None:
+    """As LyCORIS has it: True of outputs, False of inputs; a file with both says neither."""
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to"
+
+    def said(**shapes: tuple[int, int]) -> dict[str, str]:
+        state = {}
+        for name, shape in shapes.items():
+            state |= {
+                f"{layer}_{name}.lora_down.weight": torch.ones(1, 160),
+                f"{layer}_{name}.dora_scale": torch.ones(shape),
+            }
+            state |= {f"{layer}_{name}.lora_up.weight": torch.ones(160, 1)}
+        return json.loads(_network(adapters_from(state, family.denoiser), None)["ss_network_args"])
+
+    assert said(q=(160, 1)) == {"algo": "locon", "dora_wd": "True", "wd_on_output": "True"}
+    assert said(q=(1, 160)) == {"algo": "locon", "dora_wd": "True", "wd_on_output": "False"}
+    assert said(q=(1, 160), k=(160, 1)) == {"algo": "locon", "dora_wd": "True"}

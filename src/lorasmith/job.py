@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__, lorafile
+from lorasmith.adapters.dora_inputs import InputDoRAAdapter
 from lorasmith.algorithms import Algorithm
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.base_weights import offload, quantize_backward
@@ -45,7 +46,6 @@ from lorasmith.world import ALONE, World
 log = logging.getLogger(__name__)
 
 LYCORIS_NAMES = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "DoRA": "locon"}
-LYCORIS_DORA = {"dora_wd": "True", "wd_on_output": "True"}  # as its users write them
 
 
 @dataclass
@@ -234,8 +234,16 @@ def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
     if adapters.algorithms == ["LoRA"]:
         return {"ss_network_module": "networks.lora", **own}
     algorithm = "+".join(dict.fromkeys(LYCORIS_NAMES[name] for name in adapters.algorithms))
-    args = {"algo": algorithm, **(LYCORIS_DORA if "DoRA" in adapters.algorithms else {})}
+    args = {"algo": algorithm, **_lycoris_lengths(adapters)}
     return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args), **own}
+
+
+def _lycoris_lengths(adapters: AdapterSet) -> dict[str, str]:
+    """What LyCORIS's users write for DoRA; nothing says that a file has lengths both of outputs and of inputs."""
+    dora = [adapter for adapter in adapters.adapters.values() if adapter.algorithm == "DoRA"]
+    over_outputs = {not isinstance(adapter, InputDoRAAdapter) for adapter in dora}
+    way = {"wd_on_output": str(*over_outputs)} if len(over_outputs) == 1 else {}
+    return {"dora_wd": "True", **way} if dora else {}
 
 
 def _portable(config: Config) -> str:
