@@ -23,6 +23,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 from lorasmith.norms_plot import LayerNorm
+from lorasmith.not_weights import refuse_pointer
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import Quantisation
 
@@ -102,6 +103,7 @@ def inspected(path: Path, progress: Progress = SILENT) -> Inspection:
 
 def _folder(path: Path) -> Inspection:
     """A diffusers folder: the parts with weights, a row each."""
+    refuse_pointer(path / "model_index.json")
     try:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         kind = str(index["_class_name"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import is_lora
+from lorasmith.not_weights import refuse_pointer, refuse_pointers
 
 FILES = (".safetensors", *PICKLES)
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -33,6 +34,7 @@ def pipeline_name(folder: Path) -> str:
     if not index.is_file():
         found = "a folder without it" if folder.exists() else "no such folder"
         raise ValueError(f"{folder} must be a diffusers folder with a model_index.json, got {found}")
+    refuse_pointer(index)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -59,3 +61,4 @@ def _refuse_unfit_folder(source: str) -> None:
     path = Path(source).expanduser()
     if path.exists() or not is_id(source):
         pipeline_name(path)
+        refuse_pointers(path)

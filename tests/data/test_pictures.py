@@ -185,7 +185,7 @@ def test_unreadable_pictures_are_refused(tmp_path: Path, whole: bytes) -> None:
         picture(path)
     for content, reason in (
         (b"", "it is empty"),
-        (b"<html>\n", "it is not in a picture format"),
+        (b"<html>\n", r"it is a web page \(HTML\), not the file itself: download that"),
         (whole[: len(whole) // 2], "image file is truncated.*"),
         (whole[:-100], "image file is truncated.*"),
         (whole[:24], "Truncated File Read"),

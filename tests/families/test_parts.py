@@ -92,7 +92,7 @@ def test_every_part_is_loaded_whole_or_refused(name: str, folders: Callable[[str
         before = file.read_bytes()
         for content, message in (
             (before[:-3], f"{part}/{file.name} is cut off: 3 of its .* bytes are missing"),
-            (LFS, f"{part}/{file.name} is a Git LFS pointer, not the weights: fetch them with git lfs pull"),
+            (LFS, f"{part}/{file.name} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
         ):
             replace(file, content)
             with pytest.raises(ValueError, match=message):
@@ -115,10 +115,10 @@ def test_the_command_refuses_an_incomplete_text_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (LFS, "is a Git LFS pointer, not the weights: fetch them with git lfs pull"),
+        (LFS, "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
         (b"", "is empty"),
-        (b"<!DOCTYPE html>\n<html><head><title>404</title>", r"is a web page \(HTML\), not the weights"),
-        (b"\n <html lang=en>", r"is a web page \(HTML\), not the weights"),
+        (b"<!DOCTYPE html>\n<html><head><title>404</title>", r"is a web page \(HTML\), not the file itself"),
+        (b"\n <html lang=en>", r"is a web page \(HTML\), not the file itself"),
         (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which cannot be read"),
         (b"PK\3\4" + bytes(64), "is a zip archive or a pickle of torch.save"),
         (bytes(4096), "begins with zeros: its download was not finished"),
@@ -190,7 +190,7 @@ def test_shards_are_complete(shards: Path) -> None:
     first, second, *_ = sorted(shards.glob("*.safetensors"))
     lost = sorted(load_file(second))[0]
     with changed(second, without(lost)):
-        with pytest.raises(ValueError, match=f"{second} lacks a tensor that model.* names, such as {lost}"):
+        with pytest.raises(ValueError, match=f"{second} lacks 1 tensor that model.* names, such as {lost}"):
             loaded(T5EncoderModel, shards, None)
     content = first.read_bytes()
     replace(first, LFS)

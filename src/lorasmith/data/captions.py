@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorasmith.not_weights import refuse_pointer
+
 TABLES = ("metadata.jsonl", "metadata.csv")  # in order of preference
 NAME, CAPTIONS = "file_name", ("text", "caption", "prompt")  # the columns, those of captions in order of preference
 
@@ -19,6 +21,7 @@ def lines(text: str) -> list[str]:
 
 def text_of(path: Path) -> str:
     """What a file of text says: UTF-8, or UTF-16 with its mark; ValueError where it is neither."""
+    refuse_pointer(path)
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:

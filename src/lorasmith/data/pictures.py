@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorasmith.data.colours import in_srgb
+from lorasmith.not_weights import stand_in
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 PICTURE_SUFFIXES = (
@@ -51,7 +52,7 @@ def picture(path: Path) -> Image.Image:
             profile = image.info.get("icc_profile") or b""
             return _rgb(image if turn is None else image.transpose(turn), profile, path.name)
     except UnidentifiedImageError:
-        reason = "it is not in a picture format" if path.stat().st_size else "it is empty"
+        reason = f"it {stand_in(path) or 'is not in a picture format'}"
     except OSError as error:
         reason = error.strerror or str(error)
     except _DAMAGE as error:

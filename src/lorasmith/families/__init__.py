@@ -22,10 +22,11 @@ from lorasmith.families.sdxl_file import OriginalSDXL
 from lorasmith.families.single_file import SingleFile
 from lorasmith.families.texts import WithTexts
 from lorasmith.families.wan import Wan
-from lorasmith.families.weights import counted
+from lorasmith.families.weights import tensors_that
 from lorasmith.families.z_image import ZImage
 from lorasmith.header import Header
 from lorasmith.looks import FOLDER_PART, model_family
+from lorasmith.not_weights import refuse_pointers
 from lorasmith.quantised import weights_only
 from lorasmith.sources import is_file, is_id, pipeline_name, refuse_lora
 
@@ -72,6 +73,7 @@ def _opened(model: Any, encoders: str | Path | None) -> Plain:
     if path is not None:
         folder = folder_of(model)
         kind = family_of(pipeline_name(folder), folder)
+        refuse_pointers(folder)
         return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
     kind = family_of(type(model).__name__, model)
     _refuse_without_weights(model)
@@ -85,7 +87,7 @@ def _refuse_without_weights(pipe: Any) -> None:
         empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta] if part is not None else []
         if empty:
             raise ValueError(
-                f"model must hold its weights, but {counted(empty, 'is', 'are')} missing of its {name}, such as "
+                f"model must hold its weights, but {tensors_that(empty, 'is', 'are')} missing of its {name}, such as "
                 f"{empty[0]} (on the meta device)"
             )
 
@@ -133,6 +135,7 @@ def folder_beside(
     name = pipeline_name(folder)
     if name not in pipelines:
         raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
+    refuse_pointers(folder)
     return FolderComponents(folder)
 
 

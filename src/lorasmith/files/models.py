@@ -18,6 +18,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
 from lorasmith.looks import is_lora, model_family
+from lorasmith.not_weights import other_weights, refuse_pointer
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
 from lorasmith.quantised import Quantisation, StoredWeight
 from lorasmith.tensor_file import TensorFile
@@ -148,9 +149,12 @@ class Model:
 def _folder(path: Path) -> list[tuple[str, Header]]:
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} must be a diffusers folder with a model_index.json, or a safetensors file")
+    for config in (path / "model_index.json", *sorted(path.glob("*/config.json"))):
+        refuse_pointer(config)
     files = [(file.parent.name, Header.of(file)) for file in sorted(path.glob("*/*.safetensors"))]
     if not files:
-        raise ValueError(f"{path} must hold safetensors weights, but it does not")
+        part = next((file.parent for file in sorted(path.glob("*/*.gguf"))), path)
+        raise ValueError(f"{part} {other_weights(part)}")
     for part in sorted({part for part, _ in files}):
         check_shards(path / part, [header for own, header in files if own == part])
     return files
