@@ -315,7 +315,7 @@ def test_unknown_layers_are_refused_or_left_out(caplog: pytest.LogCaptureFixture
     state = lora_of(48, 16, 0, KOHYA, "lora_unet_double_blocks_0_img_attn_qkv")
     text = lora_of(8, 8, 0, KOHYA, "lora_te1_text_model_encoder_layers_0_mlp_fc1")
     with pytest.raises(
-        ValueError, match=r"1 of its 2 layers do not, .*lora_te1_\w+ \(lora_down.weight, lora_up.weight"
+        ValueError, match=r"1 of its 2 layers does not, .*lora_te1_\w+ \(lora_down.weight, lora_up.weight"
     ):
         adapters_from(state | text, holder)
     found = adapters_from(state | text, holder, ignore_unknown=True)
@@ -344,7 +344,7 @@ def test_layers_of_files_are_counted_as_the_file_has_them() -> None:
     holder = holder_of("Flux.1")
     state = in_layout(adapted(holder, "LoRA"), holder, torch.float32, "kohya")
     num = len(by_layer(state))
-    with pytest.raises(ValueError, match=f"1 of its {num + 1} layers do not, and it looks like one for Flux"):
+    with pytest.raises(ValueError, match=f"1 of its {num + 1} layers does not, and it looks like one for Flux"):
         adapters_from(state | lora_of(4, 4, 0, KOHYA, "lora_unet_nowhere"), holder)
 
 

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_listed(denoiser: Any) -> None:
 def test_a_lora_for_another_model_says_which(denoiser: Any) -> None:
     layer = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     state = {f"{layer}.lora_down.weight": torch.ones(4, 2048), f"{layer}.lora_up.weight": torch.ones(640, 4)}
-    with pytest.raises(ValueError, match="1 of its 1 layers do not, and it looks like one for SDXL"):
+    with pytest.raises(ValueError, match="1 of its 1 layer does not, and it looks like one for SDXL"):
         adapters_from(state, denoiser)
     flux = {
         f"transformer.single_transformer_blocks.{i}.attn.to_q.lora_A.weight": torch.ones(4, 3072) for i in range(38)

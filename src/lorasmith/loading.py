@@ -14,6 +14,7 @@ from lorasmith.experts import stated_expert
 from lorasmith.fused import by_modules
 from lorasmith.layouts import OFFSETS, ModuleNames, by_layer
 from lorasmith.looks import Layers, lora_family
+from lorasmith.pace import counted
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
@@ -106,12 +107,9 @@ def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
 def warn_of_left_out(unknown: Sequence[str]) -> None:
     """Says which layers of a LoRA are not used, where there are any."""
     if unknown:
-        what = (
-            "1 layer that the model does not have is"
-            if len(unknown) == 1
-            else f"{len(unknown)} layers that the model does not have are"
-        )
-        log.warning("%s left out: %s", what, listed(unknown))
+        what = counted(len(unknown), "layer")
+        verb = "is" if len(unknown) == 1 else "are"
+        log.warning("%s that the model does not have %s left out: %s", what, verb, listed(unknown))
 
 
 def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:
@@ -139,10 +137,16 @@ def _adapter(path: str, adaptable: Mapping[str, nn.Module], parts: Mapping[str, 
 
 def _refusal(misfits: list[str], num_layers: int, family: str) -> str:
     if not misfits:
-        return f"the LoRA must hold an adapter, got {num_layers} layers without one"
+        return f"the LoRA must hold an adapter, got {counted(num_layers, 'layer')} without one"
+    return f"the LoRA does not fit the model: {misfitting(misfits, num_layers, family)}"
+
+
+def misfitting(misfits: Sequence[str], num_layers: int, family: str) -> str:
+    """How many layers of a LoRA do not fit, what it looks made for, and which they are."""
+    verb = "does" if len(misfits) == 1 else "do"
     return (
-        f"the LoRA does not fit the model: {len(misfits)} of its {num_layers} layers do not, and it looks like one for "
-        f"{family}: {listed(misfits)}"
+        f"{len(misfits)} of its {counted(num_layers, 'layer')} {verb} not, and it looks like one for {family}: "
+        f"{listed(misfits)}"
     )
 
 

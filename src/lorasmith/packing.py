@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorasmith.devices import has_packed_products
 from lorasmith.kernels.packed import Packed, PackedConv2d, PackedLinear, PackedPointwise, packed
+from lorasmith.pace import counted
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
             layer.weight = nn.Parameter(last, requires_grad=False)
     num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in free)
     if free:
-        log.debug("%d layers repacked for the processor: %.1f MB (pack)", len(free), num_bytes / 1e6)
+        log.debug("%s repacked for the processor: %.1f MB (pack)", counted(len(free), "layer"), num_bytes / 1e6)
     return len(free)
 
 

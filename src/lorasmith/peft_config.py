@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lorasmith.header import PEFT_CONFIG
 from lorasmith.layouts import LAYOUT, RANKED, by_layer
+from lorasmith.not_weights import refuse_pointer
+from lorasmith.pace import counted
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     for config in configs.values():
         _refuse_changed_base(config, path)
     if silent and metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
-        what = "1 layer without an alpha" if silent == 1 else f"{silent} layers without an alpha"
+        what = f"{counted(silent, 'layer')} without an alpha"
         log.warning("%s: %s: taken to be the rank, so that the scale is 1", path.name, what)
     return {**state, **scaled}
 
@@ -79,6 +81,7 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any
         return _unpacked(json.loads(metadata[PEFT_CONFIG]))
     is_its = path.name in OWNERS or not any(path.with_name(name).exists() for name in OWNERS)
     if is_its and beside.is_file():
+        refuse_pointer(beside)
         return {"": {**json.loads(beside.read_text(encoding="utf-8"))}}
     return {}
 

@@ -14,6 +14,7 @@ from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.adapters.layer import alpha_of, fitting
 from lorasmith.header import Header
 from lorasmith.layouts import DOWN, DOWN_BIAS, OFFSETS, UP, UP_BIAS, by_layer, split
+from lorasmith.pace import counted
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,6 @@ def without_idle_alphas(state: Mapping[str, Tensor], header: Header) -> dict[str
     if idle:
         log.warning(
             "%s: %s without factors %s an alpha, which is ignored, such as %s", header.path.name,
-            "1 layer" if len(idle) == 1 else f"{len(idle)} layers", "has" if len(idle) == 1 else "have", min(idle),
+            counted(len(idle), "layer"), "has" if len(idle) == 1 else "have", min(idle),
         )  # fmt: skip
     return {key: tensor for key, tensor in state.items() if split(key)[0] not in idle or split(key)[1] != "alpha"}

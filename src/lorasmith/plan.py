@@ -24,6 +24,7 @@ from lorasmith.file_layouts import refuse_impossible
 from lorasmith.layouts import OFFSETS, split
 from lorasmith.loading import adapters_from
 from lorasmith.low_bit import refuse_needs_of_whole_weights, refuse_without_kernels
+from lorasmith.pace import counted
 from lorasmith.sharding import refuse_useless_sharding
 from lorasmith.state import refuse_misfit
 from lorasmith.targets import TEXT_NETS, Targets
@@ -156,8 +157,9 @@ def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoise
     asked_paths = targeted(denoiser, config.targets)
     if config.targets != Targets() and asked_paths != adapters.adapters.keys():
         log.warning(
-            "targets: the LoRA's own %d layers hold, not the %d asked for", len(adapters.adapters), len(asked_paths)
-        )
+            "targets: the LoRA holds %s, which are trained, not the %d asked for",
+            counted(len(adapters.adapters), "layer"), len(asked_paths),
+        )  # fmt: skip
     if config.text_encoder.train and not any(path.startswith(TEXT_NETS) for path in adapters.adapters):
         log.warning("text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder")
     if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:

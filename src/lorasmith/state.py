@@ -123,7 +123,8 @@ def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[i
     held, kept, keeps = _held(tensors), _kept(tensors), _optimizer_keys(optimizer)
     odd = sorted(held.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if held[name].shape != shape]
     if odd:
-        raise ValueError(f"it must hold the same adapters, but {len(odd)} differ, such as {odd[0]}")
+        verb = "differs" if len(odd) == 1 else "differ"
+        raise ValueError(f"it must hold the same adapters, but {len(odd)} {verb}, such as {odd[0]}")
     if kept and kept.keys() != keeps:
         raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
     for part, values in kept.items():

@@ -225,7 +225,7 @@ def factors(name: str, n_out: int = 3, n_in: int = 4) -> dict[str, Tensor]:
 REFUSED = [
     (
         factors("lora_unet_single_blocks_0_linear1"),
-        r"does not fit .*: 1 of its 1 layers do not, and it looks like one for Flux",
+        r"does not fit .*: 1 of its 1 layer does not, and it looks like one for Flux",
     ),
     (factors("lora_unet_conv_norm_out"), "cannot be merged into a weight of 1 axes"),
     (factors("lora_unet_time_embedding_linear_1"), "lora_down.weight must have the shape"),
@@ -296,7 +296,7 @@ def test_unknown_layers_are_left_out_where_that_is_asked_for(
     assert merge_into(base, [source], output, ignore_unknown=True) == 1
     assert "2 layers that the model does not have are left out: lora_te3_encoder_block_0; x.y" in caplog.messages
     save_file(factors("x.y"), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="1 of its 1 layers do not"):
+    with pytest.raises(ValueError, match="1 of its 1 layer does not"):
         merge_into(base, [Source.parsed(str(tmp_path / "b.safetensors"))], output, ignore_unknown=True, overwrite=True)
 
 

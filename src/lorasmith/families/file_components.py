@@ -19,6 +19,7 @@ from lorasmith.families.sdxl_file import OriginalSDXL
 from lorasmith.families.sizes import Config
 from lorasmith.families.weights import json_table
 from lorasmith.header import Header
+from lorasmith.pace import counted
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class FileComponents:
         strange = [key for key in rest if not key.startswith((*TEXTS, *OF_TRAINING))]
         if strange:
             raise ValueError(
-                f"{self.header.path} holds {len(strange)} tensors of no part of such a model, such as {strange[0]}"
+                f"{self.header.path} holds {counted(len(strange), 'tensor')} of no part of such a model, such as "
+                f"{strange[0]}"
             )
         if rest:
             counts = Counter(key.partition(".")[0] for key in rest)

@@ -10,8 +10,10 @@ import torch
 import transformers
 from diffusers import ModelMixin
 
-from lorasmith.families.weights import DTYPES, FP8, check_complete, counted, json_table, line, warn_of_others
+from lorasmith.families.weights import DTYPES, FP8, check_complete, json_table, line, tensors_that, warn_of_others
 from lorasmith.header import Header
+from lorasmith.not_weights import other_weights
+from lorasmith.pace import counted
 from lorasmith.quantised import Quantisation
 
 log = logging.getLogger(__name__)
@@ -58,9 +60,9 @@ def check_report(what: str, report: Mapping[str, Any]) -> None:
         raise ValueError(f"cannot load {what}: {' '.join(str(report['error_msgs'][0]).split())}")
     if len(missing) > 1 and _are_renamed(missing, unexpected):
         raise ValueError(
-            f"cannot load {what}: {counted(missing, 'is', 'are')} missing, such as {missing[0]}, and others are there, "
-            f"such as {unexpected[0]}: its names may be those of another version of transformers than the installed "
-            f"{transformers.__version__}"
+            f"cannot load {what}: {tensors_that(missing, 'is', 'are')} missing, such as {missing[0]}, and others are "
+            f"there, such as {unexpected[0]}: its names may be those of another version of transformers than the "
+            f"installed {transformers.__version__}"
         )
     check_complete(what, missing)
 
@@ -75,7 +77,7 @@ def weights_in(folder: Path) -> tuple[list[Header], str | None]:
     """The files that are loaded of a part, and their variant; ValueError where one is missing or cannot be used."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise ValueError(f"{folder} must hold safetensors weights: pickles can run code when they are loaded")
+        raise ValueError(f"{folder} {other_weights(folder)}")
     variant = variant_of(path.name for path in paths)
     matches = {path: match for path in paths if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant}
     whole = [path for path, match in matches.items() if not match["shard"]]
@@ -119,7 +121,7 @@ def check_index(folder: Path, shards: Mapping[str, Header], variant: str | None)
                 raise ValueError(f"{folder} must hold {file}, which {index.name} names, but it does not")
             lacking = sorted(key for key, own in places.items() if own == file and key not in shards[file].shapes)
             if lacking:
-                what = f"{len(lacking)} tensors" if len(lacking) > 1 else "a tensor"
+                what = counted(len(lacking), "tensor")
                 raise ValueError(f"{folder / file} lacks {what} that {index.name} names, such as {lacking[0]}")
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorasmith.header import Header
 from lorasmith.not_weights import what_it_is
+from lorasmith.pace import counted
 from lorasmith.quantised import dequantised
 
 log = logging.getLogger(__name__)
@@ -103,28 +104,30 @@ def shaped(kind: Any, config: Mapping[str, Any], *, path: Path | str) -> Any:
 def check_complete(what: str, missing: Iterable[str]) -> None:
     """ValueError that counts and names the tensors that are missing of a part."""
     if lacking := sorted(missing):
-        raise ValueError(f"cannot load {what}: {counted(lacking, 'is', 'are')} missing, such as {lacking[0]}")
+        raise ValueError(f"cannot load {what}: {tensors_that(lacking, 'is', 'are')} missing, such as {lacking[0]}")
 
 
 def check_no_others(what: str, unexpected: Iterable[str]) -> None:
     """ValueError that counts and names the weights that a part has no place for; what is no weight is logged."""
     keys = sorted(unexpected)
     if strange := [key for key in keys if not NO_WEIGHT.search(key)]:
-        raise ValueError(f"cannot load {what}: {counted(strange, 'has', 'have')} no place in it, such as {strange[0]}")
+        raise ValueError(
+            f"cannot load {what}: {tensors_that(strange, 'has', 'have')} no place in it, such as {strange[0]}"
+        )
     if keys:
-        log.info("not read of %s: %s, such as %s", what, counted(keys, "is", "are").rpartition(" ")[0], keys[0])
+        log.info("not read of %s: %s, such as %s", what, tensors_that(keys, "is", "are").rpartition(" ")[0], keys[0])
 
 
 def warn_of_others(what: str, unexpected: Iterable[str]) -> None:
     """A warning that counts and names the weights that a part has no place for."""
     if strange := sorted(key for key in unexpected if not NO_WEIGHT.search(key)):
-        number, have = counted(strange, "has", "have"), "is" if len(strange) == 1 else "are"
+        number, have = tensors_that(strange, "has", "have"), "is" if len(strange) == 1 else "are"
         log.warning("%s: %s no place in the model and %s not used, such as %s", what, number, have, strange[0])
 
 
-def counted(keys: Sequence[str], one: str, several: str) -> str:
+def tensors_that(keys: Sequence[str], one: str, several: str) -> str:
     """ "1 tensor is", "2 tensors are"."""
-    return f"1 tensor {one}" if len(keys) == 1 else f"{len(keys)} tensors {several}"
+    return f"{counted(len(keys), 'tensor')} {one if len(keys) == 1 else several}"
 
 
 def json_table(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import DOWN, OFFSETS, UP
 from lorasmith.loading import listed
 from lorasmith.looks import model_family
+from lorasmith.pace import counted
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.tensor_file import Named, TensorFile, write_streamed
 
@@ -142,7 +143,7 @@ def _are_of_one_shape(key: Key, *headers: Header) -> bool:
 
 def _counted(keys: Sequence[str]) -> str:
     """How many tensors, and which."""
-    return f"{'1 tensor' if len(keys) == 1 else f'{len(keys)} tensors'}: {listed(sorted(keys))}"
+    return f"{counted(len(keys), 'tensor')}: {listed(sorted(keys))}"
 
 
 def _warn_of_what_is_outside(base: Model, tuned: Model) -> None:

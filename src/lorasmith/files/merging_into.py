@@ -27,7 +27,8 @@ from lorasmith.files.rounding import Rounding
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
-from lorasmith.loading import listed, warn_of_left_out
+from lorasmith.loading import misfitting, warn_of_left_out
+from lorasmith.pace import counted
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import StoredWeight
 from lorasmith.tensor_file import TensorFile, bytes_of
@@ -159,8 +160,9 @@ def _converted(
 
 def _unfit(model: Model, lora: LoRAFile, strange: Sequence[str], error: ValueError) -> ValueError:
     return ValueError(
-        f"{lora.path} does not fit {model.path}: {len(strange)} of its {len(lora.layers)} layers "
-        f"have names that the model has not, such as {strange[0]}, and it cannot be converted: {error}"
+        f"{lora.path} does not fit {model.path}: {len(strange)} of its {counted(len(lora.layers), 'layer')} "
+        f"{'has a name' if len(strange) == 1 else 'have names'} that the model has not, such as {strange[0]}, and it "
+        f"cannot be converted: {error}"
     )
 
 
@@ -201,10 +203,7 @@ def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknow
             misfits += [f"{layer}: the model has no such layer" for layer in unknown]
         lora, num_layers = parts[0].lora, sum(len(source.lora.layers) for source in parts)
         if misfits or not num_layers:
-            raise ValueError(
-                f"{lora.path} does not fit {model.path}: {len(misfits)} of its {num_layers} layers do not, and it "
-                f"looks like one for {lora.family}: {listed(misfits)}"
-            )
+            raise ValueError(f"{lora.path} does not fit {model.path}: {misfitting(misfits, num_layers, lora.family)}")
     return plan
 
 
