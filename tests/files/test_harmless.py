@@ -130,6 +130,26 @@ def test_json_keeps_what_is_known_of_it() -> None:
     assert harmless({"ss_network_args": '{"factor": ' * 2000 + "1" + "}" * 2000}) == {}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "192.168.0.12", "192.168.1.1:8080", "2001:470:1234::1", "::1:8080", "12:33", "2024-05-01",
+        "2024-05-01 12:33:20", "+49 170 1234567", "0170/1234567", "1700000000", "4111111111111111", "d:lora", "C:", "c:lora/full", "(+49 170)",
+    ],
+)  # fmt: skip
+def test_numbers_and_known_words_may_tell_who_where_and_when(text: str) -> None:
+    plain = {key: text for key in KEYS - {"ss_seed"}}
+    assert harmless(plain) == {}
+    assert harmless({key: json.dumps({"preset": text, "r": [text]}) for key in KEYS}) == (
+        dict.fromkeys(KEYS, '{"r": []}')
+    )
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1e+4", "0.00010000000000000002", "-1", "1024x1024", "[0.9, 0.999]", "v1.5"])
+def test_numbers_of_training_stay(text: str) -> None:
+    assert harmless({"ss_learning_rate": text}) == {"ss_learning_rate": text}
+
+
 @pytest.mark.parametrize("pattern", ["to_[qk]", r"down_blocks\.\d+\.attn1\.to_q", "^(.*attn1.*|to_v)$", "attn1.to_k"])
 def test_patterns_over_layers_stay(pattern: str) -> None:
     config = {"unet.r": 4, "unet.alpha_pattern": {pattern: 2}, "unet.base_model_name_or_path": "anna/model"}

@@ -89,8 +89,14 @@ NUMBER = re.compile(
 TOKEN = re.compile(r"[A-Za-z0-9]+")
 PART = re.compile(r"[a-z]+|[0-9]+")
 HASH = re.compile(r"(?:0x)?(?:[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64})", re.IGNORECASE)
-TELLING = re.compile(r"//|\.\.|^[\s\"'(\[{]*/|(?<![A-Za-z])[A-Za-z]:/")
-"""Signs of a path or an address, whatever its words are."""
+TELLING = re.compile(
+    r"//|\.\.|^[\s\"'(\[{]*/|(?<![A-Za-z])[A-Za-z]:"  # paths
+    r"|\d+\.\d+\.\d+\.\d+|\d:\d|\d{4}-\d|(?<![A-Za-z\d])\+\d|\d/\d"  # addresses, times, telephone numbers
+)
+"""Signs of a path, an address or a time, whatever its words are."""
+LONG = re.compile(r"(?<![\d.])\d{10}")
+"""A whole number that may be a time or a telephone number."""
+SEED = "ss_seed"
 SCALING = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 """What PEFT's configuration says of the scale of layers."""
 
@@ -115,7 +121,7 @@ def _published(key: str, value: str) -> str | None:
     if key not in KEYS:
         return None
     if not value.lstrip().startswith("{"):
-        return value if _is_plain(value) else None
+        return value if _is_plain(value) and (key == SEED or not LONG.search(value)) else None
     try:
         kept = _reduced(json.loads(value), frozenset())
     except (ValueError, RecursionError):
@@ -149,7 +155,8 @@ def _reduced(value: Any, layers: frozenset[str]) -> Any:
         items = [_reduced(inner, layers) for inner in value]
         return [inner for inner in items if inner is not None]
     if isinstance(value, str):
-        return value if _is_plain(value) or _names_layers(value, layers) else None
+        is_harmless = _is_plain(value) and not LONG.search(value)
+        return value if is_harmless or _names_layers(value, layers) else None
     return value
 
 
