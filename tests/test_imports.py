@@ -33,6 +33,7 @@ FLOORS = (
         "experts",
         "other_tools",
         "pace",
+        "scale_names",
         "streams",
         "signals",
     ),

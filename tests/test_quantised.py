@@ -299,3 +299,31 @@ def test_a_weight_comes_back_to_within_half_a_step(
     assert ((found - weight * growth).abs() <= allowed).all()
     if growth < 0.9:
         assert torch.equal(new, scale)
+
+
+@pytest.mark.parametrize("dtype", [FP8, FP8_WIDE])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_scale_that_grows_keeps_what_has_not_changed(dtype: torch.dtype, by_row: bool) -> None:
+    """One number outgrows the scale; all others, but for the smallest, are still what they were."""
+    values = torch.randn(6, 32).mul(100).clamp(-440, 440)
+    numbers = torch.where(values.abs() < 1, 0, values).to(dtype)
+    scale = torch.rand(6, 1) + 0.5 if by_row else torch.tensor(0.37)
+    weight = dequantised(numbers, scale)
+    weight[2, 3] = 3.1 * torch.finfo(dtype).max * float(scale.flatten()[2 if by_row else 0])
+    stored, new = requantised(weight, dtype, scale)
+    assert torch.equal(new[:2], scale[:2]) if by_row else float(new) == 4 * float(scale)
+    kept = torch.ones(6, 32, dtype=torch.bool)
+    kept[2, 3] = False
+    assert torch.equal(dequantised(stored, new)[kept], weight[kept])
+    assert float(dequantised(stored, new)[2, 3]) == pytest.approx(float(weight[2, 3]), rel=2**-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "half"), [(FP8, 448, 16), (FP8_WIDE, 57344, 4096), (torch.int8, 127, 0.5)]
+)
+def test_a_scale_stays_where_rounding_is_all_that_is_lost(dtype: torch.dtype, largest: float, half: float) -> None:
+    for over, stays in ((0.0, True), (0.99, True), (1.01, False)):
+        stored, new = requantised(torch.tensor([[largest + over * half, 1.0]]), dtype, torch.tensor(1.0))
+        assert (float(new) == 1.0) == stays
+        if stays:
+            assert float(stored[0, 0]) == largest

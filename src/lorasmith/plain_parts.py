@@ -5,7 +5,7 @@ r rank, n a layer's outputs.
 
 import logging
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,14 +15,11 @@ from lorasmith.adapters.layer import alpha_of, fitting
 from lorasmith.header import Header
 from lorasmith.layouts import DOWN, DOWN_BIAS, OFFSETS, UP, UP_BIAS, by_layer, split
 from lorasmith.pace import counted
+from lorasmith.scale_names import VAGUE_SCALE, scaled_by
 
 log = logging.getLogger(__name__)
 
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-SCALES = re.compile(r"(?P<tensor>.+?)(\.weight)?[._](scale_weight|weight_scale|scale)")
-"""Names of a tensor's scale, by which it is multiplied; and in a file's metadata."""
-VAGUE = re.compile(r"(.*[._])?(scale_weight|weight_scale|fp8_scale|scale)")
-"""Names in a file's metadata that state a scale, of a tensor that they do not say."""
 MARK = "scaled_fp8"  # an empty tensor, by which files of 8-bit floats are known
 DIFFERENCE = "diff_b"
 SINGLE_QKV = re.compile(r"(.*single_blocks\.\d+\.)processor\.qkv_lora\.up\.weight")
@@ -53,7 +50,7 @@ def _scales(state: Mapping[str, Tensor], header: Header) -> dict[str, tuple[str,
     has_floats_8 = any(tensor.dtype in FLOATS_8 for tensor in state.values())
     for name, text in header.metadata.items():
         key = scaled_by(name, state)
-        if key is None and not (has_floats_8 and VAGUE.fullmatch(name)):
+        if key is None and not (has_floats_8 and VAGUE_SCALE.fullmatch(name)):
             continue
         try:
             scale = torch.tensor(float(text), dtype=torch.float32)
@@ -65,12 +62,6 @@ def _scales(state: Mapping[str, Tensor], header: Header) -> dict[str, tuple[str,
             )
         found[name] = (key, scale)
     return found
-
-
-def scaled_by(name: str, keys: Container[str]) -> str | None:
-    """Which of a file's tensors a scale of this name is multiplied with; None where it is the name of no scale."""
-    match = SCALES.fullmatch(name)
-    return match and next((key for key in (match["tensor"], f"{match['tensor']}.weight") if key in keys), None)
 
 
 def metadata_of(header: Header) -> dict[str, str]:

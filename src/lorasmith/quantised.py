@@ -5,6 +5,7 @@ tensor; what else says how the numbers are meant is in small tensors, in the fil
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,16 +17,9 @@ import torch
 from torch import Tensor
 
 from lorasmith.header import Header
+from lorasmith.scale_names import is_certain, scaled_by
 from lorasmith.tensor_file import TensorFile
 
-SCALES = (
-    (re.compile(r"^(.*)\.scale_weight$"), ".weight"),  # ComfyUI's first layout, and musubi-tuner's
-    (re.compile(r"^(.*)_scale(?:_inv)?$"), ""),  # weight_scale: ComfyUI's second; weight_scale_inv: DeepSeek's
-    (re.compile(r"^(.*)\.scale$"), ""),
-    (re.compile(r"^(.*)\.scale$"), ".weight"),
-)
-"""(how a scale is named, what makes the name of its weight of that)."""
-SCALE = re.compile(r"(^|\.)(scale_weight|weight_scale|weight_scale_inv)$")
 BESIDE = re.compile(r"(^|\.)(scale_input|input_scale|output_scale|comfy_quant|scaled_fp8)$")
 """How inputs are quantised, and flags: they change no weight."""
 PACKED = (
@@ -115,12 +109,8 @@ class Quantisation:
 
 def _scaled(header: Header, key: str) -> str | None:
     """The weight that a tensor is the scale of; None where it is no scale."""
-    for pattern, leaf in SCALES:
-        weight = f"{match[1]}{leaf}" if (match := pattern.match(key)) else ""
-        is_sure = not key.endswith(".scale")  # which norms have too
-        if weight in header.shapes and (is_sure or header.dtypes[weight] in EIGHT_BITS):
-            return weight
-    return None
+    weight = scaled_by(key, header.shapes)
+    return weight if weight and (is_certain(key) or header.dtypes[weight] in EIGHT_BITS) else None
 
 
 def _refused(header: Header, scales: Mapping[str, str]) -> Iterator[str]:
@@ -140,7 +130,7 @@ def _refused(header: Header, scales: Mapping[str, str]) -> Iterator[str]:
             yield f"scales of blocks: {key} is {header.dtypes[key]} {list(axes)} for a weight {list(shape)}"
     used = set(scales.values())
     for key, shape in header.shapes.items():
-        if SCALE.search(key) and key not in used:
+        if is_certain(key) and key not in used:
             yield f"the scale {key} without its weight"
         if len(shape) > 1 and header.dtypes[key] in NARROW and key not in scales:
             yield f"{key} in {header.dtypes[key]} without a scale"
@@ -229,15 +219,26 @@ def dequantised(stored: Tensor, scale: Tensor) -> Tensor:
 def requantised(weight: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tensor, Tensor]:
     """weight [n_out, …] as numbers in this dtype and their scale, in the old one's shape and dtype.
 
-    A scale stays as it is where the dtype holds all the numbers that it makes, and grows to what it must be elsewhere.
+    A scale stays as it is where no number is rounded by more than half a step, and grows elsewhere: of whole numbers to
+    what it must be, of floats by a power of two, so that numbers which the weight had before keep their value.
     """
-    largest = float(torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max)
+    largest, half_a_step = _end_of(dtype)
     old = _fitting(scale, weight)
     reach = weight.abs().amax(dim=tuple(range(1 if old.numel() > 1 else 0, weight.ndim)), keepdim=True).view_as(old)
-    fits = reach <= old.abs() * largest
-    new = torch.where(fits, old, reach / largest).to(scale.dtype)
+    growth = reach / (old.abs() * (largest + half_a_step))
+    doubled = old * torch.exp2(growth.log2().ceil())
+    grown = torch.where(growth.isfinite(), doubled, reach / largest) if dtype != torch.int8 else reach / largest
+    new = torch.where(growth > 1, grown, old).to(scale.dtype)
     numbers = (weight / torch.where(new == 0, 1, new.float())).clamp(-largest, largest)
     return (numbers.round() if dtype == torch.int8 else numbers).to(dtype), new.view_as(scale)
+
+
+def _end_of(dtype: torch.dtype) -> tuple[float, float]:
+    """The largest number, and half the step to the one before it."""
+    if dtype == torch.int8:
+        return float(torch.iinfo(dtype).max), 0.5
+    largest = torch.finfo(dtype).max
+    return largest, torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) / 2
 
 
 def _fitting(scale: Tensor, weight: Tensor) -> Tensor:
