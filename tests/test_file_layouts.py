@@ -324,7 +324,7 @@ def test_unknown_layers_are_refused_or_left_out(caplog: pytest.LogCaptureFixture
     wrong = lora_of(47, 16, 0, KOHYA, "lora_unet_double_blocks_1_img_attn_qkv")
     with pytest.raises(ValueError, match=r"double_blocks_1_img_attn_qkv: lora_up.weight must have the shape \[48, 4\]"):
         adapters_from(state | wrong, holder, ignore_unknown=True)
-    with pytest.raises(ValueError, match="the LoRA must hold an adapter, got 1 layers without one"):
+    with pytest.raises(ValueError, match="the LoRA must hold an adapter, got 1 layer without one"):
         adapters_from(text, holder, ignore_unknown=True)
 
 

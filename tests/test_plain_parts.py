@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny import made
 from torch import Tensor
 
 from lorasmith import lorafile
+from lorasmith.contract import train_lora
 from lorasmith.demo import BASE
 from lorasmith.families import opened
 from lorasmith.files.conversion import convert
@@ -257,19 +259,61 @@ STRANGE = {
     "diff_m": "diff_m .a change of a block's modulation, .* is not read",
     "a1.weight": "a1.weight .of GLoRA. is not read",
     "oft_diag": "oft_diag .of an OFT whose .* is not read",
+    "oft_R.weight": "oft_R.weight .of PEFT's OFT, which turns inputs in a way that its .* is not read",
+    "oft_R.default.weight": "oft_R.weight .of PEFT's OFT, .* is not read",
+    "boft_R": "boft_R .of PEFT's BOFT. is not read",
+    "ia3_l.default": r"ia3_l .of PEFT's \(IA\)\^3. is not read",
+    "on_input": r"on_input .of \(IA\)\^3. is not read",
     "weight": "weight .a whole weight, no change of one. is not read",
     "new_part": "new_part is not read",
 }
 
 
+@pytest.mark.parametrize("layer", [KOHYA, "diffusion_model.blocks.0"], ids=["a layer", "no layer of the model"])
 @pytest.mark.parametrize("part", STRANGE)
-def test_parts_that_are_not_read_are_named_by_every_tool(part: str, tmp_path: Path) -> None:
+def test_parts_that_are_not_read_are_named_by_every_tool(part: str, layer: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({**factors(KOHYA, names="du"), f"{KOHYA}.{part}": torch.ones(SIDE, SIDE)}, path)
+    save_file({**factors(KOHYA, names="du"), f"{layer}.{part}": torch.ones(SIDE, SIDE)}, path)
     for tool in tools(path, tmp_path):
-        with pytest.raises(ValueError, match=STRANGE[part]):
+        with pytest.raises(ValueError, match=f"{layer}: {STRANGE[part]}"):
             tool()
     assert not (tmp_path / "b.safetensors").exists() and not (tmp_path / "model").exists()
+    assert re.match(STRANGE[part].partition(" is not")[0], dict(inspected(path).facts_table)["not read"])
+
+
+def test_oft_of_four_axes_is_called_boft_by_every_tool(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({f"{KOHYA}.oft_blocks": torch.zeros(3, 20, 8, 8), f"{KOHYA}.alpha": torch.tensor(0.0)}, path)
+    for tool in tools(path, tmp_path):
+        with pytest.raises(ValueError, match=f"{KOHYA}: oft_blocks .of BOFT, as it has 4 axes. is not read"):
+            tool()
+
+
+def test_what_the_model_lacks_is_left_out_where_that_is_asked_for(tmp_path: Path, caplog: Any) -> None:
+    """Whether anybody could read it or not."""
+    path, denoiser = tmp_path / "a.safetensors", opened(BASE).denoiser
+    save_file({**factors(KOHYA, names="du"), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 8)}, path)
+    assert len(adapters_from(lorafile.read(path)[0], denoiser, ignore_unknown=True).adapters) == 1
+    assert convert(path, tmp_path / "b.safetensors", BASE, "kohya", ignore_unknown=True) == 1
+    assert merge_into(BASE, [Source.parsed(str(path))], tmp_path / "model", ignore_unknown=True) == 1
+    said = "1 layer that the model does not have is left out: diffusion_model.blocks.0"
+    assert [said in message for message in caplog.messages].count(True) == 3
+
+
+def test_differences_alone_are_a_lora(tmp_path: Path, base_weight: Tensor) -> None:
+    """They are applied and converted; there is nothing to train."""
+    path, difference = tmp_path / "a.safetensors", torch.randn(SIDE, SIDE)
+    save_file({f"{DIFFUSERS}.diff": difference}, path)
+    assert convert(path, tmp_path / "b.safetensors", BASE, "comfyui") == 1
+    for file in (path, tmp_path / "b.safetensors"):
+        found = adapters_from(lorafile.read(file)[0], opened(BASE).denoiser)
+        assert found.adapters == {} and torch.equal(found.offsets[f"unet.{MODULE}.weight"], difference)
+        assert dict(inspected(file).facts_table)["kind"] == "LoRA"
+        merge_into(BASE, [Source.parsed(str(file))], tmp_path / "model", overwrite=True)
+        merged = load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")[f"{MODULE}.weight"]
+        torch.testing.assert_close(merged, (base_weight + difference).to(merged.dtype))
+    with pytest.raises(ValueError, match="existing_lora: .* must hold an adapter to be trained, got differences of"):
+        train_lora(BASE, torch.zeros(1, 4, 8, 8), ["x"], existing_lora=str(path))
 
 
 def test_xlabs_files_are_diffusers_own_reading_of_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ PIECE = 2**15  # numbers; a processor's nearest memory holds them, and no thread
 
 def digest(named: Iterable[tuple[str, Any]]) -> str:
     """Over names, shapes and values (as float32) of tensors, in their order."""
-    found, piece = hashlib.sha256(), torch.empty(PIECE)
+    found, piece = hashlib.sha256(), torch.empty(PIECE, dtype=torch.float32)
     for name, tensor in named:
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         for part in tensor.detach().cpu().reshape(-1).split(PIECE):

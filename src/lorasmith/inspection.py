@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import ADAPTERS, kind_of
+from lorasmith.adapters import ADAPTERS, kind_of, unread
 from lorasmith.adapters.layer import alpha_of, size_of
 from lorasmith.adapters.oft import constraint_of, turn_of
 from lorasmith.header import Header
-from lorasmith.layouts import RANKED, by_layer, normal
+from lorasmith.layouts import OFFSETS, RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 from lorasmith.norms_plot import LayerNorm
 from lorasmith.not_weights import refuse_pointer
@@ -158,6 +158,7 @@ def _lora(path: Path, progress: Progress) -> Inspection:
         "dtypes": Counter(str(t.dtype).removeprefix("torch.") for t in state.values() if t.ndim),
         "steps": next((n for key in lorafile.STEPS_KEYS if (n := lorafile.stated_number(metadata, key))), None),
         "other_parts": Counter(part for parts in layers.values() for part in parts.keys() - KNOWN),
+        "not_read": Counter(what for parts in layers.values() for what in unread(parts, KNOWN | OFFSETS.keys())),
         "tensors_not_finite": num_bad,
     }
     return Inspection(facts, "blocks", _blocks(layers, progress), metadata)

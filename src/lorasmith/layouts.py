@@ -31,7 +31,9 @@ SPELLINGS = (
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
     (r"(\.lora_linear_layer|[._]lora)\.alpha", "alpha"),
-    (r"\.(lora_mid\.weight|oft_R\.\w+|[ab][12]\.weight)", None),
+    (r"\.oft_R(\.\w+)*", "oft_R.weight"),
+    (r"\.(lora_E|ia3_l|boft_[Rs]|vera_lambda_[bd]|hra_u)\.\w+", None),
+    (r"\.(lora_mid\.weight|[ab][12]\.weight)", None),
     (r"\.([^.]+)", None),
 )
 """How a key may end, and what that part of an adapter is called here, by kohya and LyCORIS; None: as it is spelt."""
@@ -51,8 +53,8 @@ XLABS_LAYERS = {
 }  # fmt: skip
 """{(kind of block, XLabs' name of a layer of Flux.1): the original code's}; of linear1 they adapt q, k and v alone."""
 PREFIXES = (
-    "_orig_mod_", "pipe_dit_", "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_", "lora_",
-    "lycoris_", "unet_", "transformer_", "model_diffusion_model_", "diffusion_model_",
+    "_orig_mod_", "module_", "pipe_dit_", "base_model_model_", "lora_unet_", "lora_transformer_", "lora_prior_unet_",
+    "lora_", "lycoris_", "unet_", "transformer_", "model_diffusion_model_", "diffusion_model_",
 )  # fmt: skip
 UNETS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {"UNet2DConditionModel": ldm_names}
 """{class of a diffusers net: its config -> {module path: the original checkpoint's}}."""

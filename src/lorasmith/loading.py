@@ -1,7 +1,7 @@
 """A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Found:
 
     adapters: AdapterSet
     misfits: list[str]
-    unknown: list[str]  # layers that the denoiser does not have
+    unknown: Mapping[str, str]  # {a layer that the denoiser does not have: what is said of it}
 
 
 def adapters_from(
@@ -53,7 +53,7 @@ def adapters_from(
     found = found_in(state, denoiser, metadata or {})
     if found.unknown and ignore_unknown:
         warn_of_left_out(found.unknown)
-        found = replace(found, unknown=[])
+        found = replace(found, unknown={})
     refuse_misfits([found], by_layer(state))
     return found.adapters
 
@@ -65,11 +65,11 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
     names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
     for key, parts in layers.items():
         path = names.path(key)
         if path is None:
-            unknown.append(f"{key} ({', '.join(sorted(parts))})")
+            unknown[key] = absent(parts)
             continue
         try:
             found = _offsets(path, modules[path], parts)
@@ -90,26 +90,41 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
 
 
 def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
-    """ValueError that lists what does not fit of a LoRA's layers; returns how many adapters it holds, one at least."""
+    """ValueError that lists what does not fit of a LoRA's layers; returns how many layers it changes, one at least."""
     misfits: list[str] = []
-    unknown: list[str] = []
-    num_adapters = 0
+    unknown: dict[str, str] = {}
+    changed: set[str] = set()
     for piece in found:
         misfits += piece.misfits
-        unknown += piece.unknown
-        num_adapters += len(piece.adapters.adapters)
-    misfits += [f"{layer}: the model has no such layer" for layer in unknown]
-    if misfits or not num_adapters:
+        unknown |= piece.unknown
+        changed |= {*piece.adapters.adapters, *(path.rpartition(".")[0] for path in piece.adapters.offsets)}
+    misfits += [f"{layer}: {said}" for layer, said in unknown.items()]
+    if misfits or not changed:
         raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
-    return num_adapters
+    return len(changed)
 
 
-def warn_of_left_out(unknown: Sequence[str]) -> None:
+def refuse_strange(parts: Mapping[str, Tensor]) -> None:
+    """ValueError that names the parts of a layer that its algorithm does not know and that are no differences."""
+    kind = kind_of(parts)
+    refuse_unread(parts, {*(kind.SUFFIXES if kind else ()), *OFFSETS})
+
+
+def absent(parts: Mapping[str, Tensor]) -> str:
+    """What is said of a layer that the model does not have: that, or that its parts are not read."""
+    try:
+        refuse_strange(parts)
+    except ValueError as error:
+        return str(error)
+    return f"the model has no such layer ({', '.join(sorted(parts))})"
+
+
+def warn_of_left_out(unknown: Collection[str]) -> None:
     """Says which layers of a LoRA are not used, where there are any."""
     if unknown:
         what = counted(len(unknown), "layer")
         verb = "is" if len(unknown) == 1 else "are"
-        log.warning("%s that the model does not have %s left out: %s", what, verb, listed(unknown))
+        log.warning("%s that the model does not have %s left out: %s", what, verb, listed([*unknown]))
 
 
 def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:

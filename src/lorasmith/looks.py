@@ -60,7 +60,7 @@ MODEL_SIGNS = (
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )
 LORA = re.compile(
-    r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|ia3_l|vera_lambda"
+    r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|ia3_l|vera_lambda|hra_u"
     r"|\.([ab][12]\.weight|diff(_[bm])?|[wb]_norm|on_input|set_weight|reshape_weight)$"
 )
 UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")

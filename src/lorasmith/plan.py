@@ -79,6 +79,8 @@ class Plan:
         try:
             state, metadata = lorafile.read(path)
             adapters = adapters_from(state, denoiser, metadata, ignore_unknown=config.ignore_unknown)
+            if not adapters.adapters:
+                raise ValueError(f"{path} must hold an adapter to be trained, got differences of weights alone")
             steps = lorafile.steps_of(path, metadata)
         except ValueError as error:
             raise ValueError(f"existing_lora: {error}") from error

@@ -18,8 +18,10 @@ ADAPTERS: tuple[Kind, ...] = (LoRAAdapter, LoHaAdapter, LoKrAdapter, OFTAdapter,
 
 UNREAD = {
     "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
-    "on_input": "of (IA)^3",
-    "oft_R.weight": "of PEFT's OFT, which turns inputs",
+    "on_input": "of (IA)^3", "ia3_l": "of PEFT's (IA)^3",
+    "oft_R.weight": "of PEFT's OFT, which turns inputs in a way that its configuration alone states",
+    "oft_r": "of an OFT of PEFT before 0.15", "boft_R": "of PEFT's BOFT", "boft_s": "of PEFT's BOFT",
+    "vera_lambda_b": "of VeRA", "vera_lambda_d": "of VeRA", "hra_u": "of HRA", "lora_E": "of AdaLoRA",
     "oft_diag": "of an OFT whose blocks are the rotations themselves",
     "rescale": "of an OFT that scales too",
     "scalar": "a factor of LyCORIS that its own files have multiplied in",
@@ -34,9 +36,21 @@ UNREAD = {
 """{a part that other programs write and that is not read: what it is}."""
 
 
-def refuse_unread(parts: Collection[str], known: Collection[str]) -> None:
+def unread(parts: Mapping[str, Tensor], known: Collection[str]) -> list[str]:
+    """The parts of a layer beyond those that are known, and what they are."""
+    if "" in parts:
+        return ["a tensor whose name has no part of an adapter"]
+    left = {part: UNREAD.get(part) for part in sorted(set(parts) - set(known))}
+    if "oft_blocks" in parts and parts["oft_blocks"].ndim == 4:
+        left["oft_blocks"] = "of BOFT, as it has 4 axes"
+    if "on_input" in left and "weight" in left:
+        left["weight"] = UNREAD["on_input"]
+    return [f"{part} ({what})" if what else part for part, what in left.items()]
+
+
+def refuse_unread(parts: Mapping[str, Tensor], known: Collection[str]) -> None:
     """ValueError that names the parts of a layer beyond those that are known, and what they are; or where none is."""
-    left = [f"{part} ({UNREAD[part]})" if part in UNREAD else part for part in sorted(set(parts) - set(known))]
+    left = unread(parts, known)
     if left or not parts:
         raise ValueError(f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not read")
 

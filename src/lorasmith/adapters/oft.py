@@ -50,8 +50,6 @@ class OFTAdapter(nn.Module):
     @classmethod
     def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "OFTAdapter":
         """The adapter that a file holds for this layer; ValueError where its shapes do not fit the layer."""
-        if tensors["oft_blocks"].ndim == 4:
-            raise ValueError("oft_blocks of 4 axes are of BOFT, which is not read")
         size = max(1, size_of(tensors, "oft_blocks", -1))
         blocks = fitting(tensors, "oft_blocks", (layer.n_out // size, size, size))
         if len(blocks) * size != layer.n_out:

@@ -25,7 +25,7 @@ UNET = {
 }
 OPEN_CLIP = "resblocks"
 PREFIX = re.compile(
-    r"(_orig_mod\.|base_model\.model\.|pipe\.dit\.)*"
+    r"(_orig_mod\.|module\.|base_model\.model\.|pipe\.dit\.)*"
     r"(lora_unet_|lora_transformer_|lora_prior_unet_|lora_|lycoris_|unet\.|transformer\.|(model\.)?diffusion_model\.)?"
 )
 SECOND = re.compile(r"(?<=transformer)_2(?=\.)")  # of two experts in one file

@@ -47,13 +47,14 @@ def convert(
     """
     refuse_output(output, overwrite=overwrite)
     lora = LoRAFile.opened(source)
-    lora.refuse_strange_parts()
+    if not ignore_unknown:  # by which layers of strange parts alone are left out too
+        lora.refuse_strange_parts()
     try:
         if model is None:
             (fitted,) = _published(lora, layout, progress, ignore_unknown=ignore_unknown)
         else:
             fitted = Fitted.of(lora, denoiser_for(lora, model), progress, ignore_unknown=ignore_unknown)
-        if not fitted.num_adapters:
+        if not fitted.num_layers:
             raise ValueError(f"{source} must hold a layer that the model has, got {listed(fitted.left_out)}")
         warn_of_left_out(fitted.left_out)
         fitted.write(output, layout)
@@ -62,7 +63,7 @@ def convert(
             f"{source} holds DoRA, whose lengths depend on the model's weights in {layout}'s layout or in its own: "
             f"--model must say which model it is for"
         ) from error
-    return fitted.num_adapters
+    return fitted.num_layers
 
 
 def _published(
@@ -81,7 +82,7 @@ class Fitted:
     lora: LoRAFile
     denoiser: Denoiser
     left_out: Sequence[str] = ()  # layers of the file that the denoiser does not have
-    num_adapters: int = 0
+    num_layers: int = 0
     progress: Progress = SILENT
 
     @classmethod
@@ -98,7 +99,7 @@ class Fitted:
             untried = replace(untried, lora=lora.of(lora.layers.keys() - unknown), left_out=unknown)
             if not untried.lora.layers:
                 return untried
-        return replace(untried, num_adapters=refuse_misfits(untried.found("matching layers"), untried.lora.layers))
+        return replace(untried, num_layers=refuse_misfits(untried.found("matching layers"), untried.lora.layers))
 
     def write(self, output: Path, layout: LayoutName) -> None:
         """The file in a layout; ValueError where that has no way to say it."""

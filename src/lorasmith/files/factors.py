@@ -11,14 +11,16 @@ from typing import Any, cast
 from torch import Tensor
 
 from lorasmith import lorafile
-from lorasmith.adapters import kind_of, refuse_unread
+from lorasmith.adapters import kind_of
 from lorasmith.adapters.layer import Layer, alpha_of, fitting
 from lorasmith.header import Header
 from lorasmith.kernels.convolution import ConvShape
-from lorasmith.layouts import DOWN, OFFSETS, UP, by_layer
+from lorasmith.layouts import DOWN, UP, by_layer
+from lorasmith.loading import refuse_strange
 from lorasmith.looks import is_lora, lora_family, model_family
 from lorasmith.lorafile import DTYPE_NAMES
-from lorasmith.plain_parts import metadata_of, scaled_by
+from lorasmith.plain_parts import metadata_of
+from lorasmith.scale_names import scaled_by
 from lorasmith.tensor_file import TensorFile
 
 Parts = Mapping[str, Tensor]
@@ -43,7 +45,9 @@ class LoRAFile:
         """ValueError where it is no sound LoRA file, or a key means nothing. called: its name in messages."""
         header = Header.of(path)
         if not is_lora(header.shapes):
-            what = f"a model of {model_family(header.shapes)}" if header.shapes else "no tensors"
+            family = model_family(header.shapes)
+            others = f"tensors such as {min(header.shapes)}" if header.shapes else "no tensors"
+            what = others if family == "unknown" else f"a model of {family}"
             raise ValueError(f"{path} must be a LoRA, got {what}")
         stored, header = lorafile.stored(path)
         layers, keys = by_layer(lorafile.completed(stored, header)), _keys_by_layer(header)
@@ -68,9 +72,8 @@ class LoRAFile:
     def refuse_strange_parts(self) -> None:
         """ValueError that names parts that no algorithm knows beside the others of its layer, or of a strange dtype."""
         for layer, parts in self.layers.items():
-            kind = kind_of(parts)
             try:
-                refuse_unread(parts, {*(kind.SUFFIXES if kind else ()), *OFFSETS})
+                refuse_strange(parts)
             except ValueError as error:
                 raise ValueError(f"{self.path}: {layer}: {error}") from error
             odd = [f"{p} of {t.dtype}" for p, t in sorted(parts.items()) if t.dtype not in DTYPE_NAMES]

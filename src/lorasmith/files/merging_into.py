@@ -27,7 +27,7 @@ from lorasmith.files.rounding import Rounding
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
 from lorasmith.layouts import OFFSETS
-from lorasmith.loading import misfitting, warn_of_left_out
+from lorasmith.loading import absent, misfitting, warn_of_left_out
 from lorasmith.pace import counted
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import StoredWeight
@@ -149,7 +149,7 @@ def _converted(
         raise _unfit(model, lora, strange, error) from error
     try:
         fitted = Fitted.of(others, denoiser, progress, ignore_unknown=ignore_unknown)
-        if not fitted.num_adapters:
+        if not fitted.num_layers:
             return [source]
         fitted.write(made, "comfyui")
     except ValueError as error:
@@ -182,11 +182,11 @@ def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknow
     plan: dict[Place, dict[int, _Share]] = {}
     for number, parts in enumerate(sources):
         misfits: list[str] = []
-        unknown: list[str] = []
+        unknown: dict[str, str] = {}
         for source, layer in ((part, layer) for part in parts for layer in part.lora.layers):
             placed = _places(model, source, layer)
             if not placed:
-                unknown.append(layer)
+                unknown[layer] = absent(source.lora.layers[layer])
                 continue
             try:
                 for place, own in _cut(model, placed, source.lora.layers[layer]):
@@ -200,7 +200,7 @@ def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknow
         if unknown and ignore_unknown and any(number in shares for shares in plan.values()):
             warn_of_left_out(unknown)
         else:
-            misfits += [f"{layer}: the model has no such layer" for layer in unknown]
+            misfits += [f"{layer}: {said}" for layer, said in unknown.items()]
         lora, num_layers = parts[0].lora, sum(len(source.lora.layers) for source in parts)
         if misfits or not num_layers:
             raise ValueError(f"{lora.path} does not fit {model.path}: {misfitting(misfits, num_layers, lora.family)}")
