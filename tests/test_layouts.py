@@ -27,7 +27,9 @@ ENDINGS = [  # by rows of SPELLINGS: {how a key ends: the part it means}
     {".w_norm": "diff"},
     {".b_norm": "diff_b"},
     {"_lora.alpha": "alpha", ".lora.alpha": "alpha", ".lora_linear_layer.alpha": "alpha"},
-    {".lora_mid.weight": "lora_mid.weight", ".oft_R.weight": "oft_R.weight", ".a1.weight": "a1.weight"},
+    {f".oft_R{end}": "oft_R.weight" for end in ("", ".weight", ".default.weight")},
+    {".lora_E.default": "lora_E", ".ia3_l.default": "ia3_l", ".boft_R.default": "boft_R", ".hra_u.x": "hra_u"},
+    {".lora_mid.weight": "lora_mid.weight", ".a1.weight": "a1.weight"},
     {
         **{f".{part}": part for part in ("alpha", "diff", "diff_b", "dora_scale", "oft_blocks", "hada_w1_a")},
         **{f".{part}": part for part in ("hada_t1", "lokr_w1", "lokr_w2_b", "lokr_t2", "reshape_weight", "anything")},
