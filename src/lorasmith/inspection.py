@@ -23,7 +23,7 @@ from lorasmith.header import Header
 from lorasmith.layouts import OFFSETS, RANKED, by_layer, normal
 from lorasmith.looks import Layers, is_lora, lora_family, model_family
 from lorasmith.norms_plot import LayerNorm
-from lorasmith.not_weights import refuse_pointer
+from lorasmith.not_weights import other_weights, refuse_pointer
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import Quantisation
 
@@ -114,6 +114,8 @@ def _folder(path: Path) -> Inspection:
         parts.setdefault(file.parent.name, []).append(Header.of(file))
     rows = [{"part": part, **_sizes(headers)} for part, headers in parts.items()]
     stored = [f"{part}: {text}" for part, headers in parts.items() for header in headers for text in _stored(header)]
+    others = sorted({file.parent for file in path.glob("*/*.gguf")} - {path / part for part in parts})
+    stored += [f"{folder.name} {other_weights(folder)}" for folder in others]
     facts: Row = {"kind": "model, a diffusers folder", "pipeline": kind}
     return Inspection({**facts, **({"weights": stored} if stored else {})}, "parts", rows)
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,22 @@ import torch
 import transformers
 from diffusers import ModelMixin
 
-from lorasmith.families.weights import DTYPES, FP8, check_complete, json_table, line, tensors_that, warn_of_others
+from lorasmith.families.weights import (
+    DTYPES,
+    FP8,
+    check_complete,
+    dtype_in,
+    fitted,
+    json_table,
+    line,
+    tensors,
+    tensors_that,
+    warn_of_others,
+)
 from lorasmith.header import Header
 from lorasmith.not_weights import other_weights
 from lorasmith.pace import counted
-from lorasmith.quantised import Quantisation
+from lorasmith.quantised import weights_only
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +49,10 @@ def loaded(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     headers, variant = weights_in(folder)
     base: Any = ModelMixin
     is_of_diffusers = isinstance(kind, type) and issubclass(kind, base)
+    if any(header.scales for header in headers):
+        if not is_of_diffusers:
+            _refuse_scales(headers)
+        return _multiplied(kind, folder, headers, dtype)
     options = {} if is_of_diffusers else {"ignore_mismatched_sizes": True}  # whose error names no tensor
     try:
         part, report = kind.from_pretrained(
@@ -84,16 +99,22 @@ def weights_in(folder: Path) -> tuple[list[Header], str | None]:
     headers = [Header.of(path) for path in (whole or matches or paths)]
     if not whole:
         check_index(folder, {header.path.name: header for header in headers}, variant)
-    for header in headers:
-        quantised = Quantisation.of(header)
-        quantised.check(header.path)
-        if quantised.scales:
-            weight, scale = next(iter(quantised.scales.items()))
-            raise ValueError(
-                f"{header.path} must hold plain weights, got {weight} with {scale}: use unscaled ones in the folder, "
-                f"or give one file as model and this folder as encoders"
-            )
-    return headers, variant
+    return [weights_only(header) for header in headers], variant
+
+
+def _multiplied(kind: Any, folder: Path, headers: Sequence[Header], dtype: torch.dtype | None) -> Any:
+    """A part of diffusers whose weights have scales in other tensors, which its own loader does not know."""
+    first = headers[0]
+    own = dtype or dtype_in(first, [key for key in first.shapes if key in first.scales or first.dtypes[key] in DTYPES])
+    state = {key: tensor for header in headers for key, tensor in tensors(header, header.shapes, own).items()}
+    return fitted(kind, json_table(folder / "config.json"), state, own, path=folder)
+
+
+def _refuse_scales(headers: Iterable[Header]) -> None:
+    path, (weight, scale) = next((header.path, pair) for header in headers for pair in header.scales.items())
+    raise ValueError(
+        f"{path} must hold plain weights, as scales of text encoders are not read, got {weight} with {scale}"
+    )
 
 
 def check_shards(folder: Path, headers: Iterable[Header]) -> None:

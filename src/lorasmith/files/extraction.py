@@ -168,7 +168,7 @@ def _warn_of_what_is_outside(base: Model, tuned: Model) -> None:
 
 def _differ(key: str, before: Tensor, after: Tensor) -> bool:
     """ValueError where either is not finite."""
-    if torch.equal(before, after):
+    if before.dtype == after.dtype and torch.equal(before, after):
         return False
     if not (before.double().isfinite().all() and after.double().isfinite().all()):
         raise ValueError(f"{key} must be finite in both models, got NaN or infinity")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lorasmith.families.ldm_sizes import UNET, unet_config
 from lorasmith.families.parts import check_shards
 from lorasmith.families.sdxl_file import sdxl_unet_config
+from lorasmith.families.skeletons import NETS
 from lorasmith.header import Header
 from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
@@ -152,8 +153,8 @@ def _folder(path: Path) -> list[tuple[str, Header]]:
     for config in (path / "model_index.json", *sorted(path.glob("*/config.json"))):
         refuse_pointer(config)
     files = [(file.parent.name, Header.of(file)) for file in sorted(path.glob("*/*.safetensors"))]
-    if not files:
-        part = next((file.parent for file in sorted(path.glob("*/*.gguf"))), path)
+    lacking = (path / net for net in NETS if (path / net).is_dir() and net not in {part for part, _ in files})
+    for part in (*lacking, *(() if files else (path,))):
         raise ValueError(f"{part} {other_weights(part)}")
     for part in sorted({part for part, _ in files}):
         check_shards(path / part, [header for own, header in files if own == part])

@@ -70,6 +70,9 @@ class Stored:
                         f"{layer} of {self.path} must have a weight of {list(shape)}, got {list(part.shape)}"
                     )
                 return part.reshape(shape)
+        for part, header in self.model.files:
+            if part in ("", layer.partition(".")[0]):
+                self.model.quantised[header.path].check(header.path)
         raise ValueError(f"{self.path} must hold the weight of {layer}, whose lengths DoRA changes, but it does not")
 
     def _places(self, layer: str) -> Iterator[Rows]:
