@@ -137,7 +137,7 @@ def test_json(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "") and found == {
         "kind": "LoRA", "family": "Stable Diffusion with a text width of 24", "algorithms": {"LoRA": 2}, "layers": 2,
         "ranks": {"4": 2}, "alphas": {"2": 2}, "parameters": num_parameters,
-        "dtypes": {"float32": 4}, "steps": 7, "other_parts": {}, "tensors_not_finite": 0,
+        "dtypes": {"float32": 4}, "steps": 7, "other_parts": {}, "not_read": {}, "tensors_not_finite": 0,
         "metadata": metadata, "plot": "norms.png",
     }  # fmt: skip
     assert [block["ranks"] for block in blocks] == [[4], [4]]

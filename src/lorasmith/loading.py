@@ -69,7 +69,7 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
     for key, parts in layers.items():
         path = names.path(key)
         if path is None:
-            unknown[key] = absent(parts)
+            unknown[key] = absent(key, parts)
             continue
         try:
             found = _offsets(path, modules[path], parts)
@@ -98,7 +98,7 @@ def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
         misfits += piece.misfits
         unknown |= piece.unknown
         changed |= {*piece.adapters.adapters, *(path.rpartition(".")[0] for path in piece.adapters.offsets)}
-    misfits += [f"{layer}: {said}" for layer, said in unknown.items()]
+    misfits += unknown.values()
     if misfits or not changed:
         raise ValueError(_refusal(misfits, len(layers), lora_family(layers)))
     return len(changed)
@@ -107,16 +107,16 @@ def refuse_misfits(found: Iterable[Found], layers: Layers) -> int:
 def refuse_strange(parts: Mapping[str, Tensor]) -> None:
     """ValueError that names the parts of a layer that its algorithm does not know and that are no differences."""
     kind = kind_of(parts)
-    refuse_unread(parts, {*(kind.SUFFIXES if kind else ()), *OFFSETS})
+    refuse_unread(parts, {*(kind.SUFFIXES if kind else ("alpha",)), *OFFSETS})
 
 
-def absent(parts: Mapping[str, Tensor]) -> str:
+def absent(layer: str, parts: Mapping[str, Tensor]) -> str:
     """What is said of a layer that the model does not have: that, or that its parts are not read."""
     try:
         refuse_strange(parts)
     except ValueError as error:
-        return str(error)
-    return f"the model has no such layer ({', '.join(sorted(parts))})"
+        return f"{layer}: {error}"
+    return f"{layer} ({', '.join(sorted(parts))}): the model has no such layer"
 
 
 def warn_of_left_out(unknown: Collection[str]) -> None:

@@ -113,7 +113,7 @@ def test_peft_s_alpha_goes_into_the_factors(tmp_path: Path) -> None:
 
 REFUSED = [
     ({}, "must be a LoRA, got no tensors"),
-    ({"x.weight": torch.ones(2)}, "must be a LoRA, got a model of unknown"),
+    ({"x.weight": torch.ones(2)}, "must be a LoRA, got tensors such as x.weight"),
     ({"a.hada_w1_a": torch.ones(2, 2)}, "must hold LoRA or DoRA alone to be resized, got LoHa in a"),
     ({"a.lora_down.weight": torch.ones(4, 3)}, "lora_up.weight is missing"),
     ({"a.lora_up.weight": torch.ones(4, 3)}, r"lora_down.weight must be a matrix or a kernel, got none"),

@@ -186,7 +186,7 @@ def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknow
         for source, layer in ((part, layer) for part in parts for layer in part.lora.layers):
             placed = _places(model, source, layer)
             if not placed:
-                unknown[layer] = absent(source.lora.layers[layer])
+                unknown[layer] = absent(layer, source.lora.layers[layer])
                 continue
             try:
                 for place, own in _cut(model, placed, source.lora.layers[layer]):
@@ -200,7 +200,7 @@ def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknow
         if unknown and ignore_unknown and any(number in shares for shares in plan.values()):
             warn_of_left_out(unknown)
         else:
-            misfits += [f"{layer}: {said}" for layer, said in unknown.items()]
+            misfits += unknown.values()
         lora, num_layers = parts[0].lora, sum(len(source.lora.layers) for source in parts)
         if misfits or not num_layers:
             raise ValueError(f"{lora.path} does not fit {model.path}: {misfitting(misfits, num_layers, lora.family)}")
