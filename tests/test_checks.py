@@ -112,13 +112,8 @@ def other_layers(home: Path) -> None:
     lora(home, "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", size=8)
 
 
-def flux(home: Path) -> None:
-    pipeline("FluxPipeline").save_pretrained(home / "flux")
-
-
-def flux_texts(home: Path) -> None:
-    flux(home)
-    lora(home, "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+def chroma(home: Path) -> None:
+    pipeline("ChromaPipeline").save_pretrained(home / "chroma")
 
 
 BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
@@ -131,12 +126,7 @@ BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
     (nothing, {"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none'"),
     (nothing, {"targets": {"preset": "none"}, "adapter": "DoRA"}, "targets must match a layer, got preset 'none'"),
     (nothing, {"adapter": "LoHa", "file_layout": "diffusers"}, "file_layout diffusers: diffusers reads LoRA"),
-    (flux, {"model": "flux", "text_encoder": {"train": True}}, r"text_encoder\.train must be false for this model"),
-    (
-        flux_texts,
-        {"model": "flux", "existing_lora": "lora.safetensors"},
-        r"lora\.safetensors holds layers of text",
-    ),
+    (chroma, {"model": "chroma", "text_encoder": {"train": True}}, r"text_encoder\.train must be false for this model"),
 ]
 
 

@@ -37,6 +37,8 @@ COMFYUI, COMFYUI_KEY, CONFIG_KEY = ".comfy_quant", "_quantization_metadata", "qu
 COMFYUI_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 COMFYUI_OPTIONS = {"format", "full_precision_matrix_mult"}
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+SATURATED = 0.1
+"""The share of a change, in squares, that a weight's scale may cut off before it grows."""
 FLOATS = ("F64", "F32", "BF16", "F16")
 NARROW = ("U8", "I8", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
 """Dtypes whose numbers are no weights without something that says how they are meant."""
@@ -63,10 +65,16 @@ class StoredWeight:
         return has_same_scale and torch.equal(self.numbers, other.numbers)
 
     def holding(self, value: Tensor) -> "StoredWeight":
-        """Another value [n_out, …], rounded, in the same dtypes."""
+        """Another value [n_out, …], rounded, in the same dtypes.
+
+        The scale stays, and what it cannot reach saturates, unless that takes more than SATURATED of the change.
+        """
+        dtype = self.numbers.dtype
         if self.scale is None:
-            return StoredWeight(value.to(self.numbers.dtype))
-        return StoredWeight(*requantised(value, self.numbers.dtype, self.scale))
+            return StoredWeight(value.to(dtype))
+        same = StoredWeight(rounded(value, dtype, self.scale), self.scale)
+        lost, change = ((value - stored.value).square().sum() for stored in (same, self))
+        return same if lost <= SATURATED * change else StoredWeight(*requantised(value, dtype, self.scale))
 
 
 @dataclass(frozen=True)
@@ -228,9 +236,16 @@ def requantised(weight: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tens
     growth = reach / (old.abs() * (largest + half_a_step))
     doubled = old * torch.exp2(growth.log2().ceil())
     grown = torch.where(growth.isfinite(), doubled, reach / largest) if dtype != torch.int8 else reach / largest
-    new = torch.where(growth > 1, grown, old).to(scale.dtype)
-    numbers = (weight / torch.where(new == 0, 1, new.float())).clamp(-largest, largest)
-    return (numbers.round() if dtype == torch.int8 else numbers).to(dtype), new.view_as(scale)
+    new = torch.where(growth > 1, grown, old).to(scale.dtype).view_as(scale)
+    return rounded(weight, dtype, new), new
+
+
+def rounded(weight: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """weight [n_out, …] divided by its scale, as numbers in this dtype; what is out of reach saturates."""
+    largest, _ = _end_of(dtype)
+    divisor = _fitting(scale, weight)
+    numbers = (weight / torch.where(divisor == 0, 1, divisor)).clamp(-largest, largest)
+    return (numbers.round() if dtype == torch.int8 else numbers).to(dtype)
 
 
 def _end_of(dtype: torch.dtype) -> tuple[float, float]:
