@@ -50,6 +50,12 @@ def test_a_line_drops_what_matters_least(width: int, expected: str) -> None:
     assert len(drawn) == width
 
 
+def test_a_narrow_line_keeps_the_time_rather_than_the_label() -> None:
+    work = Work(lambda: "encoding validation pictures", pace_of(128, 62))
+    assert bar_of(work, 39, THIN) == "encoding validation 62/128  1:46 left"
+    assert bar_of(work, 27, THIN) == "encoding 62/128  1:46 left"
+
+
 @given(
     width=st.integers(1, 200),
     total=st.none() | st.integers(0, 10**6),

@@ -31,7 +31,10 @@ THIN, ASCII = Signs("━", "─"), Signs("#", ".")
 
 
 def bar_of(work: Work, width: int, signs: Signs) -> str:
-    """A line of at most `width` columns: of what does not fit, notes are left out from the last on, then the bar."""
+    """A line of at most `width` columns.
+
+    Of what does not fit, notes are left out from the last on, then the bar, then words of the label from the last on.
+    """
     label, pace = work.label(), work.pace
     if pace.total is None:
         return f"{label}{GAP}{duration(pace.seconds)}"[:width]
@@ -43,6 +46,8 @@ def bar_of(work: Work, width: int, signs: Signs) -> str:
             break
         notes.pop()
     if room < BAR_MIN:
+        while len(label) + 1 + len(text) > width and " " in label:
+            label = label.rpartition(" ")[0]
         return f"{label} {text}"[:width]
     columns = min(room, BAR_MAX)
     done = columns * pace.done // max(1, pace.total)
