@@ -24,11 +24,11 @@ KEYS = {NAMES[key]: key for key in ("adapter.rank", "adapter.alpha", "adapter.fa
 """{input: key of its setting}, where they differ."""
 LEFT_OUT = (
     "model", "encoders", "data.", "output", "device", "sampling.", "sharded", "offloading", "tensorboard",
-    "text_encoder.", "file_layout", "ignore_unknown",
+    "text_encoder.", "file_layout", "ignore_unknown", "threads",
 )  # fmt: skip
 """Settings of runs from the command line; `offloading`, which needs a model that waits on another device;
 `text_encoder`, as ComfyUI hands over conditioning that is encoded already; `file_layout`, of the node that saves;
-and `ignore_unknown`, as a file is taken whole here."""
+`ignore_unknown`, as a file is taken whole here; and `threads`, whose number belongs to ComfyUI's process."""
 FIRST = (
     "alpha", "targets_preset", "targets_include", "targets_exclude", "loss_space", "times", "max_grad_norm",
     "checkpoint_depth",

@@ -1,5 +1,7 @@
 """The nodes: the contract, lists and single values, cancelling and resuming, what is refused, files and plots."""
 
+import asyncio
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from stand_ins import entry, latents
 
 from lorasmith import lorafile
 
+PACK = Path(__file__).parents[2] / "comfyui"
 CONTRACT = [
     ("model", "ModelInput", {}),
     ("latents", "LatentInput", {}),
@@ -76,6 +79,19 @@ def test_the_inputs_are_the_contracts(folders: Path) -> None:
     outputs = [(type(o).__name__, o.declared["display_name"]) for o in schema.outputs]
     kinds = ("ModelOutput", "LoraModelOutput", "LossMapOutput", "IntOutput")
     assert outputs == list(zip(kinds, ("model_with_lora", "lora", "loss", "steps"), strict=True))
+
+
+def test_the_inputs_of_every_node_are_those_of_its_texts(folders: Path) -> None:
+    """In the order in which ComfyUI shows them: the required ones first."""
+    from pack import LorasmithExtension
+
+    nodes = [node.define_schema() for node in asyncio.run(LorasmithExtension().get_node_list())]
+    inputs = {
+        node.node_id: [w.id for w in sorted(node.inputs, key=lambda w: w.declared.get("optional", False))]
+        for node in nodes
+    }
+    texts = json.loads((PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert inputs == {node: list(parts["inputs"]) for node, parts in texts.items()}
 
 
 def test_single_values_and_lists_are_the_same(patcher: Any) -> None:
