@@ -183,6 +183,27 @@ def test_a_data_set_on_disk(server: Server) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_changed_caption_trains_anew(server: Server) -> None:
+    """ComfyUI takes what has not changed from its cache: captions in files and in tables count as changes."""
+    folder = server.base / "input" / "changing"
+    folder.mkdir()
+    copy(server.base / "input" / "pictures" / "1.png", folder)
+
+    def is_trained() -> bool:
+        prompt = from_a_folder("changing", seed=8, steps=1)
+        prompt["data"]["inputs"]["folder"] = "changing"
+        return "train" in succeeded(server, prompt).progress
+
+    for name, captions in (
+        ("1.txt", ("one", "two")),
+        ("metadata.jsonl", ('{"file_name": "1.png", "text": "one"}', '{"file_name": "1.png", "text": "two"}')),
+    ):
+        for caption in captions:
+            (folder / name).write_text(caption, encoding="utf-8")
+            assert [is_trained(), is_trained()] == [True, False], (name, caption)
+        (folder / name).unlink()
+
+
 def test_nothing_went_wrong_unseen(server: Server) -> None:
     """What the pack should never say, after all of the above."""
     log = server.log()
