@@ -74,7 +74,7 @@ def test_a_missing_factor_is_named(name: str, suffix: str) -> None:
         ("DoRA_of_PEFT", "lora_magnitude_vector", (1, 30), r"lora_magnitude_vector must have the shape \[30\], got"),
         ("OFT", "oft_blocks", (9, 3, 3), r"oft_blocks must have the shape \[10, 3, 3\], got \[9, 3, 3\]"),
         ("OFT", "oft_blocks", (4, 7, 7), r"oft_blocks must make 30 outputs, got \[4, 7, 7\]"),
-        ("OFT", "oft_blocks", (2, 10, 3, 3), "^oft_blocks of 4 axes are of BOFT, which is not read$"),
+        ("OFT", "oft_blocks", (2, 10, 3, 3), r"^oft_blocks \(of BOFT, as it has 4 axes\) is not read$"),
     ],
 )
 def test_a_wrong_shape_is_named(name: str, suffix: str, shape: tuple[int, ...], message: str) -> None:

@@ -182,7 +182,7 @@ def test_a_lora_that_cannot_be_converted_to_a_file_s_names_is_refused(tmp_path: 
         ({"lokr_w1": torch.ones(16, 16), "lokr_w2": torch.ones(16, 16)}, "Kronecker"),
     ):
         save_file({f"{name}.{part}": tensor for part, tensor in state.items()}, tmp_path / "lora.safetensors")
-        with pytest.raises(ValueError, match=f"1 of its 1 layers have names that .* cannot be converted: .*{reason}"):
+        with pytest.raises(ValueError, match=f"1 of its 1 layer has a name that .* cannot be converted: .*{reason}"):
             source = Source.parsed(str(tmp_path / "lora.safetensors"))
             merge_into(tmp_path / "net.safetensors", [source], tmp_path / "merged.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"net.safetensors", "lora.safetensors"}
@@ -310,7 +310,7 @@ def test_encoders_of_another_kind_are_refused(encoders: str, message: str, tmp_p
         (lambda _: {"txt_in.individual_token_refiner.x": torch.ones(1)}, "a family among .*, got HunyuanVideo"),
         (lambda _: {"encoder.conv_in.weight": torch.ones(1)}, "got tensors such as encoder.conv_in.weight"),
         (lambda s: {f"{DENOISER}{k}": t for k, t in s.items()} | {"other.weight": torch.ones(1)},
-         "holds 1 tensors of no part of such a model, such as other.weight"),
+         "holds 1 tensor of no part of such a model, such as other.weight"),
         (lambda s: {k: t for k, t in s.items() if "single" not in k}, "a kind of blocks is missing"),
     ],
 )  # fmt: skip
