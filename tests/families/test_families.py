@@ -143,10 +143,13 @@ def test_predictions_follow_the_prompt(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*((name, None) for name in TINY if not name.startswith("Wan")), *((name, "diffusers") for name in TINY)],
+    [
+        *((name, None) for name in TINY if not name.startswith("Wan")),
+        *((name, "diffusers") for name in TINY if name != "Wan 2.2"),
+    ],
 )
 def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName | None, tmp_path: Path) -> None:
-    """Of every layer, but for those that diffusers leaves out where SDXL's have kohya's names; Wan's: test_experts."""
+    """Every layer, except those diffusers skips in SDXL files with kohya's names. Two experts' files: test_experts."""
     family, _ = opened_family(name)
     left_out = "none" if layout else "add_embedding"
     chosen = {path: adapter for path, adapter in adapters_of(family).adapters.items() if left_out not in path}
