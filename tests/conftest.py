@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from lorasmith.noise import Flow
 from lorasmith.types import Cond
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
+if sys.platform != "win32":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 torch.set_num_threads(1)  # the tests run in parallel processes, and threads that wait for each other are slow
 
 

@@ -164,7 +164,7 @@ def test_what_a_file_states_of_its_noise_goes_before_the_folder(tmp_path: Path) 
         ({f"{DENOISER}out.3.weight": torch.ones(4)}, f"which has no {DENOISER}out.3.weight"),
         ({f"{DENOISER}input_blocks.0.0.weight": torch.ones(64, 9, 3, 3)}, "got 9 .an inpainting model"),
         ({f"{DENOISER}out.2.bias": torch.ones(5)}, "cannot load the UNet2DConditionModel of .* size mismatch"),
-        ({"control_model.x": torch.ones(1)}, "1 tensors of no part of such a model, such as control_model.x"),
+        ({"control_model.x": torch.ones(1)}, "1 tensor of no part of such a model, such as control_model.x"),
     ],
 )
 def test_what_is_no_such_model_is_named(extra: State, message: str, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ KOHYA = Tool("kohya's name", "kohya", "--", (
     missing("num_timestep_buckets preserve_distribution_shape timestep_boundary"),
     missing("wandb_api_key wandb_run_name", "TensorBoard's events", "--tensorboard true"),
     missing("huggingface_repo_id huggingface_token huggingface_repo_type huggingface_path_in_repo"),
-    needless("attn_mode flash_attn sage_attn", "attention is always torch's own", is_flag=False),
+    needless("attn_mode sage_attn", "attention is always torch's own", is_flag=False),
     needless("task", "the family is read from the model", is_flag=False),
     needless("skip_cache_check", "latents are kept in memory"),
     Name("network_module", "--adapter", default="none"),
