@@ -15,8 +15,8 @@ from lorasmith.families.published import PUBLISHED
 from lorasmith.families.skeletons import published_skeleton
 from lorasmith.targets import Targets, adaptable_layers
 
-NUM_LAYERS, SIDES = 40, (1024, 2048)
-LAYER = 2 * 1024 * 2048  # bytes, in bfloat16
+NUM_LAYERS, SIDES = 160, (512, 1024)
+LAYER = 2 * 512 * 1024  # bytes, in bfloat16; some ten float32 copies of a layer may be there at once
 PROGRAM = """
 import json, os, re, sys, threading
 from pathlib import Path
