@@ -109,7 +109,7 @@ def test_the_layer_that_sdxl_does_not_read_gets_no_adapter() -> None:
 
 def peft_pairs(net: Any, name: str, layers: list[str], adapters: AdapterSet) -> list[tuple[Tensor, Tensor]]:
     """PEFT's adapters on a net, with our first weights, beside ours."""
-    net.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=layers))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=2, target_modules=layers), net)
     named = dict(net.named_parameters())
     pairs = []
     for path, adapter in adapters.adapters.items():
