@@ -90,7 +90,7 @@ def in_child(function: Callable[[Path], None], home: Path) -> list[str]:
 def call_in_child(function: Callable[[Path], None], home: Path, *before: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORASMITH_LOG": "warning"}
     command = [*before, *in_child(function, home)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
