@@ -83,7 +83,8 @@ def test_two_hosts_train_as_one_does_though_a_process_dies(hosts: tuple[Host, Ho
     first, second = ended(*launched(hosts, folders))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.err.count("resuming runs/cats after step 3 of 6") == 1, first.err
-    assert "run folder: runs/cats\n" in first.out and second.out == ""
+    assert "run folder: runs/cats\n" in first.out
+    assert all(line.startswith("[Gloo]") for line in second.out.splitlines()), second.out  # torch 2.10's own lines
     assert [path.name for path in folders[1].iterdir()] == ["cats"]
     runs = [folder / "runs" / "cats" for folder in (folders[0], alone)]
     assert len({(run / "lora.safetensors").read_bytes() for run in runs}) == 1
