@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo, Store
 
-from lorasmith.meeting import met, watched
+from lorasmith.meeting import LEFT, SILENT_BEATS, Watch, met, watched
 
 SIZE = 3
 T = TypeVar("T")
@@ -84,20 +84,14 @@ def store_of(size: int) -> HashStore:
 def test_who_is_silent_is_named() -> None:
     """Processes that go on, and one that leaves, are not missed; the one that is killed is, by both others."""
     store, told = store_of(4), {0: list[str](), 1: list[str]()}
-    both = threading.Barrier(3)
-
-    def told_both(rank: int, reason: str) -> None:
-        told[rank].append(reason)
-        both.wait(10)
-
     with watched(store, 3, 4, told[0].append, beat=0.02):
         pass
-    with (
-        watched(store, 0, 4, lambda reason: told_both(0, reason), beat=0.02),
-        watched(store, 1, 4, lambda reason: told_both(1, reason), beat=0.02),
-    ):
-        both.wait(10)
-    assert told == {rank: ["process 2 has given no sign of life for 0.16 seconds"] for rank in range(2)}
+    watches = [Watch(store, rank, [r for r in range(4) if r != rank], told[rank].append, beat=0.5) for rank in told]
+    for number in range(1, SILENT_BEATS + 1):
+        assert not told[0] and not told[1]
+        for watch in watches:
+            watch.look(str(number))
+    assert told == {rank: ["process 2 has given no sign of life for 4 seconds"] for rank in range(2)}
 
 
 @pytest.mark.parametrize("refusing", [True, False])
@@ -115,10 +109,14 @@ def test_a_store_that_is_gone_is_named(refusing: bool) -> None:
 
 
 def test_processes_that_live_are_never_lost() -> None:
-    """Also while one of them waits, and after one has left without an error."""
-    store, told = store_of(2), []
-    with watched(store, 0, 2, told.append, beat=0.02):
-        with watched(store, 1, 2, told.append, beat=0.02):
-            time.sleep(0.5)
-        time.sleep(0.5)
-    assert told == [] and store.get("1") == b"left" and store.get("0") == b"left"
+    """Also while one of them is slow, and after one has left without an error; beat by beat, whatever the load."""
+    store, told = store_of(2), list[str]()
+    one, other = (Watch(store, rank, [1 - rank], told.append, beat=1.0) for rank in range(2))
+    for number in range(1, 40):
+        one.look(str(number))
+        if number % (SILENT_BEATS - 1) == 0:
+            other.look(str(number))
+    other.look(LEFT)
+    for number in range(40, 60):
+        one.look(str(number))
+    assert not told

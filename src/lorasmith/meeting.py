@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def watched(store: Store, rank: int, size: int, lose: Callable[[str], None], *, 
     lose: called once, in a thread, with what is lost, a process or the store. Nobody misses a process that has left
     without an error.
     """
-    watch = _Watch(store, rank, [other for other in range(size) if other != rank], lose, beat)
+    watch = Watch(store, rank, [other for other in range(size) if other != rank], lose, beat)
     thread = threading.Thread(target=watch.run, daemon=True)
     thread.start()
     try:
@@ -96,7 +97,7 @@ def watched(store: Store, rank: int, size: int, lose: Callable[[str], None], *, 
 
 
 @dataclass
-class _Watch:
+class Watch:
     store: Store
     rank: int
     others: list[int]
@@ -104,20 +105,25 @@ class _Watch:
     beat: float
     sign: str = ""
     is_over: threading.Event = field(default_factory=threading.Event)
+    seen: dict[int, bytes] = field(default_factory=dict)  # the others' last signs
+    silent: Counter[int] = field(default_factory=Counter)  # beats since each of the others gave another one
 
     def run(self) -> None:
         """Counts beats rather than seconds, so that a computer that sleeps loses nobody."""
-        seen, silent = dict.fromkeys(self.others, b""), dict.fromkeys(self.others, 0)
         for number in count(1):
             is_last = self.is_over.wait(self.beat)
-            for other, sign in zip(self.others, self._exchanged(self.sign or str(number)), strict=False):
-                silent[other] = silent[other] + 1 if sign == seen[other] and sign != LEFT.encode() else 0
-                seen[other] = sign
-            if max(silent.values()) >= SILENT_BEATS:
-                gone = max(silent, key=silent.__getitem__)
-                self._lost(f"process {gone} has given no sign of life for {SILENT_BEATS * self.beat:g} seconds")
+            self.look(self.sign or str(number))
             if is_last or self.is_over.is_set():
                 return
+
+    def look(self, sign: str) -> None:
+        """One beat: gives this sign, and notices who has given none for too long."""
+        for other, own in zip(self.others, self._exchanged(sign), strict=False):
+            is_silent = own == self.seen.get(other, b"") and own != LEFT.encode()
+            self.silent[other] = self.silent[other] + 1 if is_silent else 0
+            self.seen[other] = own
+            if self.silent[other] >= SILENT_BEATS:
+                self._lost(f"process {other} has given no sign of life for {SILENT_BEATS * self.beat:g} seconds")
 
     def _exchanged(self, sign: str) -> list[bytes]:
         """The others' signs after this one is given; none where the store is lost."""
