@@ -52,8 +52,12 @@ from tiny_encoders import (
 from torch import Tensor
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
+from lorasmith.algorithms import LoRA
+from lorasmith.attach import AdapterSet
 from lorasmith.families.pipeline import packed
+from lorasmith.targets import Targets
 
+ALL = Targets(preset="all")
 PROMPTS = ("a cat", "two green birds on a wire", "dog", "a red house")
 
 
@@ -288,3 +292,12 @@ def made(name: str) -> Any:
                     torch.nn.init.normal_(parameter, std=0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def adapters_of(denoiser: Any, targets: Targets = ALL, size: float = 0.1) -> AdapterSet:
+    """New ones with numbers of about this size everywhere, so that they change what the nets return."""
+    adapters = AdapterSet.new(denoiser, LoRA(rank=2), targets, 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapters.parameters():
+        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return adapters

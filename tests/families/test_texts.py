@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import made as pictures
 from diffusers import DDIMScheduler
-from tiny import PROMPTS, made
+from tiny import PROMPTS, adapters_of, made
 from torch import Tensor
 
 from lorasmith import lorafile
@@ -35,7 +35,6 @@ from lorasmith.validation import held_out_losses
 
 CPU = torch.device("cpu")
 XL = "StableDiffusionXLPipeline"
-ALL = Targets(preset="all")
 TRAINED = TextEncoder(train=True)
 CLIP_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 models = pytest.mark.parametrize("model", ["demo", XL])
@@ -51,15 +50,6 @@ def samples_of(family: Any, shape: tuple[int, ...]) -> list[Cached]:
         conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
     latents = [normal(1, Purpose.NOISE, number, shape) for number in range(len(PROMPTS))]
     return [Cached(*sample) for sample in zip(PROMPTS, latents, conds, strict=True)]
-
-
-def adapters_of(denoiser: Any, targets: Targets = ALL) -> AdapterSet:
-    """New ones that change what the nets return."""
-    adapters = AdapterSet.new(denoiser, LoRA(rank=2), targets, 0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapters.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return adapters
 
 
 @models

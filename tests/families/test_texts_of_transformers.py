@@ -8,12 +8,11 @@ import peft
 import pytest
 import torch
 from commands import made as pictures_in
-from tiny import PROMPTS, TINY, made
+from tiny import PROMPTS, TINY, adapters_of, made
 from torch import Tensor
 
 from lorasmith import drawing, lorafile
-from lorasmith.algorithms import LoRA
-from lorasmith.attach import AdapterSet, attached
+from lorasmith.attach import attached
 from lorasmith.checks import checked
 from lorasmith.config import Config, TextEncoder
 from lorasmith.contract import train_lora
@@ -40,15 +39,6 @@ def opened_whole(model: str) -> tuple[Any, Any]:
     """The family with its text encoders, and a copy of its denoiser in fp32."""
     family: Any = opened(made(model), with_texts=True)
     return family, shared_copy(family.denoiser, CPU, torch.float32)
-
-
-def adapters_of(denoiser: Any, targets: Targets = ALL) -> AdapterSet:
-    """New ones that change what the nets return."""
-    adapters = AdapterSet.new(denoiser, LoRA(rank=2), targets, 0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapters.parameters():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return adapters
 
 
 def embeddings(pipe: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +77,7 @@ def test_gradients_reach_every_adapter(model: str) -> None:
     conds = [{k: v[0] for k, v in codec.encode_texts([prompt]).items()} for prompt in PROMPTS]
     latents = [normal(1, Purpose.NOISE, n, codec.latent_shape((32, 32))) for n in range(len(PROMPTS))]
     batch = batch_of([Cached(*s) for s in zip(PROMPTS, latents, conds, strict=True)], (0, 1, 2, 3))
-    adapters = adapters_of(denoiser)
+    adapters = adapters_of(denoiser, ALL, 0.2)
     assert adapters.nets == denoiser.nets.keys() > {"text_encoder", T5[model]}
     with attached(denoiser, adapters):
         sample_losses(denoiser, batch, Config()).sum().backward()
@@ -99,7 +89,7 @@ def test_gradients_reach_every_adapter(model: str) -> None:
 def test_a_file_makes_the_embeddings_that_diffusers_and_peft_make(model: str, tmp_path: Path) -> None:
     """CLIPs by diffusers' own loader, T5, which it leaves out, by PEFT."""
     family, denoiser = opened_whole(model)
-    adapters = adapters_of(denoiser)
+    adapters = adapters_of(denoiser, ALL, 0.2)
     lorafile.write(tmp_path / "lora.safetensors", in_layout(adapters, denoiser, torch.float32, "diffusers"))
     tokens = family.codec(CPU).encode_texts(list(PROMPTS))
     with torch.no_grad(), attached(denoiser, adapters):
@@ -130,7 +120,7 @@ def test_sample_draws_as_diffusers_does(model: str, tmp_path: Path, monkeypatch:
     """With a LoRA of the transformer and both kinds of text encoder in kohya's names; T5's is fused by hand."""
     made(model).save_pretrained(tmp_path / "model")
     _, denoiser = opened_whole(model)
-    adapters = adapters_of(denoiser)
+    adapters = adapters_of(denoiser, ALL, 0.2)
     lorafile.write(tmp_path / "lora.safetensors", in_layout(adapters, denoiser, torch.float32, "kohya"))
     rows: list[Any] = []
     monkeypatch.setattr(drawing, "save_comparison", lambda found, prompts, path: rows.extend(found))
