@@ -30,7 +30,7 @@ from lorasmith.memory import shared_copy
 from lorasmith.plan import Plan
 from lorasmith.settings import explained, settings
 from lorasmith.targets import Targets
-from lorasmith.text_names import text_layer
+from lorasmith.text_names import has_text_layers
 from lorasmith.types import Denoiser, Result, Step
 from lorasmith.world import ALONE, World
 
@@ -224,7 +224,7 @@ def _refuse_texts(lora: Path) -> None:
         keys = Header.of(lora).shapes
     except ValueError as error:
         raise ValueError(f"existing_lora: {error}") from error
-    if any(text_layer(split(key)[0]) for key in keys):
+    if has_text_layers(split(key)[0] for key in keys):
         raise ValueError(
             f"text_encoder must be TextEncoder(train=True), with captions as positive, to continue {lora}, which "
             f"holds layers of text encoders"

@@ -37,6 +37,7 @@ COMFYUI, COMFYUI_KEY, CONFIG_KEY = ".comfy_quant", "_quantization_metadata", "qu
 COMFYUI_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 COMFYUI_OPTIONS = {"format", "full_precision_matrix_mult"}
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+NUM_ROWS = 256  # that are compared at a time
 SATURATED = 0.1
 """The share of a change, in squares, that a weight's scale may cut off before it grows."""
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -72,9 +73,19 @@ class StoredWeight:
         dtype = self.numbers.dtype
         if self.scale is None:
             return StoredWeight(value.to(dtype))
-        same = StoredWeight(rounded(value, dtype, self.scale), self.scale)
-        lost, change = ((value - stored.value).square().sum() for stored in (same, self))
-        return same if lost <= SATURATED * change else StoredWeight(*requantised(value, dtype, self.scale))
+        numbers, scale = requantised(value, dtype, self.scale)
+        if not torch.equal(scale, self.scale):
+            same = StoredWeight(rounded(value, dtype, self.scale), self.scale)
+            if same.squared_distance(value) <= SATURATED * self.squared_distance(value):
+                return same
+        return StoredWeight(numbers, scale)
+
+    def squared_distance(self, value: Tensor) -> float:
+        """To another value [n_out, …]; some rows at a time, as another copy of a large weight would be held else."""
+        if self.scale is not None or not value.ndim:
+            return float((value - self.value.float()).norm()) ** 2
+        rows = zip(value.split(NUM_ROWS), self.numbers.split(NUM_ROWS), strict=True)
+        return sum(float((some - numbers.float()).norm()) ** 2 for some, numbers in rows)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ CLIP has transformers' names or OpenCLIP's, which makes one layer, in_proj, of q
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 PREFIX = r"(?:lora_|lycoris_|base_model_model_|diffusion_model_|unet_|transformer_)*"
@@ -72,6 +73,11 @@ def text_layer(name: str) -> TextLayer | None:
             module = _in_transformers(LEVELS.sub("", match["module"]))
             return TextLayer("t5" if OF_T5.match(module) else number, module)
     return None
+
+
+def has_text_layers(layers: Iterable[str]) -> bool:
+    """Whether some of these layers' names mean one of a text encoder."""
+    return any(text_layer(layer) for layer in layers)
 
 
 def _in_transformers(module: str) -> str:

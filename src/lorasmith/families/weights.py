@@ -115,7 +115,7 @@ def check_no_others(what: str, unexpected: Iterable[str]) -> None:
             f"cannot load {what}: {tensors_that(strange, 'has', 'have')} no place in it, such as {strange[0]}"
         )
     if keys:
-        log.info("not read of %s: %s, such as %s", what, tensors_that(keys, "is", "are").rpartition(" ")[0], keys[0])
+        log.info("not read of %s: %s, such as %s", what, counted(len(keys), "tensor"), keys[0])
 
 
 def warn_of_others(what: str, unexpected: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from lorasmith.loading import Found, found_in, listed, refuse_misfits, warn_of_l
 from lorasmith.looks import lora_family
 from lorasmith.progress import SILENT, Progress
 from lorasmith.tensor_file import Named, write_streamed
-from lorasmith.text_names import text_layer
+from lorasmith.text_names import has_text_layers, text_layer
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Fitted:
 def denoiser_for(lora: LoRAFile, model: str | Path) -> Denoiser:
     """The denoiser of a diffusers folder, a single file or a hub id, with text encoders where the LoRA is for some."""
     has_lengths = any(part in parts for parts in lora.layers.values() for part in (SCALE, VECTOR))
-    return with_stored_weights(*skeleton(model, with_texts=_has_texts(lora), with_weights=has_lengths))
+    return with_stored_weights(*skeleton(model, with_texts=has_text_layers(lora.layers), with_weights=has_lengths))
 
 
 def fitted_to_published(
@@ -172,7 +172,7 @@ def fitted_to_published(
     ValueError that goes on where the files' names stand.
     """
     family = lora_family({layer: parts for lora in loras for layer, parts in lora.layers.items()})
-    with_texts = any(map(_has_texts, loras))
+    with_texts = any(has_text_layers(lora.layers) for lora in loras)
     outlines = {p.name: published_skeleton(p, with_texts=with_texts) for p in PUBLISHED.get(family, ())}
     found, misfits = _fits(outlines, loras, layout, progress, ignore_unknown=ignore_unknown)
     if not found and len(loras) > 1:
@@ -229,7 +229,3 @@ def _fits(
 
 def _keys(fits: Sequence[Fitted], layout: LayoutName) -> frozenset[str]:
     return frozenset(key for fit in fits for key, _ in fit.tensors(layout))
-
-
-def _has_texts(lora: LoRAFile) -> bool:
-    return any(text_layer(layer) for layer in lora.layers)

@@ -303,22 +303,27 @@ class Merge:
         with TensorFile(header) as file:
             for key in tracked(order, "merging", progress, len(order)):
                 if self.concerned(part, key):
-                    yield bytes_of(self._merged(file, part, key, self.rounding).numbers)
+                    yield bytes_of(self._merged(file, part, key).numbers)
                 elif key in weights and self.concerned(part, weights[key]):  # a greater weight needs a greater scale
-                    scale = self._merged(file, part, weights[key], Rounding()).scale
+                    before, value = self._change(file, part, weights[key])
+                    scale = before.holding(value).scale
                     assert scale is not None
                     yield bytes_of(scale)
                 else:
                     yield from file.pieces(key)
 
-    def _merged(self, file: TensorFile, part: str, key: str, rounding: Rounding) -> StoredWeight:
-        """A tensor as it is written; ValueError that names it where it is not finite."""
+    def _change(self, file: TensorFile, part: str, key: str) -> tuple[StoredWeight, Tensor]:
+        """A tensor as it is stored, and the value that it takes, in float32."""
         before = self.model.read(file, key)
         value = before.value.to(torch.float32, copy=True)
         for place, parameter in self.concerned(part, key):
             own = place.within(value)
             own.copy_(_merged(parameter, own, list(self.plan[place].values())))
-        after = rounding.stored(before, value)
+        return before, value
+
+    def _merged(self, file: TensorFile, part: str, key: str) -> StoredWeight:
+        """A tensor as it is written; ValueError that names it where it is not finite."""
+        after = self.rounding.stored(*self._change(file, part, key))
         if not after.value.float().isfinite().all():
             raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
         return after

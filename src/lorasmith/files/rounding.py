@@ -11,7 +11,6 @@ from lorasmith.quantised import StoredWeight
 
 log = logging.getLogger(__name__)
 
-NUM_ROWS = 256  # that are compared at a time
 NOTABLE = 0.1  # a relative error that is worth a line
 
 
@@ -30,8 +29,8 @@ class Rounding:
         after = before.holding(value)
         self.num_weights += 1
         self.num_changed += not before.equals(after)
-        self.wanted += _squared_distance(value, before)
-        self.missed += _squared_distance(value, after)
+        self.wanted += before.squared_distance(value)
+        self.missed += after.squared_distance(value)
         self.dtypes[before.numbers.dtype] += 1
         return after
 
@@ -56,11 +55,3 @@ class Rounding:
                 "a model in more bits, or the LoRA beside the model, keeps it",
                 dtypes, 100 * error, f", and {same} of {self.num_weights} weights stay as they were" if same else "",
             )  # fmt: skip
-
-
-def _squared_distance(value: Tensor, stored: StoredWeight) -> float:
-    """Some rows at a time, as another copy of a large weight would be held else."""
-    if stored.scale is not None or not value.ndim:
-        return float((value - stored.value.float()).norm()) ** 2
-    rows = zip(value.split(NUM_ROWS), stored.numbers.split(NUM_ROWS), strict=True)
-    return sum(float((some - numbers.float()).norm()) ** 2 for some, numbers in rows)
