@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import mmap
 import re
 import resource
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import made
+from commands import at_step, made
 from faults import CAPTIONS, call_in_child, interrupt, outcome, quickly, sound_steps, stop, struck, told, trained
 
 from lorasmith import lorafile, training
@@ -82,15 +83,19 @@ def test_a_run_goes_back_and_lowers_the_rate(
 
 needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="address spaces are limited and measured on Linux")
 GREAT = ("--steps", "3", "--data.resolution", "64", "--targets.include", "conv_in", "--training_dtype", "fp32")
-EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536")  # what is freed goes back to the system at once
+EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_ARENA_MAX=1")
+"""What is freed goes back to the system at once, and no thread keeps memory of its own."""
 
 
-def limit_memory(megabytes: float) -> None:
-    """What this process may take from now on, garbage not counted."""
+def taken(what: str = "VmSize:") -> int:
+    """Bytes of this process's addresses, garbage not counted; or with "VmPeak:" the most there ever were."""
     gc.collect()
-    status = Path("/proc/self/status").read_text()
-    taken = int(status.split("VmSize:")[1].split()[0]) * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (taken + int(megabytes * 2**20), resource.RLIM_INFINITY))
+    return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
+
+
+def limit_memory(num_bytes: float) -> None:
+    """What this process may take from now on."""
+    resource.setrlimit(resource.RLIMIT_AS, (taken() + int(num_bytes), resource.RLIM_INFINITY))
 
 
 def unlimit_memory() -> None:
@@ -102,18 +107,40 @@ def test_memory_that_runs_out(home: Path) -> None:
     call_in_child(run_out_of_memory, home, *EXACT)
 
 
+def most_taken(home: Path, *arguments: str) -> int:
+    """Bytes that the fifth batch of a run takes at its peak."""
+    padding: list[mmap.mmap] = []
+    found: list[int] = []
+
+    def begin() -> None:
+        padding.append(mmap.mmap(-1, max(mmap.PAGESIZE, taken("VmPeak:") - taken())))  # so that this is the peak
+        found.append(taken())
+
+    def end() -> None:
+        found.append(taken("VmPeak:") - found.pop())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "sample_losses", at_step(5, begin))
+        assert struck(home, 6, end, *arguments).code == 0
+    padding.pop().close()
+    return found.pop()
+
+
 def run_out_of_memory(home: Path) -> None:
-    """A step takes 109 MiB, 33 with checkpointing and 15 with half a batch, which the first run makes oneDNN know."""
+    """With checkpointing, a step takes about twice as much as one with half a batch, and without it three times that.
+
+    The first run measures it, and makes oneDNN know the shapes, which it keeps memory for.
+    """
     training.freed_memory_kept = lambda device: nullcontext()  # a step's memory would serve the next, limit or not
     halves = ("--batch_size", "16", "--grad_accumulation_steps", "2", "--gradient_checkpointing", "true")
-    assert trained(home, *GREAT, *halves, "--output", "peace").code == 0
-    ended = struck(home, 3, lambda: limit_memory(24), *GREAT, "--batch_size", "32")
+    enough = 2**0.5 * most_taken(home, *GREAT, *halves, "--output", "peace")
+    ended = struck(home, 3, lambda: limit_memory(enough), *GREAT, "--batch_size", "32")
     unlimit_memory()
     assert told(ended).startswith("out of memory: try --memory_ladder, or a smaller batch_size or data.resolution")
     assert sound_steps(home / "run") == [1, 2]
     assert lorafile.read(home / "run" / "lora.safetensors")[1]["lorasmith.steps"] == "2"
     ladder = ("--batch_size", "32", "--memory_ladder", "--resume")
-    ended = struck(home, 1, lambda: limit_memory(24), *GREAT, *ladder)
+    ended = struck(home, 1, lambda: limit_memory(enough), *GREAT, *ladder)
     unlimit_memory()
     assert ended.code == 0, ended.err
     rungs = ("gradient_checkpointing", "micro-batches of 16")
@@ -130,7 +157,7 @@ def test_memory_that_does_not_hold_a_checkpoint(home: Path) -> None:
 def leave_no_memory(home: Path) -> None:
     training.freed_memory_kept = lambda device: nullcontext()  # a step's memory would serve the next, limit or not
     great = (*GREAT[2:], "--steps", "4", "--targets.preset", "attention", "--adapter.rank", "64", "--batch_size", "32")
-    ended = struck(home, 3, lambda: limit_memory(1), *great)
+    ended = struck(home, 3, lambda: limit_memory(2**20), *great)
     unlimit_memory()
     assert told(ended).startswith("out of memory: try --memory_ladder")
     assert sound_steps(home / "run") in ([1], [1, 2])
