@@ -37,6 +37,7 @@ STAGES = (
     "measuring",
     "merging",
     "packing",
+    "preparing",
     "resizing",
     "writing",
 )

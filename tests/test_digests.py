@@ -21,4 +21,6 @@ def test_it_is_of_names_shapes_and_values_as_float32() -> None:
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().float().contiguous().numpy().tobytes())
-    assert digest(tensors.items()) == found.hexdigest()
+    told: list[int] = []
+    assert digest(tensors.items(), told.append) == found.hexdigest()
+    assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())

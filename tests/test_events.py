@@ -55,7 +55,8 @@ def test_a_training_tells_what_it_does(home: Path) -> None:
         paths = [home / told["path"] for told in found if told["event"] == event]
         assert len(paths) == count and all(path.is_file() for path in paths)
     ends = [event["stage"] for event in found if event["event"] == "stage" and event["ended"]]
-    assert {"loading libraries", "loading the model", "encoding pictures"} <= set(ends)
+    assert {"loading libraries", "loading the model", "encoding pictures", "packing layers"} <= set(ends)
+    assert all(e["done"] == e["total"] for e in found if e["event"] == "stage" and e["ended"] and e["total"])
     assert found[-1]["folder"] == "run" and "training time" in found[-1]["summary"]
 
 

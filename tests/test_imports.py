@@ -92,7 +92,7 @@ FLOORS = (
         "fusing",
     ),
     ("diagnosis", "checkpoints", "files", "invocation", "train_help"),
-    ("training", "resuming", "plan"),
+    ("training", "resuming", "plan", "base_hash"),
     ("job", "inputs"),
     ("keeping", "run_folder", "console"),
     ("checks", "drawing"),

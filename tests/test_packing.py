@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FlowDenoiser
+from hearing import Heard
 from torch import Tensor, nn
 
 from lorasmith.base_weights import quantize_backward
@@ -67,7 +68,9 @@ def test_a_weight_that_is_changed_is_plain_wherever_it_is_used() -> None:
     layers = [nn.Conv2d(4, 4, 1) for _ in range(3)]
     layers[1].weight = layers[2].weight
     denoiser = net_of(*layers)
-    assert pack(denoiser, "all", ["net.2.weight"]) == 1 and packed_in(denoiser) == ["1"]
+    heard = Heard()
+    assert pack(denoiser, "all", ["net.2.weight"], heard) == 1 and packed_in(denoiser) == ["1"]
+    assert heard.reports == [("packing layers", 1, ""), 1, "done"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -97,7 +97,9 @@ def test_pictures_go_through_the_net_together_as_far_as_memory_lets(side: int, b
     """Those of prompts of several lengths are what each is alone; the last of five comes in a batch of its own."""
     model, prompts = Counting([]), {number: "a" * number for number in range(5)}
     drawing: Any = {"size": (side, side), "seed": 7, "steps": 1, "guidance": 2.0}
-    together = list(pictures_of(model, model, prompts, **drawing))
+    told: list[int] = []
+    together = list(pictures_of(model, model, prompts, advance=told.append, **drawing))
+    assert sum(told) == 5 * 2, "a step and the decoding of each"
     assert model.batches == batches
     alone = [next(pictures_of(model, model, {number: text}, **drawing)) for number, text in prompts.items()]
     torch.testing.assert_close(together, alone)

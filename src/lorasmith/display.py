@@ -53,9 +53,9 @@ class Shown:
             self.info(f"{what}: {path}")
 
     @contextmanager
-    def stage(self, what: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, what: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
         raise_if_interrupted()
-        pace = Pace(total)
+        pace = Pace(total, unit=unit)
         with self._view.showing(Work(lambda: what, pace)) as changed:
 
             def advance(count: int) -> None:

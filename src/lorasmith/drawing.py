@@ -12,13 +12,14 @@ from lorasmith import lorafile
 from lorasmith.attach import AdapterSet, attached
 from lorasmith.config import Config
 from lorasmith.devices import compute_dtype, model_dtype
-from lorasmith.families import opened, with_adapted_texts
+from lorasmith.families import bytes_to_load, opened, with_adapted_texts
+from lorasmith.families.reading import loading_shown
 from lorasmith.families.skeletons import skeleton_for
 from lorasmith.files.stored import with_stored_weights
 from lorasmith.header import Header
 from lorasmith.loading import adapters_from
-from lorasmith.memory import shared_copy
-from lorasmith.progress import SILENT, Progress
+from lorasmith.memory import num_bytes, shared_copy
+from lorasmith.progress import SILENT, Progress, megabytes
 from lorasmith.report import save_comparison
 from lorasmith.sampling import pictures_of
 from lorasmith.training import native_kernels
@@ -30,7 +31,8 @@ def pictures(
 ) -> list[Image.Image]:
     """A picture for each prompt, numbered in that order, at the model's own resolution."""
     sampling, side = config.sampling, codec.resolution
-    with native_kernels(denoiser, config), progress.stage("generating samples", sampling.steps * len(prompts)) as done:
+    pieces = (sampling.steps + 1) * len(prompts)  # with the decoding
+    with native_kernels(denoiser, config), progress.stage("generating samples", pieces) as done:
         found = pictures_of(
             denoiser, codec, dict(enumerate(prompts)), size=(side, side), seed=sampling.seed,
             steps=sampling.steps, guidance=sampling.guidance, advance=done,
@@ -49,13 +51,15 @@ def draw_comparison(
     header = None if lora is None else Header.of(lora)
     outline, path = skeleton_for(config.model, config.encoders, header, with_texts=False)
     adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
-    with progress.stage("loading the model"):
+    with loading_shown(bytes_to_load(config.model, config.encoders), progress):
         family = opened(config.model, config.encoders, with_texts=isinstance(outline, Encoding))
         family = with_adapted_texts(family, adapters.nets if adapters else ())
         codec = family.codec(device)
         if lora is not None and adapters is not None and "DoRA" in adapters.algorithms:  # whose weights it needs
             adapters = _adapters(lora, family.denoiser, config)
-        denoiser = shared_copy(family.denoiser, device, model_dtype(config.training_dtype, device))
+    with megabytes("preparing the weights", num_bytes(family.denoiser), progress) as advance:
+        dtype = model_dtype(config.training_dtype, device)
+        denoiser = shared_copy(family.denoiser, device, dtype, advance=advance)
     rows = [("without LoRA", pictures(denoiser, codec, config.sampling.prompts, config, progress))]
     if adapters is not None:
         adapters.to(device, compute_dtype(config.lora_dtype, device))

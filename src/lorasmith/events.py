@@ -64,12 +64,13 @@ class Events:
         self._emit(what, path=str(path))
 
     @contextmanager
-    def stage(self, what: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, what: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
         raise_if_interrupted()
         pace, due = Pace(total), INTERVAL
 
         def told(is_done: bool) -> None:
-            self._emit("stage", stage=what, done=pace.done, total=total, seconds=round(pace.seconds, 3), ended=is_done)
+            seconds = round(pace.seconds, 3)
+            self._emit("stage", stage=what, done=pace.done, total=total, unit=unit, seconds=seconds, ended=is_done)
 
         def advance(count: int) -> None:
             nonlocal due

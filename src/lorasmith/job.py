@@ -4,18 +4,18 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorasmith import __version__, lorafile
+from lorasmith import __version__
 from lorasmith.adapters.dora_inputs import InputDoRAAdapter
 from lorasmith.algorithms import Algorithm
 from lorasmith.attach import AdapterSet, attached
+from lorasmith.base_hash import BaseHash
 from lorasmith.base_weights import offload, quantize_backward
 from lorasmith.checkpoints import Checkpoint
 from lorasmith.config import Config, LayoutName
@@ -24,10 +24,10 @@ from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
 from lorasmith.experts import Expert, experts
 from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.low_bit import low_bit_copy
-from lorasmith.memory import shared_copy
+from lorasmith.memory import num_bytes, shared_copy
 from lorasmith.packing import pack
 from lorasmith.plan import Plan, misfit_named, refuse_fewer_steps, shares
-from lorasmith.progress import SILENT, Progress
+from lorasmith.progress import SILENT, Progress, megabytes
 from lorasmith.resuming import (
     WITHOUT_EFFECT,
     dtypes_of,
@@ -63,7 +63,7 @@ class Job:
     metadata: dict[str, str]  # what other tools read of the base model
     world: World
     progress: Progress = SILENT
-    _hashing: Future[str] | None = None
+    _hashing: BaseHash | None = None
 
     @classmethod
     def of(
@@ -83,10 +83,11 @@ class Job:
         config, device, adapters = plan.config, plan.device, plan.adapters
         home = device_of(denoiser) if config.offloading or config.sharded else device
         dtype = model_dtype(config.training_dtype, device)
-        if config.base_dtype == "none":
-            copy = shared_copy(denoiser, home, dtype)
-        else:
-            copy = low_bit_copy(denoiser, config.base_dtype, home, dtype)
+        with megabytes("preparing the weights", num_bytes(denoiser), progress) as advance:
+            if config.base_dtype == "none":
+                copy = shared_copy(denoiser, home, dtype, advance=advance)
+            else:
+                copy = low_bit_copy(denoiser, config.base_dtype, home, dtype, advance)
         if config.quantized_backward:
             quantize_backward(copy, device)
         if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps
@@ -94,8 +95,7 @@ class Job:
         is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
         if config.sharded:
             shard(copy, device)
-        with progress.stage("packing layers"):
-            num_packed = pack(copy, config.pack, adapters.offsets)
+        num_packed = pack(copy, config.pack, adapters.offsets, progress)
         effective = {
             "dtypes": dtypes_of(copy),
             "packed layers": str(num_packed),
@@ -116,14 +116,12 @@ class Job:
     @property
     def facts(self) -> dict[str, str]:
         """What decides the result besides the config; waits for the base model's hash."""
-        hashing = self._base_hash()
-        with nullcontext() if hashing.done() else self.progress.stage("hashing the base model"):
-            return {"base model": hashing.result(), **self.other_facts}
+        return {"base model": self._base_hash().result(self.progress), **self.other_facts}
 
-    def _base_hash(self) -> Future[str]:
-        """Of the base model, from a thread that the first call begins: it takes seconds, and files alone need it."""
+    def _base_hash(self) -> BaseHash:
+        """Begun by the first call: it takes seconds, and files alone need it."""
         if self._hashing is None:
-            self._hashing = ThreadPoolExecutor(1).submit(lorafile.base_hash, self.base)
+            self._hashing = BaseHash(self.base)
         return self._hashing
 
     def steps(self, stop: threading.Event | None = None) -> Iterator[Step]:

@@ -14,6 +14,7 @@ from lorasmith.digests import digest
 from lorasmith.header import Header, header_bytes
 from lorasmith.peft_config import with_alphas
 from lorasmith.plain_parts import in_float32, metadata_of, with_differences, with_whole_layers, without_idle_alphas
+from lorasmith.progress import Advance, unwatched
 from lorasmith.tucker import without_cores
 from lorasmith.types import Denoiser
 from lorasmith.whole import write_whole
@@ -100,10 +101,11 @@ def stated_constraint(metadata: Mapping[str, str]) -> float | None:
         return None
 
 
-def base_hash(denoiser: Denoiser) -> str:
+def base_hash(denoiser: Denoiser, advance: Advance = unwatched) -> str:
     """SHA-256 over names and values (as float32) of the nets' parameters: equal however the model was handed over."""
-    return digest(
+    named = (
         (f"{name}.{key}", value)
         for name, net in sorted(denoiser.nets.items())
         for key, value in sorted(net.state_dict().items())
     )
+    return digest(named, advance)

@@ -17,6 +17,7 @@ from lorasmith.attach import AdapterSet
 from lorasmith.config import Config
 from lorasmith.installed import needs_extra
 from lorasmith.memory import D, blocks, shared_copy
+from lorasmith.progress import Advance, unwatched
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -124,17 +125,19 @@ def refuse_needs_of_whole_weights(config: Config, adapters: AdapterSet) -> None:
             raise ValueError(f"base_dtype must be none {why}")
 
 
-def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtype | None) -> D:
+def low_bit_copy(
+    denoiser: D, kind: str, device: torch.device, dtype: torch.dtype | None, advance: Advance = unwatched
+) -> D:
     """A copy as `shared_copy` makes it, the linear layers of whose blocks keep their weights as `kind` says.
 
     What is outside the blocks (the first and last layers, those of times and conditioning) stays whole, as do
     convolutions. A weight is packed before the next is copied, so no second set of weights is held on the way.
-    ValueError where that cannot be.
+    advance: told the bytes of each parameter. ValueError where that cannot be.
     """
     paths = {path for path, _ in _packable(shared_copy(denoiser))}  # a copy's layers may differ from the original's
     if not paths:
         raise ValueError("base_dtype must be none: the model has no torch.nn.Linear in lists of blocks")
-    twin = shared_copy(denoiser, device, dtype, but={f"{path}.weight" for path in paths})
+    twin = shared_copy(denoiser, device, dtype, but={f"{path}.weight" for path in paths}, advance=advance)
     layers = dict(_packable(twin))
     for path, layer in layers.items():
         if (dtype or layer.weight.dtype) not in COMPUTED:
@@ -145,7 +148,7 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
         refuse_without_kernels(kind, device, each)
     bytes_before = bytes_after = 0
     for path, layer in layers.items():
-        weight = layer.weight.detach().to(device, dtype)
+        before, weight = layer.weight.nbytes, layer.weight.detach().to(device, dtype)
         if not weight.isfinite().all():
             raise ValueError(f"{path}.weight must be finite for base_dtype {kind}, got NaN or infinity")
         bytes_before += weight.nbytes
@@ -154,6 +157,7 @@ def low_bit_copy(denoiser: D, kind: str, device: torch.device, dtype: torch.dtyp
         del layer.weight
         layer.__class__ = LowBitLinear  # as torch's parametrize does: the layer keeps its places and hooks
         layer.packed = packed  # pyright: ignore[reportArgumentType]
+        advance(before)
     _tell(twin, kind, bytes_before, bytes_after)
     return twin
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasmith.kernels.attention import kept_results
+from lorasmith.progress import Advance, unwatched
 from lorasmith.targets import adaptable_layers
 from lorasmith.types import Denoiser
 
@@ -24,12 +25,13 @@ INNERMOST = 5  # the greatest depth: nets that nest deeper give their innermost 
 
 
 def shared_copy(
-    denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None, *, but: Container[str] = ()
-) -> D:
+    denoiser: D, device: torch.device | None = None, dtype: torch.dtype | None = None, *, but: Container[str] = (),
+    advance: Advance = unwatched,
+) -> D:  # fmt: skip
     """A copy in evaluation mode, frozen; hooks and flags on it stay there.
 
     Every parameter shares its memory with the original's, but for those that another device or dtype makes anew.
-    but: parameters, as "<net>.<path>", that keep their device and dtype.
+    but: parameters, as "<net>.<path>", that keep their device and dtype. advance: told the bytes of each of the others.
     """
     named = [
         (f"{name}.{path}", p)
@@ -39,6 +41,7 @@ def shared_copy(
     frozen = {id(p): nn.Parameter(_normal(p).detach(), False) for _, p in named}
     for p in {id(p): p for path, p in named if path not in but}.values():
         frozen[id(p)].data = frozen[id(p)].data.to(device, dtype if p.is_floating_point() else None)
+        advance(p.nbytes)
     twin = copy.deepcopy(denoiser, frozen)
     for net in twin.nets.values():
         net.eval()
@@ -53,6 +56,11 @@ def _normal(parameter: nn.Parameter) -> torch.Tensor:
         return parameter
     place = parameter.storage_offset(), parameter.shape, parameter.stride()
     return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(parameter.untyped_storage(), *place)
+
+
+def num_bytes(denoiser: Denoiser) -> int:
+    """Of its parameters, each counted once."""
+    return sum(p.nbytes for p in {id(p): p for net in denoiser.nets.values() for p in net.parameters()}.values())
 
 
 @contextmanager

@@ -16,10 +16,12 @@ WORTH_TELLING = 2.0  # seconds of a stage that people should hear of
 
 
 class Pace:
-    """Work of `total` pieces (None: unknown), `done` of which were done before."""
+    """Work of `total` pieces (None: unknown), `done` of which were done before; unit: what a line says they are."""
 
-    def __init__(self, total: int | None, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total, self.done, self.clock = total, done, clock
+    def __init__(
+        self, total: int | None, done: int = 0, clock: Callable[[], float] = time.monotonic, unit: str = ""
+    ) -> None:
+        self.total, self.done, self.clock, self.unit = total, done, clock, unit
         self.is_over = False  # with or without all of it done
         self.began = clock()
         self._marks = deque([(self.began, done)])  # times, and what was done by then, over the last WINDOW seconds
@@ -103,12 +105,12 @@ def duration(seconds: float) -> str:
 
 
 def in_short(pace: Pace, notes: Sequence[str] = ()) -> list[str]:
-    """What a line says of work whose total is known: "12/160", notes, and "1:20 left" or "in 1:35"."""
+    """What a line says of work whose total is known: "12/160" or "12/160 MB", notes, and "1:20 left" or "in 1:35"."""
     if pace.is_over or pace.done == pace.total:
         end = [f"in {duration(pace.seconds)}"]
     else:
         end = [] if pace.seconds_left is None else [f"{duration(pace.seconds_left)} left"]
-    return [f"{pace.done}/{pace.total}", *notes, *end]
+    return [f"{pace.done}/{pace.total} {pace.unit}".rstrip(), *notes, *end]
 
 
 def counted(number: int, what: str) -> str:

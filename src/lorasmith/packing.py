@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lorasmith.devices import has_packed_products
 from lorasmith.kernels.packed import Packed, PackedConv2d, PackedLinear, PackedPointwise, packed
 from lorasmith.pace import counted
+from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
 }  # fmt: skip
 
 
-def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
+def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = (), progress: Progress = SILENT) -> int:
     """Packs the frozen layers of this kind ("none", "conv" or "all"), says what they take, and returns how many.
 
     Layers stay as they are on other devices, in dtypes that oneDNN has no fast products for, where they are more than
@@ -35,7 +36,8 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = ()) -> int:
         if id(layer.weight) in first and isinstance(layer, nn.Conv2d):
             last = layer.weight.detach().contiguous(memory_format=torch.channels_last)
             layer.weight = nn.Parameter(last, requires_grad=False)
-    num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in free)
+    watched = tracked(free, "packing layers", progress, len(free))
+    num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in watched)
     if free:
         log.debug("%s repacked for the processor: %.1f MB (pack)", counted(len(free), "layer"), num_bytes / 1e6)
     return len(free)

@@ -1,21 +1,22 @@
 """How far long work has come, reported to whoever watches it. No torch: the first report precedes its import."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
+MEGABYTE = 10**6
 
 
 class Progress(Protocol):
     """Watches long work, stage by stage; a stage may be opened inside another."""
 
-    def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
+    def stage(self, what: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Advance]:
         """A stage of `total` pieces of work (None: unknown); its value is called with how many more are done.
 
-        what: stands in front of a bar, so it reads as "encoding pictures".
+        what: stands in front of a bar, so it reads as "encoding pictures". unit: what is counted, if not such things.
         """
         ...
 
@@ -31,7 +32,7 @@ def unwatched(count: int) -> None:
 class Silent:
     """Nobody watches."""
 
-    def stage(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
+    def stage(self, what: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Advance]:
         return nullcontext(unwatched)
 
     def wrote(self, what: Literal["checkpoint", "sample"], path: Path) -> None:
@@ -47,3 +48,17 @@ def tracked(items: Iterable[T], what: str, progress: Progress, total: int | None
         for item in items:
             yield item
             advance(1)
+
+
+@contextmanager
+def megabytes(what: str, num_bytes: int, progress: Progress) -> Iterator[Advance]:
+    """A stage of this many bytes, shown in megabytes; its value is called with how many more bytes are done."""
+    done = 0
+    with progress.stage(what, num_bytes // MEGABYTE, "MB") as advance:
+
+        def take(count: int) -> None:
+            nonlocal done
+            before, done = done, min(done + count, num_bytes)
+            advance(done // MEGABYTE - before // MEGABYTE)
+
+        yield take

@@ -20,7 +20,8 @@ from lorasmith.config import Config
 from lorasmith.data.cache import Dataset, encoded
 from lorasmith.data.tags import tag_frequency
 from lorasmith.drawing import pictures
-from lorasmith.families import Family, opened, with_adapted_texts
+from lorasmith.families import Family, bytes_to_load, opened, with_adapted_texts
+from lorasmith.families.reading import loading_shown
 from lorasmith.families.skeletons import skeleton_for
 from lorasmith.files.stored import with_stored_weights
 from lorasmith.header import Header
@@ -80,7 +81,7 @@ class Run:
         plan, checkpoint = _planned(request, folder)
         config, world = _with_threads(plan.config, checkpoint), request.world
         assert config.model is not None
-        with progress.stage("loading the model"):
+        with loading_shown(bytes_to_load(config.model, config.encoders), progress):
             family = opened(config.model, config.encoders, with_texts=config.text_encoder.train)
             family = with_adapted_texts(family, plan.adapters.nets)
             codec = family.codec(plan.device)

@@ -59,7 +59,8 @@ def pictures_of(
 ) -> Iterator[Tensor]:  # fmt: skip
     """A picture [3,H,W] in -1 to 1 of size (W, H) for each {number: prompt}, its noise drawn from (seed, number).
 
-    As many as memory is sure to hold go through the net together. advance: as `drawn` has it.
+    As many as memory is sure to hold go through the net together. advance: told of each step of each picture, and of
+    each picture that is decoded.
     """
     device, shape = device_of(denoiser), codec.latent_shape(size)
     conds = {text: _cond(codec, text, size) for text in ("", *prompts.values())}
@@ -74,8 +75,11 @@ def pictures_of(
         with torch.inference_mode():
             noise = torch.stack([normal(seed, Purpose.PICTURE, number, shape) for number in chosen])
             latents = drawn(denoiser, cond, uncond, noise.to(device), steps=steps, guidance=guidance, advance=advance)
-            found = [codec.decode(latent[None])[0].clamp(-1, 1).cpu() for latent in latents]
-        yield from found
+        for latent in latents:
+            with torch.inference_mode():
+                pixels = codec.decode(latent[None])[0].clamp(-1, 1).cpu()
+            advance(1)
+            yield pixels
 
 
 def _cond(codec: Codec, text: str, size: tuple[int, int]) -> Cond:

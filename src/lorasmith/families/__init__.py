@@ -6,13 +6,14 @@ from typing import Any
 
 from lorasmith.families.chroma import Chroma
 from lorasmith.families.components import MODULES, FolderComponents, OpenComponents
-from lorasmith.families.file_components import FileComponents
+from lorasmith.families.file_components import VAES, FileComponents
 from lorasmith.families.flux import Flux
 from lorasmith.families.flux2 import Flux2, Flux2Klein
 from lorasmith.families.folder import Folder
 from lorasmith.families.hub import fetched
 from lorasmith.families.lumina2 import Lumina2
 from lorasmith.families.originals import ORIGINALS, Original
+from lorasmith.families.parts import weight_files
 from lorasmith.families.pipeline import PipelineFamily
 from lorasmith.families.qwen_image import QwenImage
 from lorasmith.families.sd import OpenPipeline, StableDiffusion
@@ -57,6 +58,30 @@ def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool =
     """
     family = _opened(model, encoders)
     return WithTexts.of(family) if with_texts else family
+
+
+def bytes_to_load(model: str | Path, encoders: str | Path | None = None) -> int | None:
+    """About how large the weights are that a model is loaded from; None where they may have to be fetched first.
+
+    ValueError where it is no sound file or folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _bytes_in(FolderComponents(path), MODULES)
+    if not is_file(path):
+        return None
+    header = Header.of(path)
+    own = sum(header.num_bytes(key) for key in header.shapes)
+    if encoders is None or not Path(encoders).expanduser().is_dir():
+        return own
+    has_vae = any(header.holds(prefix) for prefix in VAES)
+    others = [name for name in MODULES if name.startswith("text_encoder") or (name == "vae" and not has_vae)]
+    return own + _bytes_in(FolderComponents(Path(encoders).expanduser()), others)
+
+
+def _bytes_in(folder: FolderComponents, names: Collection[str]) -> int:
+    parts = [folder.path / name for name in names if folder.has(name)]
+    return sum(path.stat().st_size for part in parts for path in weight_files(part))
 
 
 def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from diffusers import ModelMixin
 
+from lorasmith.families.reading import was_read
 from lorasmith.families.weights import (
     DTYPES,
     FP8,
@@ -61,6 +62,7 @@ def loaded(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
         )  # fmt: skip
     except UNREADABLE as error:
         raise ValueError(f"cannot load {folder}: {line(error)}") from error
+    was_read(sum(header.path.stat().st_size for header in headers))
     check_report(str(folder), report)
     warn_of_others(str(folder), report["unexpected_keys"])
     return part.eval()
@@ -90,16 +92,23 @@ def _are_renamed(missing: Iterable[str], unexpected: Iterable[str]) -> bool:
 
 def weights_in(folder: Path) -> tuple[list[Header], str | None]:
     """The files that are loaded of a part, and their variant; ValueError where one is missing or cannot be used."""
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = weight_files(folder)
     if not paths:
         raise ValueError(f"{folder} {other_weights(folder)}")
     variant = variant_of(path.name for path in paths)
-    matches = {path: match for path in paths if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant}
-    whole = [path for path, match in matches.items() if not match["shard"]]
-    headers = [Header.of(path) for path in (whole or matches or paths)]
-    if not whole:
+    headers = [Header.of(path) for path in paths]
+    if not any((match := WEIGHTS.fullmatch(path.name)) and not match["shard"] for path in paths):
         check_index(folder, {header.path.name: header for header in headers}, variant)
     return [weights_only(header) for header in headers], variant
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that are loaded of a part: of one variant, and not shards where there is a whole file."""
+    paths = sorted(folder.glob("*.safetensors"))
+    variant = variant_of(path.name for path in paths)
+    matches = {path: match for path in paths if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant}
+    whole = [path for path, match in matches.items() if not match["shard"]]
+    return whole or [*matches] or paths
 
 
 def _multiplied(kind: Any, folder: Path, headers: Sequence[Header], dtype: torch.dtype | None) -> Any:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lorasmith.families.reading import was_read
 from lorasmith.header import Header
 from lorasmith.not_weights import what_it_is
 from lorasmith.pace import counted
@@ -43,7 +44,7 @@ def tensors(header: Header, keys: Iterable[str], dtype: torch.dtype | None = Non
     names = list(keys)
     try:
         with safe_open(header.path, framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in names}
+            found = {key: _tensor(file, header, key) for key in names}
             scales = {key: file.get_tensor(header.scales[key]) for key in names if key in header.scales}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {header.path}: {line(error)}") from error
@@ -51,6 +52,11 @@ def tensors(header: Header, keys: Iterable[str], dtype: torch.dtype | None = Non
         dtype = dtype or dtype_in(header, [key for key in names if key in scales or header.dtypes[key] in DTYPES])
         found |= {key: dequantised(found[key], scale).to(dtype) for key, scale in scales.items()}
     return found
+
+
+def _tensor(file: Any, header: Header, key: str) -> Tensor:
+    was_read(header.num_bytes(key))
+    return file.get_tensor(key)
 
 
 def dtype_in(header: Header, keys: Iterable[str]) -> torch.dtype:

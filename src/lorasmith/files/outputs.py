@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasmith import __version__
 from lorasmith.header import PEFT_CONFIG
-from lorasmith.progress import Progress
+from lorasmith.progress import Progress, megabytes
 from lorasmith.whole import PIECE, copied, write_pieces
 
 if TYPE_CHECKING:  # torch, which takes seconds: metadata are changed without it
@@ -16,17 +16,14 @@ if TYPE_CHECKING:  # torch, which takes seconds: metadata are changed without it
 HISTORY = "lorasmith.history"
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", PEFT_CONFIG)
 """What a file says of its tensors, which are others now; PEFT's configuration states ranks and alphas."""
-MEGABYTE = 10**6
 
 
 def in_view(pieces: Iterable[bytes], num_bytes: int, what: str, progress: Progress) -> Iterator[bytes]:
     """The pieces, of so many bytes in all; how many megabytes are done is shown."""
-    done = 0
-    with progress.stage(f"{what} (MB)", num_bytes // MEGABYTE) as advance:
+    with megabytes(what, num_bytes, progress) as advance:
         for piece in pieces:
             yield piece
-            before, done = done, done + len(piece)
-            advance(done // MEGABYTE - before // MEGABYTE)
+            advance(len(piece))
 
 
 def copied_in_view(source: Path, target: Path, progress: Progress) -> None:
