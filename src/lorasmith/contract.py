@@ -127,7 +127,7 @@ def train_lora(
     pack: which frozen layers are laid out anew for the processor while it trains: faster, for more memory.
     native_kernels: use kernels in C where the processor has what they need, and a compiler is there.
     text_encoder: whether the text encoders are trained too, and at which rate; None: they are not. `positive` must be
-        captions then, and the model one of Stable Diffusion 1.x, 2.x or SDXL.
+        captions then, and the model a Stable Diffusion or Flux.1.
     world: the processes that train this LoRA together (`lorasmith.world.joined`); each has the whole of the inputs and
         gets the whole of the outputs.
 
