@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorasmith import __version__
 from lorasmith.faults import is_out_of_memory, text_of
-from lorasmith.file_commands import COMMANDS, Json, Overwrite
+from lorasmith.file_commands import COMMANDS, Json, Overwrite, model_path
 from lorasmith.help_layout import HelpPages
 from lorasmith.signals import INTERRUPTED, Interruption, interruptions
 from lorasmith.torchrun import is_first_here
@@ -161,11 +161,10 @@ def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> i
         print one JSON document
     """
     from lorasmith.console import load, opened_display, show_json, show_table
-    from lorasmith.invocation import with_model
 
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"plot must be a .png file in a folder that exists, got {plot}")
-    path = Path(with_model({"model": str(file)})["model"])
+    path = model_path(file)
     with opened_display() as display:
         load(display, "libraries", ("torch", "lorasmith.inspection"))
         from lorasmith.inspection import inspected, layer_norms

@@ -68,10 +68,24 @@ def merge(
     overwrite
         write over a file that is there
     """
+    from lorasmith.files.outputs import refuse_output, refuse_output_like
+    from lorasmith.files.weighted import refuse_too_few, weighted
+    from lorasmith.header import Header
+
+    given = [weighted(text) for text in loras]
     if model is None:
         if ignore_unknown:
             raise ValueError("ignore_unknown leaves out layers that a model does not have: give it with --model")
+        refuse_output(output, overwrite=overwrite)
+        refuse_too_few(given)
+        for lora, _ in given:
+            Header.of(lora)
         with _working() as display:
+            from lorasmith.files.truncation import Cut
+
+            if rank is not None:
+                Cut(rank=rank)  # ValueError
+            _load_model_classes(display)
             from lorasmith.files.merging import Source, merge
 
             sources = [Source.parsed(text) for text in loras]
@@ -80,13 +94,21 @@ def merge(
     else:
         if rank is not None or dtype is not None:
             raise ValueError("rank and dtype are those of a LoRA: give them without --model")
-        with _working(with_models=True) as display:
+        with _working() as display:
+            from lorasmith.sources import local_header
+
+            path = model_path(model)
+            local_header(path)
+            refuse_output_like(path, output, overwrite=overwrite)
+            for lora, _ in given:
+                Header.of(lora)
+            _load_model_classes(display)
             from lorasmith.files.merging import Source
             from lorasmith.files.merging_into import merge_into
 
             sources = [Source.parsed(text) for text in loras]
             num_changed = merge_into(
-                _path(model), sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, progress=display
+                path, sources, output, overwrite=overwrite, ignore_unknown=ignore_unknown, progress=display
             )
         print(f"{counted(num_changed, 'weight')} changed")
     print(output)
@@ -116,14 +138,23 @@ def extract(
     overwrite
         write over a file that is there
     """
-    with _working(with_models=True) as display:
-        from lorasmith.files.extraction import extract
+    from lorasmith.files.outputs import refuse_output
+
+    refuse_output(output, overwrite=overwrite)
+    paths = model_path(base), model_path(tuned)
+    with _working() as display:
         from lorasmith.files.truncation import Cut
+        from lorasmith.sources import local_header
+
+        cut = Cut(rank=rank, keep=keep)
+        for path in paths:
+            local_header(path)
+        _load_model_classes(display)
+        from lorasmith.files.extraction import extract
 
         own = _dtype(dtype)
         assert own is not None
-        cut = Cut(rank=rank, keep=keep)
-        losses = extract(_path(base), _path(tuned), output, cut, dtype=own, overwrite=overwrite, progress=display)
+        losses = extract(*paths, output, cut, dtype=own, overwrite=overwrite, progress=display)
     _show_losses(losses)
     print(output)
     return 0
@@ -165,7 +196,7 @@ def metadata(
             _show_metadata(found)
         return 0
     if output is None:
-        raise ValueError("output must be given with --set or --strip; the file itself only with --overwrite")
+        raise ValueError(f"--set and --strip need --output: --output {file} --overwrite changes the file itself")
     changes = changes_of(set or [])
     with opened_display() as display:
         written = rewrite(file, output, changes=changes, strip=strip, overwrite=overwrite, progress=display)
@@ -199,25 +230,32 @@ def convert(
     overwrite
         write over a file that is there
     """
-    with _working(with_models=True) as display:
+    from lorasmith.files.outputs import refuse_output
+    from lorasmith.header import Header
+    from lorasmith.invocation import with_model
+
+    refuse_output(output, overwrite=overwrite)
+    Header.of(file)
+    own = None if model is None else str(with_model({"model": model})["model"])
+    with _working() as display:
+        from lorasmith.sources import refuse_missing
+
+        if own is not None:
+            refuse_missing(own)
+        _load_model_classes(display)
         from lorasmith.files.conversion import convert
 
-        own = None if model is None else _model(model)
         found = convert(file, output, own, to, overwrite=overwrite, ignore_unknown=ignore_unknown, progress=display)
     print(counted(found, "layer"))
     print(output)
     return 0
 
 
-def _model(model: str) -> str:
+def model_path(model: Path) -> Path:
     """The name demo stands for the embedded model."""
     from lorasmith.demo import BASE
 
-    return str(BASE) if model == "demo" else model
-
-
-def _path(model: Path) -> Path:
-    return Path(_model(str(model)))
+    return BASE if str(model) == "demo" else model
 
 
 def _dtype(name: Dtype | None) -> Any:
@@ -227,13 +265,20 @@ def _dtype(name: Dtype | None) -> Any:
 
 
 @contextmanager
-def _working(*, with_models: bool = False) -> Iterator[Display]:
-    """A display, with the libraries loaded."""
-    from lorasmith.console import MODEL_LIBRARIES, load, opened_display
+def _working() -> Iterator[Display]:
+    """A display, with the libraries loaded that every file needs."""
+    from lorasmith.console import load, opened_display
 
     with opened_display() as display:
-        load(display, "libraries", MODEL_LIBRARIES if with_models else ("torch", "lorasmith.lorafile"))
+        load(display, "libraries", ("torch", "lorasmith.lorafile"))
         yield display
+
+
+def _load_model_classes(display: Display) -> None:
+    """Takes seconds: what can be refused without them is refused before."""
+    from lorasmith.console import MODEL_LIBRARIES, load
+
+    load(display, "model classes", MODEL_LIBRARIES)
 
 
 def _show_metadata(metadata: Mapping[str, str]) -> None:

@@ -26,6 +26,7 @@ from lorasmith.norms_plot import LayerNorm
 from lorasmith.not_weights import other_weights, refuse_pointer
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.quantised import Quantisation
+from lorasmith.sources import local_header
 
 BLOCK = re.compile(r"(?:(?:down|up|input|output|middle|mid)_blocks?|[a-z_]*?(?:blocks|layers))(?:_\d+)?")
 WAY = (("down", "input"), ("mid",), ("up", "output"))  # how the blocks of a UNet begin, in the order that they run
@@ -95,9 +96,9 @@ def _sizes(headers: Sequence[Header], keys: Iterable[str] | None = None) -> Row:
 
 def inspected(path: Path, progress: Progress = SILENT) -> Inspection:
     """A LoRA file, a single-file checkpoint or a diffusers folder; ValueError where it is nothing that can be read."""
-    if path.is_dir():
+    header = local_header(path)
+    if header is None:
         return _folder(path)
-    header = Header.of(path)
     return _lora(path, progress) if is_lora(header.shapes) else _checkpoint(path, header)
 
 

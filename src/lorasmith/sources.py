@@ -7,6 +7,7 @@ from pathlib import Path
 from lorasmith.header import PICKLES, Header
 from lorasmith.looks import is_lora
 from lorasmith.not_weights import refuse_pointer, refuse_pointers
+from lorasmith.other_tools.models import HUB_IDS, family_named
 
 FILES = (".safetensors", *PICKLES)
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -48,7 +49,7 @@ def refuse_unfit_source(model: str, encoders: str | None) -> None:
     """ValueError where there is no such file or folder, or where it is plainly no model; hub ids are not looked up."""
     path = Path(model).expanduser()
     if is_file(path):
-        refuse_lora(Header.of(path))
+        refuse_missing(model)
         if encoders is not None:
             _refuse_unfit_folder(encoders)
     elif encoders is not None:
@@ -57,8 +58,33 @@ def refuse_unfit_source(model: str, encoders: str | None) -> None:
         _refuse_unfit_folder(model)
 
 
+def refuse_missing(model: str) -> None:
+    """ValueError where a model is neither there nor a hub id, or where what is there is a LoRA or no such folder."""
+    path = Path(model).expanduser()
+    if is_file(path):
+        refuse_lora(Header.of(path))
+    else:
+        _refuse_no_folder(model)
+
+
+def local_header(model: Path) -> Header | None:
+    """Of a model that must be on this machine: a single file's head, None of a folder; ValueError where it is none."""
+    if model.is_dir():
+        return None
+    if is_file(model):
+        return Header.of(model)
+    family = family_named(str(model))
+    hub_id = HUB_IDS[family] if family else str(model) if is_id(str(model)) else None
+    hint = f": download {hub_id} from the hub first" if hub_id else ""
+    raise ValueError(f"{model} must be a diffusers folder or a safetensors file, got no such folder or file{hint}")
+
+
 def _refuse_unfit_folder(source: str) -> None:
+    _refuse_no_folder(source)
+    refuse_pointers(Path(source).expanduser())
+
+
+def _refuse_no_folder(source: str) -> None:
     path = Path(source).expanduser()
     if path.exists() or not is_id(source):
         pipeline_name(path)
-        refuse_pointers(path)

@@ -163,5 +163,17 @@ def test_the_command(tmp_path: Path, tuned: Path) -> None:
     assert {tensor.dtype for key, tensor in load_file(tmp_path / "a.safetensors").items() if "alpha" not in key} == {
         torch.bfloat16
     }
-    refused = lorasmith(tmp_path, "extract", "demo", "nowhere", "--rank", "2", "--output", "b.safetensors")
-    assert refused.code == 2 and "nowhere must be a safetensors file: file not found" in refused.err
+    for name, hint in (
+        ("nowhere", ""),
+        ("nowhere/none", ": download nowhere/none from the hub first"),
+        ("SDXL", ": download stabilityai/stable-diffusion-xl-base-1.0 from the hub first"),
+    ):
+        message = f"{name} must be a diffusers folder or a safetensors file, got no such folder or file{hint}"
+        for command in (
+            ["extract", "demo", name, "--rank", "2", "--output", "b.safetensors"],
+            ["extract", name, "demo", "--rank", "2", "--output", "b.safetensors"],
+            ["merge", "a.safetensors", "--model", name, "--output", "m"],
+            ["inspect", name],
+        ):
+            refused = lorasmith(tmp_path, *command)
+            assert (refused.code, refused.err) == (2, f"lorasmith: {message}\n")

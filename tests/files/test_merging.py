@@ -254,8 +254,20 @@ def test_the_command(tmp_path: Path) -> None:
             ["a.safetensors:0", "b.safetensors"],
             "the weight of a.safetensors must be a finite number other than 0, got 0",
         ),
+        (
+            ["a.safetensors:abc", "b.safetensors"],
+            "the weight of a.safetensors must be a finite number other than 0, got abc",
+        ),
+        (
+            ["a.safetensors:", "b.safetensors"],
+            "the weight of a.safetensors must be a finite number other than 0, got none",
+        ),
+        (["C:\\a", "b.safetensors"], "C:\\a must be a safetensors file: file not found"),
+        (["C:a.safetensors", "b.safetensors"], "C:a.safetensors must be a safetensors file: file not found"),
         (["x.safetensors", "b.safetensors"], "x.safetensors must be a safetensors file: file not found"),
     ):
         ended = lorasmith(tmp_path, "merge", *arguments, "--output", "d.safetensors")
         assert (ended.code, ended.err) == (2, f"lorasmith: {message}\n")
     assert not (tmp_path / "d.safetensors").exists()
+    (tmp_path / "a.safetensors").rename(tmp_path / "a:b")
+    Source.parsed(str(tmp_path / "a:b"))

@@ -83,8 +83,10 @@ def test_the_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.code == 0 and "for my friend" not in ended.out and "ss_dataset_dirs" in ended.out
     assert metadata_of(tmp_path / "b.safetensors") == PUBLIC | {"modelspec.author": "me", "x": ""}
+    missing = (["--strip"], ["--set", "x=1"], ["--strip", "--overwrite"])
+    itself = "--output a.safetensors --overwrite changes the file itself"
     for arguments, message in (
-        (["--strip"], "output must be given with --set or --strip; the file itself only with --overwrite"),
+        *((arguments, f"--set and --strip need --output: {itself}") for arguments in missing),
         (["--output", "c.safetensors"], "output is written only with --set or --strip"),
         (
             ["--strip", "--output", "a.safetensors"],

@@ -17,6 +17,7 @@ from lorasmith.files.alike import canonical, named_alike
 from lorasmith.files.factors import LoRAFile, layer_of
 from lorasmith.files.outputs import derived, network_dim, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
+from lorasmith.files.weighted import refuse_too_few, weighted
 from lorasmith.layouts import DOWN, OFFSETS, UP, normal
 from lorasmith.looks import lora_family, transformer_width
 from lorasmith.progress import SILENT, Progress, tracked
@@ -36,14 +37,8 @@ class Source:
     @classmethod
     def parsed(cls, text: str) -> "Source":
         """`FILE` or `FILE:WEIGHT`; ValueError where the weight is not a finite number other than 0."""
-        name, colon, tail = text.rpartition(":")
-        try:
-            weight = float(tail) if colon and name and not Path(text).exists() else None
-        except ValueError:
-            weight = None
-        if weight is not None and (not math.isfinite(weight) or not weight):
-            raise ValueError(f"the weight of {name} must be a finite number other than 0, got {tail}")
-        return cls(LoRAFile.opened(Path(text if weight is None else name)), 1.0 if weight is None else weight)
+        path, weight = weighted(text)
+        return cls(LoRAFile.opened(path), weight)
 
     def __str__(self) -> str:
         return f"{self.lora.path.name} * {self.weight:g}"
@@ -75,8 +70,7 @@ def merge(
     of the sources. ValueError where they are for different models, or need the model's own weights to be added.
     """
     refuse_output(output, overwrite=overwrite)
-    if len(sources) < 2:
-        raise ValueError(f"merge needs two LoRAs or more, or a model to merge one into, got {len(sources)}")
+    refuse_too_few(sources)
     cut = None if rank is None else Cut(rank=rank)
     _refuse_what_cannot_be_added(sources, rank)
     _refuse_other_models(sources)

@@ -22,7 +22,7 @@ from lorasmith.files.conversion import Fitted, denoiser_for
 from lorasmith.files.factors import LoRAFile, Parts, layer_of
 from lorasmith.files.merging import Source
 from lorasmith.files.models import Model, Place, Whole, held_in
-from lorasmith.files.outputs import copied_in_view, derived, refuse_output
+from lorasmith.files.outputs import copied_in_view, derived, refuse_output_like
 from lorasmith.files.rounding import Rounding
 from lorasmith.fused import Member, parted
 from lorasmith.header import PICKLES, Header, header_bytes
@@ -76,10 +76,7 @@ def merge_into(
     left out, and logged. ValueError where a LoRA does not fit; then nothing is written.
     """
     model = Model.opened(path)
-    if path.is_dir():
-        _refuse_folder(output, overwrite=overwrite)
-    else:
-        refuse_output(output, overwrite=overwrite)
+    refuse_output_like(path, output, overwrite=overwrite)
     with _under_its_names(model, sources, output, progress, ignore_unknown=ignore_unknown) as parts:
         _refuse_packed(model, sources)
         merge = Merge(model, sources, _planned(model, parts, ignore_unknown=ignore_unknown), Rounding())
@@ -164,17 +161,6 @@ def _unfit(model: Model, lora: LoRAFile, strange: Sequence[str], error: ValueErr
         f"{'has a name' if len(strange) == 1 else 'have names'} that the model has not, such as {strange[0]}, and it "
         f"cannot be converted: {error}"
     )
-
-
-def _refuse_folder(output: Path, *, overwrite: bool) -> None:
-    if output.suffix.lower() == ".safetensors" or output.is_file():
-        raise ValueError(f"output must be a folder, as the model is, got {output}")
-    if not output.resolve().parent.is_dir():
-        raise ValueError(f"output must be in a folder that exists, got {output}")
-    if output.exists() and not overwrite:
-        raise ValueError(f"output must not be there yet without --overwrite, got {output}")
-    if output.exists() and not (output / "model_index.json").is_file():
-        raise ValueError(f"output must be a diffusers folder to be written over, got {output}")
 
 
 def _planned(model: Model, sources: Sequence[Sequence[Source]], *, ignore_unknown: bool) -> Plan:

@@ -18,10 +18,11 @@ from lorasmith.families.skeletons import NETS
 from lorasmith.header import Header
 from lorasmith.layouts import normal, spellings
 from lorasmith.ldm_names import ldm_names
-from lorasmith.looks import is_lora, model_family
+from lorasmith.looks import model_family
 from lorasmith.not_weights import other_weights, refuse_pointer
 from lorasmith.original_names import TRANSFORMERS, Original, original_layers
 from lorasmith.quantised import Quantisation, StoredWeight
+from lorasmith.sources import local_header, refuse_lora
 from lorasmith.tensor_file import TensorFile
 from lorasmith.text_names import TextLayer, text_layer
 
@@ -76,7 +77,8 @@ class Model:
     @classmethod
     def opened(cls, path: Path) -> "Model":
         """ValueError where it is no model with safetensors weights."""
-        files = _folder(path) if path.is_dir() else [("", _single(path))]
+        header = local_header(path)
+        files = _folder(path) if header is None else [("", _single(header))]
         originals, quantised = _originals(path, files), {header.path: Quantisation.of(header) for _, header in files}
         known: dict[str, set[Place]] = {}
         wholes: dict[str, set[Whole]] = {}
@@ -161,10 +163,8 @@ def _folder(path: Path) -> list[tuple[str, Header]]:
     return files
 
 
-def _single(path: Path) -> Header:
-    header = Header.of(path)
-    if is_lora(header.shapes):
-        raise ValueError(f"{path} must be a model, got a LoRA")
+def _single(header: Header) -> Header:
+    refuse_lora(header)
     return header
 
 

@@ -1,6 +1,7 @@
 """Where the tools write, and what their files say of themselves."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,10 +39,32 @@ def refuse_output(output: Path, *, overwrite: bool) -> None:
     """ValueError unless a safetensors file can be written there; over another only where that is asked for."""
     if output.suffix.lower() != ".safetensors":
         raise ValueError(f"output must be a .safetensors file, got {output}")
-    if not output.parent.is_dir():
-        raise ValueError(f"output must be in a folder that exists, got {output}")
     if output.is_dir():
         raise ValueError(f"output must be a file, got the folder {output}")
+    _refuse_place(output, overwrite=overwrite)
+
+
+def refuse_output_like(model: Path, output: Path, *, overwrite: bool) -> None:
+    """ValueError unless a model can be written there in the form of this one, a folder or a file."""
+    (_refuse_output_folder if model.is_dir() else refuse_output)(output, overwrite=overwrite)
+
+
+def _refuse_output_folder(output: Path, *, overwrite: bool) -> None:
+    """ValueError unless a diffusers folder can be written there; over another only where that is asked for."""
+    if output.suffix.lower() == ".safetensors" or output.is_file():
+        raise ValueError(f"output must be a folder, as the model is, got {output}")
+    _refuse_place(output, overwrite=overwrite)
+    if output.exists() and not (output / "model_index.json").is_file():
+        raise ValueError(f"output must be a diffusers folder to be written over, got {output}")
+
+
+def _refuse_place(output: Path, *, overwrite: bool) -> None:
+    """Outputs are written beside their place and moved there, so it is the folder around that must be writable."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {output}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output must be in a folder that can be written to, got {output}")
     if output.exists() and not overwrite:
         raise ValueError(f"output must not be there yet without --overwrite, got {output}")
 
