@@ -29,14 +29,22 @@ def execute(request: Request, display: Display, report: Report) -> int:
                 raise MemoryError(f"out of memory: {advice} ({error})") from error
             raise
         if run.num_done < run.num_steps or (request.world.size == 1 and stop.is_set()):
-            run.report_so_far()
-            if run.folder is not None:
-                report.stopped(run.num_done, run.num_steps)
-            return INTERRUPTED
-        summary = run.finish()
+            return _stopped(run, report)
+        try:
+            summary = run.finish()
+        except KeyboardInterrupt:
+            return _stopped(run, report)
         if run.folder is not None:
             report.done(summary, run.folder.path)
     return 0
+
+
+def _stopped(run: Run, report: Report) -> int:
+    """Reports on the steps that are done; returns the exit code."""
+    run.report_so_far()
+    if run.folder is not None:
+        report.stopped(run.num_done, run.num_steps)
+    return INTERRUPTED
 
 
 def _training(run: Run) -> Training:
