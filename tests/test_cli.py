@@ -138,6 +138,21 @@ def test_a_second_ctrl_c_ends_at_once(home: Path, monkeypatch: pytest.MonkeyPatc
     assert listing(home / "runs" / "cats") == UNFINISHED
 
 
+def test_ctrl_c_while_samples_are_generated_leaves_a_report(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.run.pictures", lambda *_: signal.raise_signal(signal.SIGINT))
+    ended = lorasmith(home, "train", "cats", *TINY[:-2], "--sampling.prompts", "a cat")
+    assert (ended.code, ended.err) == (130, "")
+    assert ended.out.endswith("stopped after step 2 of 2; --resume goes on\n")
+    assert listing(home / "runs" / "cats") == FILES
+
+
+def test_patterns_that_match_no_layer_are_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    patterns = ("--targets.include", "to_q", "--targets.include", "to_w", "--targets.exclude", "mid_blok")
+    assert lorasmith(home, "train", "cats", *TINY, *patterns, "--adapter.name", "DoRA").code == 0
+    named = "targets.include 'to_w' and targets.exclude 'mid_blok' matches no layer of the model: is it misspelt?"
+    assert caplog.messages.count(named) == 1
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorasmith.run.toml_of", lambda config: signal.raise_signal(signal.SIGINT))
     ended = lorasmith(home, "train", "cats", "--model", "demo")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,35 +67,46 @@ def disk(home: Path) -> list[str]:
     return with_a_small_disk(home / "disk", "size=160k,nr_inodes=40")
 
 
-def test_a_full_disk(home: Path, disk: list[str]) -> None:
-    call_in_child(fill_disks, home, *disk)
+def run_out_of_pages(home: Path) -> None:
+    fill_disks(home, fill_pages)
 
 
-def fill_disks(home: Path) -> None:
-    """Runs with ever more room, of pages and of files, so that each write in turn finds the disk full."""
+def run_out_of_names(home: Path) -> None:
+    fill_disks(home, fill_names)
+
+
+@pytest.mark.parametrize("function", [run_out_of_pages, run_out_of_names])
+def test_a_full_disk(home: Path, disk: list[str], function: Callable[[Path], None]) -> None:
+    call_in_child(function, home, *disk)
+
+
+def fill_disks(home: Path, fill: Callable[[Path, int], None]) -> None:
+    """Runs with ever more room, so that each write in turn finds the disk full."""
     disk, arguments = home / "disk", ("--steps", "2", "--output", "disk/run")
     with quickly(opened(BASE)):
         assert trained(home, *arguments).code == 0
         whole = outcome(disk / "run")
-        for fill in (fill_pages, fill_names):
-            failed = set()
-            for num_free in itertools.count():
-                shutil.rmtree(disk / "run")
-                fill(disk, num_free)
-                ended = trained(home, *arguments)
-                shutil.rmtree(disk / "ballast")
-                if not ended.code:
-                    break
-                match = re.fullmatch(r"cannot (write|lock) (disk/run.*): No space left on device", told(ended))
-                assert match, ended.err
-                failed.add(Path(match[2]).name)
-                assert sound_steps(disk / "run") == [1, 2][: len(sound_steps(disk / "run"))]
-                resume = ["--resume"] if (disk / "run").exists() else []
-                assert trained(home, *arguments, *resume).code == 0
-                assert outcome(disk / "run") == whole
-            files = {"run.toml", "steps.jsonl", "lora.safetensors", "loss.png", "report.html", ".holder.json"}
-            files |= {"step-0000001.safetensors", "step-0000002.safetensors"}
-            assert failed == (files if fill is fill_pages else files | {"run", "checkpoints"}), failed
+        failed = set()
+        for num_free in itertools.count():
+            shutil.rmtree(disk / "run")
+            fill(disk, num_free)
+            ended = trained(home, *arguments)
+            shutil.rmtree(disk / "ballast")
+            if not ended.code:
+                break
+            match = re.fullmatch(r"cannot (write|lock) (disk/run.*): No space left on device", told(ended))
+            assert match, ended.err
+            failed.add(Path(match[2]).name)
+            assert sound_steps(disk / "run") == [1, 2][: len(sound_steps(disk / "run"))]
+            resume = ["--resume"] if (disk / "run").exists() else []
+            if resume and (disk / "run" / "lora.safetensors").exists() and not sound_steps(disk / "run"):
+                assert "nothing there was changed" in told(trained(home, *arguments, *resume))
+                (disk / "run" / "lora.safetensors").unlink()
+            assert trained(home, *arguments, *resume).code == 0
+            assert outcome(disk / "run") == whole
+        files = {"run.toml", "steps.jsonl", "lora.safetensors", "loss.png", "report.html", ".holder.json"}
+        files |= {"step-0000001.safetensors", "step-0000002.safetensors"}
+        assert failed == (files if fill is fill_pages else files | {"run", "checkpoints"}), failed
 
 
 def fill_pages(disk: Path, num_free: int) -> None:
@@ -299,9 +310,17 @@ def test_flipped_bits(home: Path, whole: Outcome, caplog: pytest.LogCaptureFixtu
     for path in folder.iterdir():
         flip_a_bit(path)
     caplog.clear()
-    assert trained(home, *others, "--resume").code == 0
+    left = contents(home / "run")
+    assert told(trained(home, *others, "--resume")) == (
+        "run must hold a sound checkpoint to resume from, but none is: nothing there was changed; begin again with "
+        f"another --output (lora.safetensors can be continued: --existing_lora {Path('run', 'lora.safetensors')})"
+    )
     assert len([message for message in caplog.messages if "is not sound" in message]) == 2
-    assert "run holds no checkpoint to resume from: starting with step 1" in caplog.messages
+    assert contents(home / "run") == left
+    shutil.rmtree(folder)
+    assert "but it holds none: nothing there was changed" in told(trained(home, *others, "--resume"))
+    (home / "run" / "lora.safetensors").unlink()
+    assert trained(home, *others, "--resume").code == 0
     assert outcome(home / "run") == whole and sound_steps(home / "run") == [3, 4]
 
 

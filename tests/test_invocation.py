@@ -38,6 +38,24 @@ def test_a_run_folder_is_continued(run: Path) -> None:
     assert (whole.config.steps, whole.config.model, whole.config.data.folder) == (9, str(BASE), Path("cats"))
 
 
+def test_a_run_is_resumed_in_its_own_folder(run: Path) -> None:
+    assert asked(f"runs/cats --output {run.resolve()}", resume=True).folder == run
+    message = "output must be the run that is resumed, runs/cats, or not be given, got runs/dogs"
+    assert refused("runs/cats --output runs/dogs", resume=True) == message
+    assert refused("runs/cats/run.toml --output runs/dogs", resume=True) == message
+
+
+def test_what_is_no_run_is_not_resumed(run: Path) -> None:
+    Path("begun").mkdir()
+    Path("begun", "run.toml").write_text('model = "demo"\n')
+    for source, found in (
+        ("nowhere", "none that exists"), ("runs", "one without run.toml"),
+        ("begun", "one with run.toml but none of .lock, steps.jsonl, checkpoints"),
+    ):  # fmt: skip
+        message = f"{source} must be a run folder to resume, or pictures with --model, got {found}"
+        assert refused(source, resume=True) == message
+
+
 def test_a_run_folder_is_not_trained_on(run: Path) -> None:
     message = refused("runs/cats --model demo")
     assert message == (

@@ -39,7 +39,12 @@ def invocation(tokens: Sequence[str], *, is_resuming: bool) -> Invocation:
         raise other_files.refusal(source)
     toml = source / "run.toml"
     is_run = toml.is_file() and any((source / name).exists() for name in MARKS)
+    if is_resuming and not is_run and source.suffix.lower() != ".toml" and "model" not in values:
+        found = "none that exists" if not source.exists() else "one without run.toml"
+        found = f"one with run.toml but none of {', '.join(MARKS)}" if toml.is_file() else found
+        raise ValueError(f"{source} must be a run folder to resume, or pictures with --model, got {found}")
     if is_run and is_resuming:
+        _refuse_other_output(values, source)
         return Invocation(_from_file(toml, values), source)
     if is_run:
         raise ValueError(
@@ -48,6 +53,8 @@ def invocation(tokens: Sequence[str], *, is_resuming: bool) -> Invocation:
         )
     if source.suffix.lower() == ".toml":
         is_of_run = is_resuming and source.name == "run.toml" and source.is_file()
+        if is_of_run:
+            _refuse_other_output(values, source.parent)
         return Invocation(_from_file(source, values), source.parent if is_of_run else None)
     return Invocation(configured(with_model(merged({"data": {"folder": str(source)}}, values))))
 
@@ -59,6 +66,13 @@ def _from_file(path: Path, values: Mapping[str, Any]) -> Config:
         return configured(with_model(merged(held, values)))
     except ValueError as error:
         raise ValueError(located(str(error), path, values)) from error
+
+
+def _refuse_other_output(values: Mapping[str, Any], run: Path) -> None:
+    """ValueError where a run that is to be resumed is given the name of another folder."""
+    output = values.get("output")
+    if isinstance(output, str) and Path(output).expanduser().resolve() != run.resolve():
+        raise ValueError(f"output must be the run that is resumed, {run}, or not be given, got {output}")
 
 
 def _free(folder: Path) -> Path:

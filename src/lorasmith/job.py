@@ -26,7 +26,7 @@ from lorasmith.file_layouts import in_layout, metadata_of
 from lorasmith.low_bit import low_bit_copy
 from lorasmith.memory import num_bytes, shared_copy
 from lorasmith.packing import pack
-from lorasmith.plan import Plan, misfit_named, refuse_fewer_steps, shares
+from lorasmith.plan import Plan, misfit_named, refuse_fewer_steps, shares, warn_of_idle_targets
 from lorasmith.progress import SILENT, Progress, megabytes
 from lorasmith.resuming import (
     WITHOUT_EFFECT,
@@ -72,6 +72,7 @@ class Job:
     ) -> "Job":  # fmt: skip
         """What a plan for this denoiser makes."""
         plan = Plan.of(denoiser, config, home=device_of(denoiser), device=device, world=world)
+        warn_of_idle_targets(denoiser, config)
         return cls.planned(plan, denoiser, dataset, metadata)
 
     @classmethod

@@ -27,7 +27,7 @@ from lorasmith.low_bit import refuse_needs_of_whole_weights, refuse_without_kern
 from lorasmith.pace import counted
 from lorasmith.sharding import refuse_useless_sharding
 from lorasmith.state import refuse_misfit
-from lorasmith.targets import TEXT_NETS, Targets
+from lorasmith.targets import TEXT_NETS, Targets, adaptable_layers
 from lorasmith.types import Denoiser
 from lorasmith.world import ALONE, World
 
@@ -152,6 +152,13 @@ def refuse_contradictions(
         refuse_unfit_int8(device)
     if config.sharded:
         refuse_useless_sharding(config, adapters, world)
+
+
+def warn_of_idle_targets(denoiser: Denoiser, config: Config) -> None:
+    """Names patterns that match no layer, where new adapters are made."""
+    idle = config.targets.idle(adaptable_layers(denoiser.nets)) if config.existing_lora is None else []
+    if idle:
+        log.warning("%s matches no layer of the model: is it misspelt?", " and ".join(idle))
 
 
 def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoiser) -> None:

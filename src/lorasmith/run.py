@@ -28,7 +28,7 @@ from lorasmith.header import Header
 from lorasmith.job import Job
 from lorasmith.keeping import Keeper
 from lorasmith.pace import counted
-from lorasmith.plan import Plan
+from lorasmith.plan import Plan, warn_of_idle_targets
 from lorasmith.plots import save_loss_plot
 from lorasmith.progress import SILENT, Progress, tracked
 from lorasmith.report import save_comparison, save_page
@@ -307,8 +307,12 @@ def _planned(request: Request, folder: RunFolder | None) -> tuple[Plan, Checkpoi
         log.warning("text_encoder.train: on, as existing_lora holds layers of text encoders")
         config = config.model_copy(update={"text_encoder": config.text_encoder.model_copy(update={"train": True})})
     checkpoints = None if folder is None else CheckpointFolder.of(folder.checkpoints_path, config)
-    checkpoint = world.from_first(checkpoints.newest() if checkpoints else None)
+    newest = checkpoints.newest() if checkpoints else None
+    if folder is not None and checkpoints is not None and newest is None:
+        folder.refuse_to_lose(checkpoints.steps())
+    checkpoint = world.from_first(newest)
     plan = Plan.of(with_stored_weights(denoiser, path), config, home=CPU, device=request.device, world=world)
+    warn_of_idle_targets(denoiser, config)
     if checkpoint is not None:
         plan.refuse_misfit(checkpoint)
     return plan, checkpoint

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,17 @@ class RunFolder:
             raise
         finally:
             self.lock.release()
+
+    def refuse_to_lose(self, steps: Sequence[int]) -> None:
+        """ValueError where a run that would start anew has left a LoRA or checkpoints, of these steps, here."""
+        has_lora = self.lora_path.exists()
+        if has_lora or steps:
+            found = "none is" if steps else "it holds none"
+            advice = f" (lora.safetensors can be continued: --existing_lora {self.lora_path})" if has_lora else ""
+            raise ValueError(
+                f"{self.path} must hold a sound checkpoint to resume from, but {found}: nothing there was changed; "
+                f"begin again with another --output{advice}"
+            )
 
     def begin(self, toml: str) -> None:
         """Makes and locks the folder where it is not there, and writes run.toml."""

@@ -1,7 +1,7 @@
 """Which layers of a net can carry an adapter, and which of them do."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -57,6 +57,12 @@ class Targets(Component):
     def matches(self, path: str) -> bool:
         wanted = (*PRESETS[self.preset], *self.include)
         return any(re.search(p, path) for p in wanted) and not any(re.search(p, path) for p in self.exclude)
+
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        """The patterns of include and exclude that match none of these paths, each with its setting."""
+        known = list(paths)
+        patterns = [*(("include", p) for p in self.include), *(("exclude", p) for p in self.exclude)]
+        return [f"targets.{key} {p!r}" for key, p in patterns if not any(re.search(p, path) for path in known)]
 
 
 def adaptable_layers(nets: "Mapping[str, nn.Module]") -> "dict[str, nn.Module]":
