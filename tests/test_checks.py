@@ -72,7 +72,7 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
     (nothing, {"model": "x.safetensors"}, r"x\.safetensors must be a safetensors file: file not found"),
     (lora, {"model": "lora.safetensors"}, r"lora\.safetensors must be a model, got a LoRA"),
     (nothing, {"encoders": str(BASE)}, "encoders must be none where model is no single file"),
-    (nothing, {"data": {"held_out": "dogs"}}, "picture folder dogs does not exist"),
+    (nothing, {"data": {"held_out": "dogs"}}, r"data\.held_out: picture folder dogs does not exist"),
     (empty, {"data": {"drift": "empty"}}, r"no pictures .* in or below empty"),
     (nothing, {"data": {"held_out": "cats"}}, rf"data\.held_out {IN_TRAINING}"),
     (linked, {"data": {"drift": "link"}}, rf"data\.drift {IN_TRAINING}"),

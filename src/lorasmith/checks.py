@@ -64,12 +64,20 @@ def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = 
     others = {"validation": ("held_out", config.data.held_out), "drift": ("drift", config.data.drift)}
     for name, (key, own) in others.items():
         if own is not None:
-            measured[name] = examples(own, config.data.caption_lines)
+            measured[name] = _measured(own, config, f"data.{key}")
             refuse_trained(f"data.{key}", measured[name], found)
     views = VIEWS * sum(example.repeats for example in found)
     steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
     own = path if world.is_first else None
     return Request(config.model_copy(update={"steps": steps}), device, world, own, found, measured)
+
+
+def _measured(folder: Path, config: Config, setting: str) -> Sequence[Example]:
+    """ValueError that names the setting where the folder is not fit."""
+    try:
+        return examples(folder, config.data.caption_lines)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
 
 
 def checked_sample(
