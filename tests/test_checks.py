@@ -73,7 +73,7 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
     (lora, {"model": "lora.safetensors"}, r"lora\.safetensors must be a model, got a LoRA"),
     (nothing, {"encoders": str(BASE)}, "encoders must be none where model is no single file"),
     (nothing, {"data": {"held_out": "dogs"}}, r"data\.held_out: picture folder dogs does not exist"),
-    (empty, {"data": {"drift": "empty"}}, r"no pictures .* in or below empty"),
+    (empty, {"data": {"drift": "empty"}}, r"data\.drift: no pictures .* in or below empty"),
     (nothing, {"data": {"held_out": "cats"}}, rf"data\.held_out {IN_TRAINING}"),
     (linked, {"data": {"drift": "link"}}, rf"data\.drift {IN_TRAINING}"),
     (sub_folder, {"data": {"held_out": "cats/more"}}, rf"data\.held_out {IN_TRAINING}"),
