@@ -170,6 +170,25 @@ def test_a_file_of_the_kohya_gui_becomes_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t8.yaml", "model: demo\nsteps: 2\nadapter:\n  rank: 4\n"),
+        ("t8.json", '{"model": "demo", "steps": 2, "adapter": {"rank": 4}}'),
+    ],
+)
+def test_a_file_of_lorasmith_s_own_names_is_nobody_else_s(tmp_path: Path, name: str, text: str) -> None:
+    heading, values, comments = as_toml(written(tmp_path, name, text))
+    assert heading.endswith(f"{name} is none. As t8.toml:") and not comments
+    assert values == {"model": "demo", "steps": 2, "adapter": {"rank": 4}}
+
+
+def test_a_misspelt_table_is_no_other_program_s(tmp_path: Path) -> None:
+    message = r"line 2: there is no setting adaptor\.rank: did you mean adapter\.rank\?$"
+    with pytest.raises(ValueError, match=message):
+        read_toml(written(tmp_path, "a.toml", "[adaptor]\nrank = 4\n"))
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("[1, 2", "cannot read .*"),

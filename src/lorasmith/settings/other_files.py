@@ -69,12 +69,13 @@ def _comments(answers: Mapping[Unknown, Answer]) -> Iterator[str]:
 
 
 def _tool_of(unknown: Sequence[Unknown], known: Mapping[str, Setting]) -> Tool | None:
-    """The program that has most of the names."""
-    parts = {part for one in unknown for part in one.key.split(".")}
+    """The program that has most of the names that are not lorasmith's; None where none has any of them."""
+    strange = [one.key for one in unknown if one.key not in known]
+    parts = {part for key in strange for part in key.split(".")}
     marked = [tool for tool in TOOLS if parts.intersection(tool.sections)]
     if marked:
         return marked[0]
-    entries = [found(one.key, known) for one in unknown]
+    entries = [found(key, known) for key in strange]
     tools = [entry[0] for entry in entries if entry is not None]
     return max(tools, key=tools.count) if tools else None
 

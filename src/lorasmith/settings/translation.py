@@ -51,12 +51,13 @@ class Answer:
 def found(key: str, known: Collection[str], preferred: Tool | None = None) -> tuple[Tool, Name] | None:
     """The entry of a key; of one in a table, the name may be known without the tables around it.
 
-    known: lorasmith's own keys. What is one of them, but for its table, is no other program's.
+    known: lorasmith's own keys. What is one of them, but for its table or the table's spelling, is no other program's.
     """
     plain = key.lower().replace("-", "_")
     parts = plain.split(".")
     tables, fields = ({k.split(".")[place] for k in known if "." in k} for place in (0, -1))
-    is_own = parts[0] in tables and parts[-1] in fields
+    near = difflib.get_close_matches(parts[0], tables, 1, 0.8)  # a table that may be misspelt
+    is_own = (parts[0] in tables and parts[-1] in fields) or bool(near and ".".join((near[0], *parts[1:])) in known)
     shorter = [] if is_own else [".".join(parts[start:]) for start in range(1, len(parts))]
     tools = TOOLS if preferred is None else (preferred, *TOOLS)
     for candidate in (plain, *shorter):
