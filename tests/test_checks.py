@@ -65,7 +65,7 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
         {"existing_lora": "x.safetensors"},
         r"existing_lora: x\.safetensors must be a safetensors file: file not found",
     ),
-    (a_file, {"existing_lora": "file"}, "existing_lora: file must be a safetensors file, but it cannot be read"),
+    (a_file, {"existing_lora": "file"}, "existing_lora: file must be a safetensors file, got text"),
     (a_file, {"output": "file/x"}, "output must be in a folder, got file.x: file is a file"),
     (a_file, {"output": "file"}, "output must be a folder that does not exist yet"),
     (nothing, {"model": "none/such/model"}, r"none.such.model must be a diffusers folder .*, got no such folder"),

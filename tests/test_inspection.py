@@ -105,7 +105,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"broken\.safetensors must be a safetensors file, but it cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.safetensors must be a safetensors file, got text$"):
         inspected(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=r"a\.ckpt must be a safetensors file: a pickle"):
         inspected(tmp_path / "a.ckpt")

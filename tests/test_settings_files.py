@@ -199,5 +199,8 @@ def test_a_misspelt_table_is_no_other_program_s(tmp_path: Path) -> None:
 def test_files_that_hold_no_settings(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)^{reason}$"):
         other_files.refusal(written(tmp_path, "a.yaml", text))
+    (tmp_path / "c.yaml").write_text("steps: 3", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"c\.yaml must be UTF-8 text, got UTF-16$"):
+        other_files.refusal(tmp_path / "c.yaml")
     with pytest.raises(ValueError, match=r"^cannot read .*b\.yaml: No such file or directory$"):
         other_files.refusal(tmp_path / "b.yaml")

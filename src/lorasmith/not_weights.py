@@ -1,5 +1,6 @@
 """What lies in the place of a file: a Git LFS pointer, a web page, a file of another format, half a download."""
 
+import codecs
 import json
 import struct
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ def what_it_is(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(NUM_BYTES)
     another = (what for beginning, what in BEGINNINGS.items() if start.startswith(beginning))
-    return stand_in(path) or next(another, None) or _cut(path, path.stat().st_size)
+    return stand_in(path) or next(another, None) or _of_another_kind(start) or _cut(path, path.stat().st_size)
 
 
 def stand_in(path: Path) -> str | None:
@@ -64,18 +65,33 @@ def other_weights(folder: Path) -> str:
     return "must hold safetensors weights: pickles can run code when they are loaded"
 
 
+def _of_another_kind(start: bytes) -> str | None:
+    """What a file is that does not begin as every safetensors file does: 8 bytes of length, then a brace."""
+    if start[8:9] == b"{":
+        return None
+    if _is_text(start):
+        return "must be a safetensors file, got text"
+    is_short = len(start) < 9
+    return f"must be a safetensors file, but {'is too short' if is_short else 'does not begin as one'}"
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # a letter may be cut in two at the end
+    except UnicodeDecodeError:
+        return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return all(letter.isprintable() or letter.isspace() for letter in text)
+
+
 def _cut(path: Path, size: int) -> str | None:
     """How much is missing of a file that begins as a safetensors file does."""
     with path.open("rb") as file:
-        beginning = file.read(9)
-        if len(beginning) < 9 or beginning[8:] != b"{":
-            return None
-        (length,) = struct.unpack("<Q", beginning[:8])
+        (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER:
             return None
         if 8 + length > size:
             return f"is cut off: it ends inside its header of {length:,} bytes"
-        header = b"{" + file.read(length - 1)
+        header = file.read(length)
     try:
         entries = json.loads(header)
         end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")

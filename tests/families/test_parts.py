@@ -122,7 +122,12 @@ def test_the_command_refuses_an_incomplete_text_encoder(tmp_path: Path) -> None:
         (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which cannot be read"),
         (b"PK\3\4" + bytes(64), "is a zip archive or a pickle of torch.save"),
         (bytes(4096), "begins with zeros: its download was not finished"),
-        (b"Access to model x is restricted.", "must be a safetensors file, but it cannot be read"),
+        (b"Access to model x is restricted.", "must be a safetensors file, got text$"),
+        ("für x".encode("utf-16"), "must be a safetensors file, got text$"),
+        ("ü".encode() * 255 + b"x" + "ü".encode(), "must be a safetensors file, got text$"),
+        (b"x", "must be a safetensors file, got text$"),
+        (b"\1", "must be a safetensors file, but is too short$"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "must be a safetensors file, but does not begin as one$"),
     ],
 )
 def test_what_lies_in_the_place_of_weights_is_named(content: bytes, message: str, tmp_path: Path) -> None:

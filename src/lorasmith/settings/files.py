@@ -1,5 +1,6 @@
 """Files of settings: TOML is read, and what is wrong in it named with its line."""
 
+import codecs
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +18,27 @@ ASSIGNMENT = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's values; ValueError where it is none, or has keys that are no settings: all of them at once."""
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     known = settings()
     _refuse_unknown(path, values, lines_of(text), known)
     _refuse_flags(values, "", known)
     return values
+
+
+def read_text(path: Path) -> str:
+    """A file's text without its byte order mark; ValueError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_bytes().decode().removeprefix("\ufeff")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        got = "UTF-16" if is_utf16 else f"byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise ValueError(f"{path} must be UTF-8 text, got {got}") from None
 
 
 def lines_of(text: str) -> dict[str, int]:
@@ -50,7 +61,7 @@ def _bare(key: str) -> str:
 def located(message: str, path: Path, above: Mapping[str, Any]) -> str:
     """A message that begins with a key, with the file and line that give it; `above`: nested values on top of it."""
     key = message.partition(" ")[0]
-    line = lines_of(path.read_text(encoding="utf-8-sig")).get(key)
+    line = lines_of(read_text(path)).get(key)
     is_above = key in dict(_leaves(above))
     return message if line is None or is_above else f"{path} line {line}: {message}"
 

@@ -9,6 +9,7 @@ import yaml
 from lorasmith.faults import Faults
 from lorasmith.other_tools import TOOLS
 from lorasmith.other_tools.name import Tool
+from lorasmith.settings.files import read_text
 from lorasmith.settings.schema import Setting, settings
 from lorasmith.settings.translation import Answer, found, in_toml, listed, ours_of, split, typed
 from lorasmith.settings.unknown import Unknown, answered
@@ -82,12 +83,10 @@ def _tool_of(unknown: Sequence[Unknown], known: Mapping[str, Setting]) -> Tool |
 
 def entries(path: Path) -> Iterator[tuple[str, str, int]]:
     """(dotted key, value as text, line) of each setting of a YAML or JSON file; ValueError where it is neither."""
+    text = read_text(path).expandtabs(1)
     try:
-        text = path.read_text(encoding="utf-8-sig").expandtabs(1)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must be a file of settings, and has none")
