@@ -137,7 +137,8 @@ def test_json(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "") and found == {
         "kind": "LoRA", "family": "Stable Diffusion with a text width of 24", "algorithms": {"LoRA": 2}, "layers": 2,
         "ranks": {"4": 2}, "alphas": {"2": 2}, "parameters": num_parameters,
-        "dtypes": {"float32": 4}, "steps": 7, "other_parts": {}, "not_read": {}, "tensors_not_finite": 0,
+        "dtypes": {"float32": 4}, "steps": 7, "other_parts": {}, "not_read": {}, "not_measured": {},
+        "tensors_not_finite": 0,
         "metadata": metadata, "plot": "norms.png",
     }  # fmt: skip
     assert [block["ranks"] for block in blocks] == [[4], [4]]
@@ -155,6 +156,27 @@ def test_norms_that_are_no_numbers_are_null(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     (block,) = json.loads(lorasmith(tmp_path, "inspect", "a.safetensors", "--json").out)["blocks"]
     assert block["norm_greatest"] is None and block["norm_root_mean_square"] is None
+
+
+def test_why_a_layer_has_no_norm_is_said(tmp_path: Path) -> None:
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
+    state = {
+        "lora_unet_a.lora_down.weight": down,
+        "lora_unet_b.lora_down.weight": down,
+        "lora_unet_c.hada_w1_a": up,
+        "lora_unet_d.lora_down.weight": down,
+        "lora_unet_d.lora_up.weight": torch.ones(4, 3),
+        "lora_unet_e.lora_down.weight": down,
+        "lora_unet_e.lora_up.weight": up,
+    }
+    save_file({key: tensor.clone() for key, tensor in state.items()}, tmp_path / "half.safetensors")
+    assert inspected(tmp_path / "half.safetensors").facts["not_measured"] == {
+        "LoRA without lora_up.weight": 2,
+        "LoHa without hada_w1_b": 1,
+        "LoRA of shapes that do not fit together": 1,
+    }
+    shown = lorasmith(tmp_path, "inspect", "half.safetensors").out
+    assert "\nnot measured\tLoRA without lora_up.weight (2), " in shown
 
 
 def test_the_picture_has_a_bar_for_each_layer(tmp_path: Path) -> None:

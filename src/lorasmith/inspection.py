@@ -149,6 +149,11 @@ def _lora(path: Path, progress: Progress) -> Inspection:
         not _is_finite(tensor) for parts in layers.values() for part, tensor in parts.items()
         if part != "alpha" or _is_scaled(parts)
     )  # fmt: skip
+    measured = {
+        layer: _measured(parts)
+        for layer, parts in tracked(layers.items(), "measuring layers", progress, len(layers))
+        if kind_of(parts)
+    }
     alphas = (_number(parts["alpha"]) for parts in layers.values() if "alpha" in parts and _is_scaled(parts))
     facts: Row = {
         "kind": "LoRA",
@@ -162,9 +167,11 @@ def _lora(path: Path, progress: Progress) -> Inspection:
         "steps": next((n for key in lorafile.STEPS_KEYS if (n := lorafile.stated_number(metadata, key))), None),
         "other_parts": Counter(part for parts in layers.values() for part in parts.keys() - KNOWN),
         "not_read": Counter(what for parts in layers.values() for what in unread(parts, KNOWN | OFFSETS.keys())),
+        "not_measured": Counter(reason for _, reason in measured.values() if reason),
         "tensors_not_finite": num_bad,
     }
-    return Inspection(facts, "blocks", _blocks(layers, progress), metadata)
+    norms = {layer: norm for layer, (norm, _) in measured.items()}
+    return Inspection(facts, "blocks", _blocks(layers, norms), metadata)
 
 
 def layer_norms(path: Path) -> list[LayerNorm]:
@@ -172,7 +179,7 @@ def layer_norms(path: Path) -> list[LayerNorm]:
     if path.is_dir() or not is_lora(Header.of(path).shapes):
         raise ValueError(f"{path} must be a LoRA file to have norms, which it is not")
     layers = by_layer(lorafile.read(path)[0])
-    norms = [LayerNorm(_block(layer), layer, _norm(parts)) for layer, parts in layers.items() if kind_of(parts)]
+    norms = [LayerNorm(_block(layer), layer, _measured(parts)[0]) for layer, parts in layers.items() if kind_of(parts)]
     if not norms:
         raise ValueError(f"{path} must hold an adapter to have norms, which it does not")
     return sorted(norms, key=lambda one: (_place(one.block), one.layer))
@@ -201,18 +208,15 @@ def _rank(parts: Mapping[str, Tensor]) -> int | str | None:
     return None if factor is None or not factor.ndim else len(factor)
 
 
-def _blocks(layers: Layers, progress: Progress) -> list[Row]:
+def _blocks(layers: Layers, norms: Mapping[str, float]) -> list[Row]:
     """A row each block: layers, ranks, and the norms of what they add, None where these are not finite."""
-    blocks: dict[str, list[Mapping[str, Tensor]]] = {}
-    norms: dict[str, list[float]] = {}
-    for layer, parts in tracked(layers.items(), "measuring layers", progress, len(layers)):
-        if kind_of(parts):
-            blocks.setdefault(_block(layer), []).append(parts)
-            norms.setdefault(_block(layer), []).append(_norm(parts))
+    blocks: dict[str, list[str]] = {}
+    for layer in norms:
+        blocks.setdefault(_block(layer), []).append(layer)
     rows: list[Row] = []
     for block in sorted(blocks, key=_place):
-        members = blocks[block]
-        found = torch.tensor(norms[block])
+        members = [layers[layer] for layer in blocks[block]]
+        found = torch.tensor([norms[layer] for layer in blocks[block]])
         mean, most = float(found.square().mean().sqrt()), float(found.max())
         rows.append(
             {
@@ -239,18 +243,22 @@ def _block(layer: str) -> str:
     return re.sub(r"_(\d+)$", r" \1", found[0]) if found else layer
 
 
-def _norm(parts: Mapping[str, Tensor]) -> float:
+def _measured(parts: Mapping[str, Tensor]) -> tuple[float, str]:
     """The Frobenius norm of an adapter's delta; of OFT, of R - I; of DoRA, of s B A.
 
-    NaN where parts are missing or do not match.
+    NaN and the reason where parts are missing or do not match.
     """
     parts = {part: tensor.float() for part, tensor in parts.items()}
     kind = kind_of(parts)
     assert kind is not None
     try:
-        return NORMS[kind.algorithm](parts)
-    except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError):
-        return math.nan
+        return NORMS[kind.algorithm](parts), ""
+    except KeyError as error:
+        return math.nan, f"{kind.algorithm} without {error.args[0]}"
+    except ValueError as error:
+        return math.nan, str(error)
+    except (IndexError, RuntimeError, ZeroDivisionError):
+        return math.nan, f"{kind.algorithm} of shapes that do not fit together"
 
 
 def _scale(parts: Mapping[str, Tensor], rank: int) -> float:

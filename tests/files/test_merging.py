@@ -177,6 +177,11 @@ REFUSED = [
         lora("lora_unet_middle_block_1"),
         "must name layers alike to be added up, but do not, and look like LoRAs for a UNet .* fit no published model",
     ),
+    (
+        lora(),
+        {f"{NAME}.lora_down.weight": torch.ones(1, 4)},
+        rf"^{NAME}: [^:]*b.safetensors: lora_up.weight is missing beside lora_down.weight$",
+    ),
     (lora(), lora(foo=torch.ones(1)), "foo is not read"),
     (lora(), lora(alpha=torch.tensor(torch.inf)), "alpha must be one finite number"),
 ]

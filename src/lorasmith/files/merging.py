@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lorasmith.adapters.layer import Layer, size_of
 from lorasmith.experts import EXPERT
 from lorasmith.families.published import may_be_one
 from lorasmith.files.alike import canonical, named_alike
-from lorasmith.files.factors import LoRAFile, layer_of
+from lorasmith.files.factors import LoRAFile, layer_of, read_factors
 from lorasmith.files.outputs import derived, network_dim, refuse_output
 from lorasmith.files.truncation import Cut, Decomposition, Losses, squared_error
 from lorasmith.files.weighted import refuse_too_few, weighted
@@ -58,6 +59,23 @@ class _Share:
     @property
     def parts(self) -> Mapping[str, Tensor]:
         return self.source.lora.layers[self.layer]
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """As `read_factors` has them; ValueError that names the file."""
+        with self._named():
+            return read_factors(self.parts)
+
+    def delta(self, kernel: tuple[int, ...] | None) -> Tensor:
+        """What it adds to the weight [n_out, n_in, k…]; ValueError that names the file."""
+        with self._named():
+            return _own_delta(self, kernel)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.source.lora.path}: {error}") from error
 
 
 def merge(
@@ -234,7 +252,7 @@ def _shaped(up: Tensor, down: Tensor, shape: Sequence[int]) -> tuple[Tensor, Ten
 
 def _side_by_side(shares: Sequence[_Share]) -> tuple[Tensor, Tensor]:
     """[w1 s1 up1 | w2 s2 up2 …], [down1; down2; …], float32: their product is the weighted sum."""
-    found = [(share, *share.source.lora.factors(share.layer)) for share in shares]
+    found = [(share, *share.factors()) for share in shares]
     _refuse_other_shapes([(share, (len(up), *down.shape[1:])) for share, up, down, _ in found])
     up = torch.cat([share.source.weight * scale * up.float() for share, up, _, scale in found], dim=1)
     return up, torch.cat([down.float() for _, _, down, _ in found])
@@ -254,7 +272,7 @@ def _delta(shares: Sequence[_Share]) -> Tensor:
     """The weighted sum of what all add to the weight [n_out, n_in, k…], float32."""
     kernels = {tuple(share.parts[DOWN].shape[2:]) for share in shares if share.algorithm == "LoRA"}
     kernel = kernels.pop() if len(kernels) == 1 else None
-    found = [(share, _own_delta(share, kernel)) for share in shares]
+    found = [(share, share.delta(kernel)) for share in shares]
     _refuse_other_shapes([(share, tuple(delta.shape)) for share, delta in found])
     return sum((share.source.weight * delta for share, delta in found[1:]), found[0][0].source.weight * found[0][1])
 
@@ -270,14 +288,13 @@ def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
     """The layer that the parts are for; ValueError for a LoHa or LoKr that does not say whether it has a kernel."""
     parts = share.parts
     if share.algorithm == "LoRA":
-        up, down, _ = share.source.lora.factors(share.layer)
+        up, down, _ = read_factors(parts)
         return layer_of(len(up), down.shape[1], tuple(down.shape[2:]))
     if "lokr_w2" in parts:
         kernel = tuple(parts["lokr_w2"].shape[2:])
     if kernel is None and CONVOLUTION.search(normal(share.layer)):
         raise ValueError(
-            f"{share.source.lora.path} does not say the kernel of this layer's {share.algorithm}: "
-            "merge it into the model, with --model"
+            f"the file does not say the kernel of this layer's {share.algorithm}: merge it into the model, with --model"
         )
     kernel = kernel or ()
     if "lokr_w2" in parts:
