@@ -5,7 +5,6 @@ import math
 import re
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lorasmith.config import Config
-from lorasmith.settings import configured, merged, parsed, read_toml, settings, toml_of
+from lorasmith.settings import configured, merged, parsed, settings, toml_of
 
 KNOWN = settings()
 PARTS = [key for key in KNOWN if any(other.startswith(f"{key}.") for other in KNOWN)]  # chosen by name
@@ -333,30 +332,6 @@ def test_the_toml_tells_every_default() -> None:
         if setting.default != "none" and part not in PARTS:
             table = values[part] if part else values
             assert field in table
-
-
-def test_toml_is_read_with_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text("\ufeffsteps = 3\r\n[sampling]\r\nprompts = ['grün']\r\n", encoding="utf-8")
-    assert read_toml(path) == {"steps": 3, "sampling": {"prompts": ["grün"]}}
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "cannot read FILE: No such file or directory"),
-        (b"steps = ", "cannot read FILE: Invalid value .*"),
-        (b"gr\xfcn", "FILE must be UTF-8 text, got byte 0xfc at offset 2"),
-        ("steps = 3".encode("utf-16"), "FILE must be UTF-8 text, got UTF-16"),
-        (b"a = " + b"[" * 10_000, "cannot read FILE: .*"),
-    ],
-)
-def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    path = tmp_path / "a.toml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{reason.replace('FILE', re.escape(str(path)))}$"):
-        read_toml(path)
 
 
 leaves = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)

@@ -76,6 +76,30 @@ def written(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def test_toml_is_read_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("\ufeffsteps = 3\r\n[sampling]\r\nprompts = ['grün']\r\n", encoding="utf-8")
+    assert read_toml(path) == {"steps": 3, "sampling": {"prompts": ["grün"]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot read FILE: No such file or directory"),
+        (b"steps = ", "cannot read FILE: Invalid value .*"),
+        (b"gr\xfcn", "FILE must be UTF-8 text, got byte 0xfc at offset 2"),
+        ("steps = 3".encode("utf-16"), "FILE must be UTF-8 text, got UTF-16"),
+        (b"a = " + b"[" * 10_000, "cannot read FILE: .*"),
+    ],
+)
+def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "a.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{reason.replace('FILE', re.escape(str(path)))}$"):
+        read_toml(path)
+
+
 def test_all_unknown_keys_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(Faults) as refusal:
         read_toml(written(tmp_path, "kohya.toml", KOHYA))
