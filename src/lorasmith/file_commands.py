@@ -84,7 +84,7 @@ def merge(
             from lorasmith.files.truncation import Cut
 
             if rank is not None:
-                Cut(rank=rank)  # ValueError
+                Cut(rank=rank)  # refuses what is no rank
             _load_model_classes(display)
             from lorasmith.files.merging import Source, merge
 

@@ -8,7 +8,7 @@ from pathlib import Path
 def weighted(text: str) -> tuple[Path, float]:
     """`FILE` or `FILE:WEIGHT`; ValueError where the weight is not a finite number other than 0."""
     name, colon, tail = text.rpartition(":")
-    is_path = any(sign in tail for sign in "/\\") or tail.lower().endswith(".safetensors")  # C:\\x: a drive
+    is_path = any(sign in tail for sign in "/\\") or tail.lower().endswith(".safetensors")  # C:\x: a drive
     if not colon or not name or is_path or Path(text).exists():
         return Path(text), 1.0
     try:
