@@ -332,7 +332,7 @@ def told_by_two(folder: Path) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=110)[0] for process in processes]
+        printed = [process.communicate(timeout=500)[0] for process in processes]
         assert not any(process.returncode for process in processes), "\n".join(printed)
         return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     finally:
