@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.checkpoints import Checkpoint, CheckpointFolder, read
-from lorasmith.config import Checkpoints
+from lorasmith.config.schema import Checkpoints
+from lorasmith.training.checkpoints import Checkpoint, CheckpointFolder, read
 
 LAYERS = 100
 

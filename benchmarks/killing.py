@@ -13,9 +13,9 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
-from lorasmith.cli import INTERRUPTED, main
+from lorasmith.cli.main import INTERRUPTED, main
 
-PRELOADED = ["lorasmith.cli", "lorasmith.console", "lorasmith.run", "lorasmith.settings"]
+PRELOADED = ["lorasmith.cli.main", "lorasmith.cli.terminal", "lorasmith.runs.run", "lorasmith.config"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 KILL = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL  # there it ends a process as SIGKILL does
 READY, CODE = ".ready", ".code"

@@ -22,17 +22,17 @@ from step_time_model import NUM_TOKENS, SIZES, net_of
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from lorasmith.checks import checked
-from lorasmith.console import opened_display
-from lorasmith.data.cache import Dataset
+from lorasmith.cli.terminal import opened_display
+from lorasmith.config.values import configured, merged
+from lorasmith.data.dataset import Dataset
 from lorasmith.demo import demo_settings
-from lorasmith.display import follow
-from lorasmith.families.sd import StableDiffusionDenoiser
-from lorasmith.job import Job
-from lorasmith.noise import Diffusion
-from lorasmith.pace import Pace, Training
-from lorasmith.run import opened_run
-from lorasmith.settings import configured, merged
+from lorasmith.diffusion.process import Diffusion
+from lorasmith.models.families.sd import StableDiffusionDenoiser
+from lorasmith.reporting.display import follow
+from lorasmith.reporting.pace import Pace, Training
+from lorasmith.runs.checks import checked
+from lorasmith.runs.run import opened_run
+from lorasmith.training.job import Job
 from lorasmith.types import Cached, Step
 
 COMMAND = (sys.executable, "-m", "lorasmith")

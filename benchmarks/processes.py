@@ -25,18 +25,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasmith.attach import AdapterSet, attached
-from lorasmith.config import Config
-from lorasmith.data.cache import Dataset
+from lorasmith.adapters.adapter_set import AdapterSet
+from lorasmith.adapters.hooks import attached
+from lorasmith.adapters.targets import Targets, adaptable_layers
+from lorasmith.config.schema import Config
+from lorasmith.data.dataset import Dataset
 from lorasmith.demo import BASE
-from lorasmith.families import opened
-from lorasmith.memory import shared_copy
-from lorasmith.state import State
-from lorasmith.targets import Targets, adaptable_layers
-from lorasmith.torchrun import is_under_torchrun
-from lorasmith.training import train
+from lorasmith.distributed.process_group import World, joined
+from lorasmith.distributed.torchrun import is_under_torchrun
+from lorasmith.models.load import opened
+from lorasmith.prepare.share import shared_copy
+from lorasmith.training.loop import train
+from lorasmith.training.state import State
 from lorasmith.types import Cached
-from lorasmith.world import World, joined
 
 CPU = torch.device("cpu")
 GROUP = 4

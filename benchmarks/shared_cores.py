@@ -27,12 +27,12 @@ import torch
 from step_time_model import SIZES, made
 from step_time_work import Work, machine
 
-from lorasmith.data.cache import Dataset
+from lorasmith.config.values import configured
+from lorasmith.data.dataset import Dataset
 from lorasmith.demo import BASE
-from lorasmith.families import opened
-from lorasmith.job import Job
-from lorasmith.openmp import FIXED_BY, cores_shared
-from lorasmith.settings import configured
+from lorasmith.models.load import opened
+from lorasmith.ops.cpu.openmp import FIXED_BY, cores_shared
+from lorasmith.training.job import Job
 from lorasmith.types import Cached
 
 WAYS = ("lorasmith", "spinning", "asleep")

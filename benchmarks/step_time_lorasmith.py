@@ -7,11 +7,13 @@ from safetensors.torch import load_file
 from step_time_work import ATTENTION, LEARNING_RATE, LeftOut, Work, answer, main_of
 from torch import Tensor
 
-from lorasmith.attach import attached
-from lorasmith.data.cache import Dataset
-from lorasmith.families import Family, opened
-from lorasmith.job import Job
-from lorasmith.settings import configured, merged, parsed, settings
+from lorasmith.adapters.hooks import attached
+from lorasmith.config.arguments import parsed
+from lorasmith.config.settings import settings
+from lorasmith.config.values import configured, merged
+from lorasmith.data.dataset import Dataset
+from lorasmith.models.load import Family, opened
+from lorasmith.training.job import Job
 from lorasmith.types import Cached
 
 

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasmith.devices import DTYPES
-from lorasmith.families.ldm_sizes import BETAS, UNET
-from lorasmith.ldm_names import ldm_names
+from lorasmith.formats.unet_names import ldm_names
+from lorasmith.models.checkpoints.ldm_configs import BETAS, UNET
 
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768},  # diffusers' defaults are Stable Diffusion 1.5's otherwise

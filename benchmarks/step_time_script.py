@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from step_time_work import ATTENTION, LEARNING_RATE, Contender, LeftOut, Work, answer, main_of
 from torch import Tensor, nn
 
+from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.devices import DTYPES
-from lorasmith.families import Family, opened
-from lorasmith.families.ldm_sizes import BETAS
-from lorasmith.targets import adaptable_layers
+from lorasmith.models.checkpoints.ldm_configs import BETAS
+from lorasmith.models.load import Family, opened
 
 LYCORIS_NAMES = {"LoRA": "lora", "DoRA": "lora", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
 

@@ -13,8 +13,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from lorasmith.data.cache import checked
-from lorasmith.inputs import paired
+from lorasmith.data.encode import checked
+from lorasmith.training.in_memory import paired
 from lorasmith.types import Cached
 
 Pair = Sequence[Any]

@@ -7,7 +7,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from lorasmith.data.cache import pixels
+from lorasmith.data.encode import pixels
 from lorasmith.data.folder import examples
 from lorasmith.data.listing import Listing, listed
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorasmith.whole import make_folder, write_whole
+from lorasmith.storage.atomic import make_folder, write_whole
 
 KEY = "lorasmith.dataset"
 TENSOR = "tensor"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorasmith.devices import in_double
-from lorasmith.memory import INNERMOST, blocks
+from lorasmith.prepare.activation_checkpointing import INNERMOST, blocks
 from lorasmith.types import Cond
 
 NET = "diffusion_model"

@@ -8,7 +8,7 @@ import comfy.utils
 from torch import Tensor
 
 from lorasmith.adapters.dora import SCALE, VECTOR
-from lorasmith.layouts import DOWN, UP, by_layer
+from lorasmith.formats.keys import DOWN, UP, by_layer
 
 LAYOUTS = ("ComfyUI", "kohya", "diffusers")
 PREFIX = "diffusion_model."

@@ -7,8 +7,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from lorasmith import lorafile
-from lorasmith.contract import NO_LORA
+from lorasmith.api import NO_LORA
+from lorasmith.formats import lora_file
 
 from .applying import keys_left, with_lora
 from .layouts import LAYOUTS, in_layout
@@ -109,7 +109,7 @@ class LorasmithSaveLora(io.ComfyNode):
             log.warning("this file is for %s: ComfyUI does not read %d of its %d keys", layout, len(left), len(state))
         path = output_path(prefix, ("" if steps is None else f"_{steps}_steps") + "_{counter:05}_.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lorafile.write(path, state, metadata)
+        lora_file.write(path, state, metadata)
         shown = path.relative_to(folder_paths.get_output_directory()).as_posix()
         return io.NodeOutput(shown, ui=ui.PreviewText(shown))
 

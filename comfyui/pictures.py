@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.plots import losses_figure
+from lorasmith.reporting.loss_plot import losses_figure
 
 
 def loss_picture(losses: Sequence[float]) -> Image.Image:

@@ -20,16 +20,16 @@ from comfy_api.latest import ComfyAPISync
 from torch import Tensor
 
 from lorasmith.adapters.dora import SCALE
-from lorasmith.checkpoints import CheckpointFolder
-from lorasmith.config import Config
-from lorasmith.data.cache import Dataset
-from lorasmith.dora_scales import COMFYUI, PAPER, for_comfyui
-from lorasmith.faults import is_out_of_memory
-from lorasmith.job import Job
-from lorasmith.keeping import Keeper, kept
-from lorasmith.lock import FolderLock
-from lorasmith.resuming import WITHOUT_EFFECT
-from lorasmith.training import NonFiniteError
+from lorasmith.config.schema import Config
+from lorasmith.data.dataset import Dataset
+from lorasmith.errors import is_out_of_memory
+from lorasmith.formats.dora_magnitude import COMFYUI, PAPER, for_comfyui
+from lorasmith.storage.folder_lock import FolderLock
+from lorasmith.training.checkpoints import CheckpointFolder
+from lorasmith.training.fingerprint import WITHOUT_EFFECT
+from lorasmith.training.job import Job
+from lorasmith.training.loop import NonFiniteError
+from lorasmith.training.recovery import Keeper, kept
 
 from .conditioning import is_pair, prepared
 from .denoiser import ComfyDenoiser

@@ -8,9 +8,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from lorasmith.config import Config
-from lorasmith.contract import NAMES, NO_LORA, config_of, train_lora
-from lorasmith.settings import Setting, nested, settings
+from lorasmith.api import NAMES, NO_LORA, config_of, train_lora
+from lorasmith.config.schema import Config
+from lorasmith.config.settings import Setting, settings
+from lorasmith.config.values import nested
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_lora).parameters.items()}
 CONTRACT = (
@@ -77,7 +78,7 @@ def config_of_node(values: Mapping[str, Any], lora_path: Path | None) -> Config:
 
 
 def _config_inputs(values: Mapping[str, Any], lora_path: Path | None) -> dict[str, Any]:
-    """As `lorasmith.contract.config_of` takes them; of further ones, those that are changed."""
+    """As `lorasmith.api.config_of` takes them; of further ones, those that are changed."""
     inputs = {name: values[name] for name in CONTRACT} | {"existing_lora": lora_path}
     changed = {}
     for name, setting in _further().items():

@@ -7,7 +7,7 @@
     <!-- run --> and a block of Python                   an example that runs
     <!-- output --> and a block of text                  what the example before it prints
 
-tests/test_docs.py fails where a page differs from what would be written.
+tests/project/test_docs.py fails where a page differs from what would be written.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lorasmith.contract import NAMES, train_lora
-from lorasmith.other_tools import TOOLS
-from lorasmith.other_tools.name import Name
-from lorasmith.settings import Setting, configured, merged, parsed, settings
-from lorasmith.settings.schema import leaf
+from lorasmith.api import NAMES, train_lora
+from lorasmith.config.arguments import parsed
+from lorasmith.config.other_trainers import TOOLS
+from lorasmith.config.other_trainers.name import Name
+from lorasmith.config.settings import Setting, leaf, settings
+from lorasmith.config.values import configured, merged
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -146,8 +147,8 @@ def _input(name: str) -> str:
 
 
 def _files() -> str:
-    """Of tests/file_table.py."""
-    return runpy.run_path(str(DOCS.parent / "tests" / "file_table.py"))["table"]()
+    """Of tests/helpers/file_table.py."""
+    return runpy.run_path(str(DOCS.parent / "tests" / "helpers" / "file_table.py"))["table"]()
 
 
 def _from(program: str) -> str:
@@ -195,11 +196,11 @@ class Refusals:
     def __init__(self) -> None:
         import torch
 
-        from lorasmith.config import Checkpoints, NonFinite
+        from lorasmith.adapters.targets import Targets
+        from lorasmith.config.schema import Checkpoints, NonFinite
         from lorasmith.demo import BASE
-        from lorasmith.families import opened
-        from lorasmith.targets import Targets
-        from lorasmith.world import World
+        from lorasmith.distributed.process_group import World
+        from lorasmith.models.load import opened
 
         parts = {part.__name__: part for part in (Targets, Checkpoints, NonFinite, World)}
         self.names = {"torch": torch, "BASE": BASE, **parts}

@@ -6,19 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import signal
 import sys
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, WanTransformer3DModel
+from flow_denoiser import FlowDenoiser
 from torch import Tensor, nn
 
 from lorasmith.demo import BASE
-from lorasmith.families import opened
-from lorasmith.families.sd import StableDiffusion, StableDiffusionCodec
-from lorasmith.noise import Flow
-from lorasmith.types import Cond
+from lorasmith.diffusion.process import Flow
+from lorasmith.models.families.sd import StableDiffusion, StableDiffusionCodec
+from lorasmith.models.load import opened
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
 if sys.platform != "win32":
@@ -46,29 +44,6 @@ def latents() -> Tensor:
 def texts() -> Tensor:
     """Their conditioning [4,32,192]."""
     return torch.randn(4, 32, 192, generator=torch.Generator().manual_seed(1))
-
-
-KEYWORDS = {"text": "encoder_hidden_states", "pooled": "pooled_projections"}
-
-
-@dataclass(frozen=True)
-class FlowDenoiser:
-    """Other kinds of models behind the same seam: flow-matching transformers of diffusers, of pictures or video."""
-
-    transformer: SD3Transformer2DModel | WanTransformer3DModel
-    process: Flow
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype = self.transformer.dtype
-        inputs: Any = {KEYWORDS[name]: value.to(dtype) for name, value in cond.items()}
-        return self.transformer(hidden_states=x_t.to(dtype), timestep=t * 1000, **inputs).sample.float()
-
-    def file_key(self, path: str) -> str:
-        return f"lora_{path}".replace(".", "_")
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import sys
 
-from lorasmith.installed import refuse_old
-from lorasmith.signals import INTERRUPTED, interruptions
-from lorasmith.torchrun import is_first_here
+from lorasmith.distributed.torchrun import is_first_here
+from lorasmith.errors import refuse_old
+from lorasmith.reporting.signals import INTERRUPTED, interruptions
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     try:
         with interruptions() as interruption:
             refuse_old()
-            from lorasmith.cli import main as run_command
+            from lorasmith.cli.main import main as run_command
 
             interruption.raise_if_it_has_come()  # and was swallowed by an import
             run_command()

@@ -6,8 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lorasmith.dtypes import DtypeName, TrainingDtypeName
-from lorasmith.types import Denoiser
+from lorasmith.types import Denoiser, DtypeName, TrainingDtypeName
 
 log = logging.getLogger(__name__)
 

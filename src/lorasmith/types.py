@@ -4,14 +4,22 @@ B batch, C channels, h w latent height and width (video adds a frame axis before
 L tokens, D width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # torch takes seconds, and settings are read without it
+    from torch import Tensor, nn
 
-Cond = dict[str, Tensor]
+DtypeName = Literal["bf16", "fp32"]
+TrainingDtypeName = Literal["bf16", "fp32", "none"]
+BaseDtypeName = Literal["none", "int8", "fp8", "nf4"]
+LayoutName = Literal["kohya", "diffusers", "comfyui", "lycoris"]
+
+Cond: TypeAlias = "dict[str, Tensor]"
 """Conditioning by name: "text" is the token sequence [L,D] ([B,L,D] in a batch), "pooled" a vector [D] ([B,D]).
 
 Where there is a "mask" [L], 1 for a token that is read and 0 for padding, texts of several lengths go into one batch.
@@ -48,7 +56,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def part(self, start: int, stop: int) -> "Batch":
+    def part(self, start: int, stop: int) -> Batch:
         """The samples start to stop - 1."""
         cond = {name: value[start:stop] for name, value in self.cond.items()}
         return Batch(self.x0[start:stop], cond, self.numbers[start:stop], self.names[start:stop])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Adapter, Layer
-from lorasmith.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.base import Adapter, Layer
 
 N_IN, N_OUT = 24, 30
 

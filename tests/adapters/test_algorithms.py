@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.registry import adapter_from_file
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.base import row_products, row_squares
+from lorasmith.adapters.algorithms import DoRA, LoRA
+from lorasmith.adapters.base import Layer
 from lorasmith.adapters.dora import DoRAAdapter
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import DoRA, LoRA
-from lorasmith.kernels.decomposed import decomposed, row_norms
+from lorasmith.adapters.frozen_weight import row_products, row_squares
+from lorasmith.adapters.registry import adapter_from_file
+from lorasmith.ops.dora import decomposed, row_norms
 
 ALPHA, RANK = 2.0, 4
 

@@ -7,8 +7,8 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.registry import adapter_from_file
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorasmith.adapters import ADAPTERS, adapter_from_file
-from lorasmith.adapters.layer import Adapter, Layer
+from lorasmith.adapters.base import Adapter, Layer
+from lorasmith.adapters.registry import ADAPTERS, adapter_from_file
 
 BASES = nn.Linear(24, 30), nn.Conv2d(24, 30, 3)
 LINEAR, CONV = (Layer.of("layer", base) for base in BASES)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import LoHa
-from lorasmith.kernels.dense import DenseConv, DenseLinear
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.adapters.algorithms import LoHa
+from lorasmith.adapters.base import Layer
+from lorasmith.ops.dense import DenseConv, DenseLinear
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
 WAYS = [
     (nn.Linear(24, 30), 3, LowRankLinear),

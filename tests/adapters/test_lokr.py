@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.algorithms import LoKr
+from lorasmith.adapters.base import Layer
 from lorasmith.adapters.lokr import LoKrAdapter, factorized
-from lorasmith.algorithms import LoKr
-from lorasmith.kernels.dense import DenseConv
-from lorasmith.kernels.kronecker import Kronecker
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.adapters.registry import adapter_from_file
+from lorasmith.ops.dense import DenseConv
+from lorasmith.ops.kronecker import Kronecker
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
 
 def shapes(adapter: Any) -> dict[str, tuple[int, ...]]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import LoRA
-from lorasmith.kernels.dense import DenseConv, DenseLinear
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
+from lorasmith.adapters.algorithms import LoRA
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.registry import adapter_from_file
+from lorasmith.ops.dense import DenseConv, DenseLinear
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
 ALPHA, RANK = 2.0, 4
 

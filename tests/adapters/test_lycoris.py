@@ -12,9 +12,9 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.registry import adapter_from_file
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 

@@ -7,9 +7,9 @@ import torch
 from lycoris.functional.diag_oft import get_r
 from torch import Tensor, nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
-from lorasmith.algorithms import OFT
+from lorasmith.adapters.algorithms import OFT
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.registry import adapter_from_file
 
 N_OUT, SIZE = 30, 5
 

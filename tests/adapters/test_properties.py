@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from lycoris.functional import factorization
 from torch import nn
 
-from lorasmith.adapters import adapter_from_file
-from lorasmith.adapters.layer import Layer
+from lorasmith.adapters.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.base import Layer
 from lorasmith.adapters.lokr import factorized
-from lorasmith.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.registry import adapter_from_file
 
 ALGORITHMS = st.one_of(
     st.builds(LoRA, rank=st.integers(1, 16)),

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lorasmith.data.buckets import Order, bucket_size, classes_by_shape, fitted
+from lorasmith.data.buckets import bucket_size, fitted
+from lorasmith.data.order import Order, classes_by_shape
 
 
 @pytest.mark.parametrize(

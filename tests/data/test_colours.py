@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lorasmith.data.pictures import picture
+from lorasmith.data.images import picture
 
 Array = np.ndarray
 D50 = (0.9642, 1.0, 0.8249)

@@ -1,84 +1,161 @@
-"""What an adapter may ask of the weight of the layer it hangs on: lengths of its rows, and their products with others.
+"""What adapters know of the layers they hang on: sizes; of a weight, what `frozen_weight.py` says."""
 
-The one place that reads a frozen weight. A layer that keeps its own packed or quantised answers here in its own way.
-r rows, g the layer's groups, k… its kernel.
-"""
-
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.kernels.decomposed import SMALLEST
-from lorasmith.kernels.packed import Packed
+from lorasmith.ops.conv import ConvShape
 
-PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that products take as they are."""
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Absent(nn.Parameter):
-    """A weight of which the shape alone is here, on the meta device; `loaded` reads the numbers where they are."""
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer (conv None) or a convolution of any number of axes."""
 
-    read: Callable[[], Tensor]
+    n_in: int
+    n_out: int
+    kernel: tuple[int, ...] = ()
+    conv: ConvShape | None = None
 
+    @property
+    def groups(self) -> int:
+        return 1 if self.conv is None else self.conv.groups
 
-class NoWeights(Exception):
-    """The numbers of a weight are needed, and they are nowhere."""
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(n_out, n_in / groups, *kernel)."""
+        return (self.n_out, self.n_in // self.groups, *self.kernel)
 
+    @property
+    def fan_in(self) -> int:
+        """How many numbers each output is a sum over."""
+        return math.prod(self.weight_shape[1:])
 
-class Weighted(nn.Module):
-    """A weight in the place of its layer, for what asks a layer for its weight alone."""
+    def is_cheaper_in_two(self, rank: int) -> bool:
+        """Whether two products, with factors of this rank, take fewer multiplications than one with their product."""
+        return rank * (self.groups * self.fan_in + self.n_out) < self.fan_in * self.n_out
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def loaded(base: nn.Module) -> nn.Module:
-    """A layer that has its weight: itself, or what is read for it; NoWeights where there is none."""
-    return Weighted(base.weight.read()) if isinstance(base.weight, Absent) else base
-
-
-def row_squares(base: nn.Module) -> Tensor:
-    """The squared lengths [n_out] of a layer's rows, 1e-30 at least, in float32 or wider, on the CPU.
-
-    Of a weight that is absent the least: lengths that are told as a change of them are then kept as they are.
-    """
-    if isinstance(base.weight, Absent):
-        return torch.full(base.weight.shape[:1], SMALLEST, dtype=torch.float32)
-    weight = _weight(base, torch.float32)
-    lengths = torch.linalg.vector_norm(
-        weight, dim=tuple(range(1, weight.ndim)), dtype=torch.promote_types(weight.dtype, torch.float32)
-    )
-    return lengths.square().clamp(min=SMALLEST).cpu()
-
-
-def column_lengths(base: nn.Module, delta: Tensor | None = None) -> Tensor:
-    """The lengths [n_in / g] of the columns of a layer's weight plus delta, 1e-15 at least, in float32 or wider.
-
-    Of a weight that is absent the least, as in `row_squares`.
-    """
-    if isinstance(base.weight, Absent):
-        return torch.full(base.weight.shape[1:2], SMALLEST, dtype=torch.float32).sqrt()
-    weight = _weight(base, torch.float32)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    changed = weight if delta is None else weight + delta.to(weight.device)
-    return torch.linalg.vector_norm(changed, dim=(0, *range(2, weight.ndim))).clamp(min=SMALLEST**0.5)
+    @classmethod
+    def of(cls, path: str, module: nn.Module) -> "Layer":
+        """The sizes of a module of one of the ADAPTABLE kinds; ValueError where its padding is not plain zeros."""
+        if isinstance(module, nn.Linear):
+            return cls(module.in_features, module.out_features)
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d), type(module)
+        if module.padding_mode != "zeros":
+            raise ValueError(f"{path}: convolutions must pad with zeros to be adapted, got {module.padding_mode!r}")
+        conv = ConvShape(module.stride, _padding(path, module), module.dilation, module.groups)
+        return cls(module.in_channels, module.out_channels, module.kernel_size, conv)
 
 
-def row_products(base: nn.Module, rows: Tensor) -> Tensor:
-    """rows [r, n_in] or [r, n_in / g, k…] -> their products with each of a layer's rows [r, n_out], in its dtype."""
-    rows = rows.detach()
-    if isinstance(base, Packed):
-        return base.row_products(rows)
-    weight = _weight(base, rows.dtype)
-    if not weight.is_contiguous():  # channels_last, which flattens without a copy in the order of its memory
-        weight, rows = weight.movedim(1, -1), rows.movedim(1, -1)
-    return rows.to(weight.dtype).flatten(1) @ weight.flatten(1).t()
+def _padding(path: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """The zeros added on either side of each axis."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if any(r % 2 for r in reach):
+        raise ValueError(f"{path}: padding 'same' must be even to be adapted, got a kernel of {module.kernel_size}")
+    return tuple(r // 2 for r in reach)
 
 
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A layer's weight, in its own dtype where products take that."""
-    assert isinstance(base.weight, Tensor)
-    weight = base.weight.detach()
-    return weight if weight.dtype in PLAIN else weight.to(dtype)
+class Adapter(Protocol):
+    """What hangs on one layer; a torch module, its parameters being what is trained."""
+
+    @property
+    def algorithm(self) -> str: ...
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that its tensors show; None where nothing is decomposed."""
+        ...
+
+    @property
+    def alpha(self) -> float | None:
+        """None where the algorithm has none that counts."""
+        ...
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether it may be given a layer that is yet to run instead of its output: it only adds to that."""
+        ...
+
+    def __call__(self, x: Tensor, y: Any, bias: Tensor | None, base: nn.Module | None = None) -> Tensor:
+        """x, the layer's input, y, its output, its bias, and itself -> adapted y, in y's shape and dtype.
+
+        base is for those that ask the layer's weight (`adapters/base.py`); the others may be run without.
+        """
+        ...
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight [n_out, n_in / g, k…], which DoRA was made with -> with the adapter in it, float32."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def to(self, device: torch.device) -> Any:
+        """Moves the parameters, as a module does."""
+        ...
+
+    def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """{suffix in the file: tensor}, weights in this dtype."""
+        ...
+
+
+def size_of(tensors: Mapping[str, Tensor], suffix: str, axis: int) -> int:
+    """How long a file's tensor is along an axis; 1 where it is not there or has no such axis."""
+    shape = tensors[suffix].shape if suffix in tensors else ()
+    return shape[axis] if -len(shape) <= axis < len(shape) else 1
+
+
+def fitting(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...]) -> Tensor:
+    """A copy of a file's tensor; ValueError unless it is there, has this shape and holds numbers, all finite."""
+    if suffix not in tensors:
+        raise ValueError(f"{suffix} is missing beside {', '.join(sorted(tensors))}")
+    if tuple(tensors[suffix].shape) != shape:
+        raise ValueError(f"{suffix} must have the shape {list(shape)}, got {list(tensors[suffix].shape)}")
+    if not tensors[suffix].numel():
+        raise ValueError(f"{suffix} must not be empty, got {list(shape)}")
+    if not tensors[suffix].is_floating_point():
+        raise ValueError(f"{suffix} must hold floating-point numbers, got {tensors[suffix].dtype}")
+    if not tensors[suffix].float().isfinite().all():
+        raise ValueError(f"{suffix} must be finite, got NaN or infinity")
+    return tensors[suffix].clone()
+
+
+def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights on the CPU in this dtype, and alpha in float32."""
+    plain = {suffix: tensor.detach().to("cpu", dtype) for suffix, tensor in tensors.items()}
+    return {**plain, "alpha": torch.tensor(alpha, dtype=torch.float32)}
+
+
+def alpha_of(tensors: Mapping[str, Tensor], default: float, *, also: float | None = None) -> float:
+    """A file's alpha; without one, the default; ValueError where it is not one finite number (or `also`)."""
+    alpha = tensors.get("alpha", torch.tensor(default, dtype=torch.float32))
+    if alpha.numel() != 1 or alpha.is_complex() or not (math.isfinite(float(alpha)) or float(alpha) == also):
+        raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
+    return float(alpha)
+
+
+def idle_alpha(tensors: Mapping[str, Tensor]) -> float:
+    """A file's alpha where it scales nothing, so that its value does not matter; 1 where it is no finite number."""
+    try:
+        return alpha_of(tensors, 1.0)
+    except ValueError:
+        return 1.0
+
+
+OFFSETS = {"diff": "weight", "diff_b": "bias"}
+"""The parts that are added to a parameter of the layer, and its name."""
+
+
+def normal(name: str) -> str:
+    """A layer's name as readers of files compare it."""
+    return name.replace(".", "_")

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import row_products, row_squares
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file
+from lorasmith.adapters.frozen_weight import row_products, row_squares
 from lorasmith.adapters.lora import LoRAAdapter, new_factors, product, read_factors
-from lorasmith.kernels.decomposed import SMALLEST, decomposed, lengths_of, row_norms
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Base, Operation
+from lorasmith.ops.additive import Base, Operation
+from lorasmith.ops.dora import SMALLEST, decomposed, lengths_of, row_norms
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
 SCALE, VECTOR = "dora_scale", "lora_magnitude_vector"
 """m in files: LyCORIS's name, [n_out, 1…]; PEFT's, [n_out], or [1, n_out, 1…] of a convolution."""

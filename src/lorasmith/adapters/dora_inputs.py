@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import column_lengths
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file
 from lorasmith.adapters.dora import SCALE
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file
+from lorasmith.adapters.frozen_weight import column_lengths
 from lorasmith.adapters.lora import LoRAAdapter, product, read_factors, way
-from lorasmith.kernels.update import updated
+from lorasmith.ops.additive import updated
 
 
 def is_over_inputs(layer: Layer, tensors: Mapping[str, Tensor]) -> bool:

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
-from lorasmith.draws import Purpose, normal, path_number
-from lorasmith.kernels.dense import DenseConv, DenseLinear
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.pairs import pairs
-from lorasmith.kernels.update import Base, Build, Operation, Weights, updated
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.ops.additive import Base, Build, Operation, Weights, updated
+from lorasmith.ops.dense import DenseConv, DenseLinear
+from lorasmith.ops.face_splitting import pairs
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
+from lorasmith.rng import Purpose, normal, path_number
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, idle_alpha, size_of
-from lorasmith.draws import kaiming
-from lorasmith.kernels.dense import DenseConv
-from lorasmith.kernels.kronecker import Kronecker
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, idle_alpha, size_of
+from lorasmith.ops.additive import Base, Build, Operation, Weights, as_they_are, updated
+from lorasmith.ops.dense import DenseConv
+from lorasmith.ops.kronecker import Kronecker
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
+from lorasmith.rng import kaiming
 
 
 def factorized(size: int, factor: int | None) -> tuple[int, int]:

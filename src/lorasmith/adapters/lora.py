@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
-from lorasmith.draws import kaiming
-from lorasmith.kernels.dense import DenseConv, DenseLinear
-from lorasmith.kernels.low_rank import LowRankConv, LowRankLinear
-from lorasmith.kernels.update import Base, Build, Operation, Weights, as_they_are, updated
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.ops.additive import Base, Build, Operation, Weights, as_they_are, updated
+from lorasmith.ops.dense import DenseConv, DenseLinear
+from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
+from lorasmith.rng import kaiming
 
 
 class LoRAAdapter(nn.Module):

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.layer import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, size_of
 from lorasmith.adapters.lokr import factorized
-from lorasmith.kernels.rotation import cayley, rotated
+from lorasmith.ops.rotation import cayley, rotated
 
 
 class OFTAdapter(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasmith.not_weights import refuse_pointer
+from lorasmith.storage.not_safetensors import refuse_pointer
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # in order of preference
 NAME, CAPTIONS = "file_name", ("text", "caption", "prompt")  # the columns, those of captions in order of preference

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorasmith.data.captions import captions_in, lines, text_of
+from lorasmith.data.images import PICTURE_SUFFIXES, opener
 from lorasmith.data.listing import CaptionLines, Listing, Reason, listed, named, normal
-from lorasmith.data.pictures import PICTURE_SUFFIXES, opener
 from lorasmith.types import Example
 
 MAX_REPEATS = 10_000

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.data import captions as caption_files
-from lorasmith.data.pictures import PICTURE_SUFFIXES
+from lorasmith.data.images import PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 CaptionLines = Literal["join", "first"]

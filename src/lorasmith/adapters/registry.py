@@ -1,0 +1,74 @@
+"""The algorithms, one a file, and what they share."""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import Adapter, Layer
+from lorasmith.adapters.dora import DoRAAdapter
+from lorasmith.adapters.dora_inputs import InputDoRAAdapter, is_over_inputs
+from lorasmith.adapters.loha import LoHaAdapter
+from lorasmith.adapters.lokr import LoKrAdapter
+from lorasmith.adapters.lora import LoRAAdapter
+from lorasmith.adapters.oft import OFTAdapter
+
+Kind = type[LoRAAdapter | LoHaAdapter | LoKrAdapter | OFTAdapter | DoRAAdapter]
+ADAPTERS: tuple[Kind, ...] = (LoRAAdapter, LoHaAdapter, LoKrAdapter, OFTAdapter, DoRAAdapter)
+
+
+UNREAD = {
+    "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
+    "on_input": "of (IA)^3", "ia3_l": "of PEFT's (IA)^3",
+    "oft_R.weight": "of PEFT's OFT, which turns inputs in a way that its configuration alone states",
+    "oft_r": "of an OFT of PEFT before 0.15", "boft_R": "of PEFT's BOFT", "boft_s": "of PEFT's BOFT",
+    "vera_lambda_b": "of VeRA", "vera_lambda_d": "of VeRA", "hra_u": "of HRA", "lora_E": "of AdaLoRA",
+    "oft_diag": "of an OFT whose blocks are the rotations themselves",
+    "rescale": "of an OFT that scales too",
+    "scalar": "a factor of LyCORIS that its own files have multiplied in",
+    "lora_embedding_A": "of a table of embeddings", "lora_embedding_B": "of a table of embeddings",
+    "set_weight": "which replaces the layer's weight",
+    "reshape_weight": "which gives the layer's weight another shape",
+    "weight": "a whole weight, no change of one", "bias": "a whole bias, no change of one",
+    "scale": "a whole weight, no change of one",
+    "diff_m": "a change of a block's modulation, which is no layer's weight",
+    "lora_down.bias": "a bias beside dora_scale", "lora_up.bias": "a bias beside dora_scale",
+}  # fmt: skip
+"""{a part that other programs write and that is not read: what it is}."""
+
+
+def unread(parts: Mapping[str, Tensor], known: Collection[str]) -> list[str]:
+    """The parts of a layer beyond those that are known, and what they are."""
+    if "" in parts:
+        return ["a tensor whose name has no part of an adapter"]
+    left = {part: UNREAD.get(part) for part in sorted(set(parts) - set(known))}
+    if "oft_blocks" in parts and parts["oft_blocks"].ndim == 4:
+        left["oft_blocks"] = "of BOFT, as it has 4 axes"
+    if "on_input" in left and "weight" in left:
+        left["weight"] = UNREAD["on_input"]
+    return [f"{part} ({what})" if what else part for part, what in left.items()]
+
+
+def refuse_unread(parts: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """ValueError that names the parts of a layer beyond those that are known, and what they are; or where none is."""
+    left = unread(parts, known)
+    if left or not parts:
+        raise ValueError(f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not read")
+
+
+def kind_of(parts: Collection[str]) -> Kind | None:
+    """The kind of adapter that has parts of these names in a file; a LoRA with lengths is a DoRA."""
+    kind = next((kind for kind in ADAPTERS if not kind.MARKS.isdisjoint(parts)), None)
+    return DoRAAdapter if kind is LoRAAdapter and not DoRAAdapter.MARKS.isdisjoint(parts) else kind
+
+
+def adapter_from_file(layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> Adapter:
+    """The adapter that a file's {suffix: tensor} make for a layer; ValueError where none does, or not all are used.
+
+    base: the layer's module, which DoRA needs.
+    """
+    kind = kind_of(tensors)
+    refuse_unread(tensors, kind.SUFFIXES if kind else ())
+    assert kind is not None
+    if kind is DoRAAdapter and is_over_inputs(layer, tensors):
+        return InputDoRAAdapter.from_file(layer, tensors, base)
+    return kind.from_file(layer, tensors, base)

@@ -1,0 +1,1 @@
+"""The diffusion process, losses, sampling and the validation loss."""

@@ -1,0 +1,1 @@
+"""LoRA files of every program: detected, read and written."""

@@ -1,0 +1,135 @@
+"""What names and sizes of tensors look like: a LoRA or a model, and of which family."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from lorasmith.formats.text_encoder_names import text_layer
+
+UP = "lora_up.weight"
+Layers = Mapping[str, Mapping[str, Tensor]]
+"""{layer as a file calls it: {part: tensor}}."""
+TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+SD3, TRANSFORMER, DOUBLE = "Stable Diffusion 3", "a transformer of diffusers", "Flux, Chroma or Qwen-Image"
+UNETS = "a UNet of the Stable Diffusion kind"
+TEXTS, SECOND_TEXTS, T5_TEXTS = "a text encoder", "SDXL or Stable Diffusion 3", "Flux or Stable Diffusion 3"
+UNKNOWN = "an unknown model"
+SIGNS = (
+    (r"add_embedding|label_emb", "SDXL"),
+    (r"distilled_guidance_layer", "Chroma"),
+    (r"to_qkv_mlp_proj|ff_(context_)?linear_(in|out)|stream_modulation|time_guidance_embed", "Flux.2"),
+    (r"single_transformer_blocks|single_blocks|double_blocks", "Flux"),
+    (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", SD3),
+    (r"img_mlp|txt_mlp|img_mod", "Qwen-Image"),
+    (r"(layers|refiner)_\d+_attention_to_", "Z-Image"),
+    (r"(layers|refiner)_\d+_attn_|time_caption_embed|feed_forward_linear_\d", "Lumina 2"),
+    (r"(layers|refiner)_\d+_(attention|feed_forward)", "Lumina 2 or Z-Image"),
+    (r"(^transformer_|(?<!transformer_))blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
+    (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", SD3),
+    (r"(?<!\d_)transformer_blocks_\d+_(attn\d?|ff)_", TRANSFORMER),
+)
+WIDTHS = {
+    SD3: {3072: DOUBLE},
+    TRANSFORMER: {1536: SD3, 2432: SD3, 3072: DOUBLE},
+    "Flux": {4096: "Flux.2", 6144: "Flux.2"},
+    "Lumina 2 or Z-Image": {2304: "Lumina 2", 3840: "Z-Image"},
+}
+"""{a family by its names, which others share: {the inputs of its attention: the family}}."""
+ATTENTION = re.compile(r"(attn|attention)_(?!to_out)|linear1$")
+LINEAR1 = re.compile(r"single_blocks_\d+_linear1$")
+ROWS_OF_FLUX2 = 9  # of this layer, times its inputs; Flux.1 and Chroma have 7
+FOLDER_PART = "a part of a diffusers folder"
+DENOISER = r"(model\.diffusion_model\.)?"
+MODEL_SIGNS = (
+    (r"conditioner\.|add_embedding\.", "SDXL"),
+    (DENOISER + r"(joint_blocks\.|pos_embed\.pos_embed$)", "Stable Diffusion 3"),
+    (DENOISER + r"distilled_guidance_layer\.", "Chroma"),
+    (DENOISER + r"single_stream_modulation\.", "Flux.2"),
+    (DENOISER + r"txt_in\.individual_token_refiner\.", "HunyuanVideo"),
+    (DENOISER + r"(double_blocks|single_transformer_blocks)\.", "Flux"),
+    (DENOISER + r"transformer_blocks\.\d+\.img_mlp\.", "Qwen-Image"),
+    (DENOISER + r"(cap_pad_token$|all_x_embedder\.|layers\.0\.adaLN_modulation\.0\.)", "Z-Image"),
+    (DENOISER + r"(cap_embedder|time_caption_embed)\.", "Lumina 2"),
+    (DENOISER + r"vace_blocks\.", "Wan VACE"),
+    (DENOISER + r"(blocks\.\d+\.self_attn\.q\.|condition_embedder\.time_proj\.)", "Wan"),
+    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
+    (r"cond_stage_model\.transformer\.", "Stable Diffusion 1.x"),
+    (DENOISER + r"label_emb\.", "SDXL"),
+    (r"model\.diffusion_model\.input_blocks\.", UNETS),
+    (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
+)
+LORA = re.compile(
+    r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|ia3_l|vera_lambda|hra_u"
+    r"|\.([ab][12]\.weight|diff(_[bm])?|[wb]_norm|on_input|set_weight|reshape_weight)$"
+)
+UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")
+TEXT = re.compile(r"attn2_to_[kv]$")
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are the names of a LoRA's tensors."""
+    return any(LORA.search(key) for key in keys)
+
+
+def model_family(keys: Iterable[str]) -> str:
+    """The family of models, in words, whose weights have these names; "unknown" where there is none."""
+    names = list(keys)
+    return next((family for sign, family in MODEL_SIGNS if any(re.match(sign, name) for name in names)), "unknown")
+
+
+def lora_family(layers: Layers) -> str:
+    """The family, in words, that the names and sizes of a LoRA's layers show; "an unknown model" where none does."""
+    names, encoders = _of_the_denoiser(layers)
+    if not names and encoders:
+        return T5_TEXTS if "t5" in encoders else SECOND_TEXTS if "2" in encoders else TEXTS
+    is_unet = any(UNET.search(name) for name in names)
+    if is_unet:
+        widths = {n_in(parts) for name, parts in names.items() if TEXT.search(name)} - {None}
+        if len(widths) == 1:
+            (width,) = widths
+            return TEXT_WIDTHS.get(width or 0, f"Stable Diffusion with a text width of {width}")
+    shown = next((family for sign, family in SIGNS if any(re.search(sign, name) for name in names)), None)
+    if shown is not None:
+        return _by_size(names, shown) or shown
+    if is_unet:
+        return "SDXL" if "2" in encoders else UNETS
+    return UNKNOWN
+
+
+def transformer_width(layers: Layers) -> int | None:
+    """The inputs of a transformer's attention; None where the layers show none, or several."""
+    names, _ = _of_the_denoiser(layers)
+    if any(UNET.search(name) for name in names):
+        return None
+    widths = {n_in(parts) for name, parts in names.items() if ATTENTION.search(name)} - {None}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _of_the_denoiser(layers: Layers) -> tuple[Layers, set[str]]:
+    """The layers that are of no text encoder, with underscores for points, and the text encoders that others are of."""
+    texts = {layer: text for layer in layers if (text := text_layer(layer))}
+    names = {layer.replace(".", "_"): parts for layer, parts in layers.items() if layer not in texts}
+    return names, {text.encoder for text in texts.values()}
+
+
+def _by_size(names: Layers, shown: str) -> str | None:
+    """The family that sizes show where its names are others' too; None where they show none."""
+    for name, parts in names.items():
+        if LINEAR1.search(name) and len(parts.get(UP, ())) == ROWS_OF_FLUX2 * (n_in(parts) or 0):
+            return "Flux.2"
+    return WIDTHS.get(shown, {}).get(transformer_width(names) or 0)
+
+
+def n_in(parts: Mapping[str, Tensor]) -> int | None:
+    """The inputs of the layer that these parts of an adapter fit; None where they do not say."""
+    for part in ("lora_down.weight", "hada_w1_b"):
+        if part in parts:
+            return _columns(parts[part])
+    halves = [_columns(parts.get(half, parts.get(f"{half}_b"))) for half in ("lokr_w1", "lokr_w2")]
+    first, second = halves
+    return None if first is None or second is None else first * second
+
+
+def _columns(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.ndim < 2 else tensor.shape[1]

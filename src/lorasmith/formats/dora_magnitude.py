@@ -1,0 +1,66 @@
+"""The lengths of DoRA as ComfyUI reads them: it divides by |W|, where the paper and all others divide by |W + s B A|.
+
+So a file for ComfyUI holds m |W| / |W + s B A| as its dora_scale, and says so in its metadata; reading takes that back.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.dora import SCALE, DoRAAdapter
+from lorasmith.adapters.frozen_weight import loaded
+from lorasmith.adapters.targets import adaptable_layers
+from lorasmith.formats.keys import by_layer
+from lorasmith.formats.module_names import ModuleNames
+from lorasmith.types import Denoiser
+
+log = logging.getLogger(__name__)
+
+KEY = "lorasmith.dora_scale"
+PAPER, COMFYUI = {KEY: "paper"}, {KEY: "ComfyUI"}
+"""What a file's metadata say of its dora_scale."""
+
+
+def as_in_the_paper(lora: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's LoRA with the paper's lengths, for this denoiser's weights; what fits no layer is left as it is.
+
+    A file that does not say which it holds has the paper's.
+    """
+    if metadata.get(KEY) == COMFYUI[KEY]:
+        return _changed(lora, denoiser, lambda own, updated: updated / own)
+    return dict(lora)
+
+
+def warn_of_doubt(keys: Iterable[str], metadata: Mapping[str, str]) -> None:
+    """Logs that a file of these keys, by ComfyUI's names, may hold lengths of either kind and does not say which."""
+    if KEY not in metadata and any(key.startswith("diffusion_model.") and key.endswith(f".{SCALE}") for key in keys):
+        log.warning("the LoRA does not say whether its %s is ComfyUI's: taken as the paper's", SCALE)
+
+
+def for_comfyui(lora: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Tensor]:
+    """A LoRA with the paper's lengths -> with ComfyUI's, for this denoiser's weights."""
+    return _changed(lora, denoiser, lambda own, updated: own / updated)
+
+
+def _changed(
+    lora: Mapping[str, Tensor], denoiser: Denoiser, factor: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Each dora_scale times what the lengths [n_out] of a layer's rows, without and with the update, make."""
+    names, adaptable, state = ModuleNames(denoiser), adaptable_layers(denoiser.nets), dict(lora)
+    for layer, parts in by_layer(lora).items():
+        path = names.path(layer)
+        if SCALE not in parts or path not in adaptable:
+            continue
+        base = loaded(adaptable[path])
+        try:
+            adapter = DoRAAdapter.from_file(Layer.of(path, adaptable[path]), parts, base)
+        except ValueError:  # which whoever makes adapters of them says, with all the others
+            continue
+        adapter.to(next(base.parameters()).device)
+        norms = adapter.norms(base).cpu()
+        factors = factor(adapter.squares.cpu().sqrt(), norms)
+        scale = parts[SCALE].to(factors.dtype)
+        state[f"{layer}.{SCALE}"] = scale * factors.view(-1, *[1] * (scale.ndim - 1))
+    return state

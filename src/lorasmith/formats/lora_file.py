@@ -1,0 +1,111 @@
+"""LoRA files: safetensors, and no other format; equal content makes equal bytes."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorasmith.formats.folding import in_float32, metadata_of, with_differences, with_whole_layers, without_idle_alphas
+from lorasmith.formats.peft import with_alphas
+from lorasmith.formats.tucker import without_cores
+from lorasmith.reporting.progress import Advance, unwatched
+from lorasmith.storage.atomic import write_whole
+from lorasmith.storage.hashing import digest
+from lorasmith.storage.safetensors_header import Header, header_bytes
+from lorasmith.types import Denoiser
+
+log = logging.getLogger(__name__)
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STEPS_KEYS = ("lorasmith.steps", "ss_steps")
+NUMBER = r"\d{1,12}"
+STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
+
+
+def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file: its head, then each tensor's memory, of which no copy is made where it is on the CPU.
+
+    The library's own writer copies all of them, ends the process where memory does not hold that, and writes metadata
+    in an order that changes between runs. Here they are sorted; tensors come widest first, as its format asks.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, tensors[key].dtype == torch.float16, key))
+    entries = [(key, DTYPE_NAMES[tensors[key].dtype], tensors[key].shape, tensors[key].nbytes) for key in order]
+    head = header_bytes(entries, metadata)
+    return [head, *(tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order)]
+
+
+def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing; NaN and infinity are refused."""
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
+    write_whole(Path(path), *file_pieces(state, metadata or {}))
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """A file's tensors as plain parts (`completed`), and its metadata.
+
+    ValueError where it is not sound.
+    """
+    state, header = stored(Path(path))
+    return completed(state, header), metadata_of(header)
+
+
+def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
+    """A file's tensors as they are stored, views of it, and its head; ValueError where it is not sound."""
+    header = Header.of(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in header.shapes}, header
+    except SafetensorError as error:  # of dtypes that torch has not
+        raise ValueError(f"{path} must hold tensors that can be read, but: {error}") from error
+
+
+def completed(state: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+    """A file's tensors as plain parts that every tool knows, times every scale that is kept elsewhere.
+
+    A tensor that stays as it is is the same object. ValueError where a scale or a bias does not fit.
+    """
+    plain = with_whole_layers(in_float32(state, header))
+    scaled = with_differences(without_cores(with_alphas(plain, header.metadata, header.path)))
+    return without_idle_alphas(scaled, header)
+
+
+def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
+    """How many steps a LoRA was trained: by its metadata, else by its name; 0, with a warning, where neither says."""
+    stated = [steps for key in STEPS_KEYS if (steps := stated_number(metadata, key)) is not None]
+    stated += map(int, STEPS_IN_NAME.findall(path.stem))
+    if not stated:
+        log.warning("existing_lora: %s does not say how many steps it was trained: counting from 0", path.name)
+    return stated[0] if stated else 0
+
+
+def stated_number(metadata: Mapping[str, str], key: str) -> int | None:
+    """A whole number that the metadata state; None where it is none, or of more than 12 digits."""
+    text = metadata.get(key, "")
+    return int(text) if re.fullmatch(NUMBER, text) else None
+
+
+def stated_constraint(metadata: Mapping[str, str]) -> float | None:
+    """The limit of OFT's rotation that one of our own files was trained with, which its tensors may state greater."""
+    try:
+        adapter = json.loads(metadata.get("lorasmith.config", "{}")).get("adapter", {})
+        return float(adapter["alpha"]) if adapter.get("name") == "OFT" and adapter.get("alpha") else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def base_hash(denoiser: Denoiser, advance: Advance = unwatched) -> str:
+    """SHA-256 over names and values (as float32) of the nets' parameters: equal however the model was handed over."""
+    named = (
+        (f"{name}.{key}", value)
+        for name, net in sorted(denoiser.nets.items())
+        for key, value in sorted(net.state_dict().items())
+    )
+    return digest(named, advance)

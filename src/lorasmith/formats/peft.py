@@ -1,0 +1,107 @@
+"""What PEFT and diffusers say of an adapter outside its tensors: alpha, beside the file or in its header."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.formats.keys import LAYOUT, RANKED, by_layer
+from lorasmith.reporting.pace import counted
+from lorasmith.storage.not_safetensors import refuse_pointer
+from lorasmith.storage.safetensors_header import PEFT_CONFIG
+
+log = logging.getLogger(__name__)
+
+BROKEN = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error)
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CONFIG = "adapter_config.json"  # PEFT's file beside a LoRA
+OWNERS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+"""The names that PEFT and diffusers give the LoRA that it is of; where neither is there, it is of any file beside."""
+WRAPPER = "base_model.model."  # what PEFT's files have before a module's name, and its patterns have not
+
+
+def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
+    """A LoRA file's tensors with an alpha for every layer that PEFT's configuration scales; ValueError if it is broken.
+
+    The configuration is the header's or that of adapter_config.json beside the file; without one, nothing is added.
+    """
+    layers = by_layer(state)
+    try:
+        configs = _configs(metadata, path)
+        scaled, silent = _scaled(layers, configs)
+    except BROKEN as error:
+        raise ValueError(f"cannot read the PEFT configuration of {path}: {error}") from error
+    for config in configs.values():
+        _refuse_changed_base(config, path)
+    if silent and metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
+        what = f"{counted(silent, 'layer')} without an alpha"
+        log.warning("%s: %s: taken to be the rank, so that the scale is 1", path.name, what)
+    return {**state, **scaled}
+
+
+def _scaled(
+    layers: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], int]:
+    """What the configurations add or change, and how many layers with a rank nothing says the alpha of."""
+    scaled, silent = {}, 0
+    for layer, parts in layers.items():
+        net, _, module = layer.partition(".")
+        config, name = (configs[net], module) if net in configs else (configs.get(""), layer.removeprefix(WRAPPER))
+        ranks = [len(parts[part]) for part in RANKED if part in parts and parts[part].ndim]
+        if "alpha" in parts:
+            continue
+        if config is None:
+            silent += bool(ranks)
+        elif ranks:
+            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, name, ranks[0]), dtype=torch.float32)
+        elif "lokr_w1" in parts:
+            # PEFT scales whole factors too, which every other reader uses as they are.
+            rank = _by_pattern(config, "rank_pattern", name, config.get("r", 1))
+            scaled[f"{layer}.lokr_w1"] = parts["lokr_w1"] * (_alpha(config, name, rank) / rank)
+    return scaled, silent
+
+
+def _refuse_changed_base(config: Mapping[str, Any], path: Path) -> None:
+    """ValueError where PEFT changed the base model's weights when it began, so that the file alone says too little."""
+    way = str(config.get("init_lora_weights", "")).lower()
+    if way.startswith(CHANGES_BASE):
+        raise ValueError(f"{path} must start from the model as it is, got init_lora_weights {way!r}, which changes it")
+
+
+def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """{the first part of layers' names: their configuration}; "" where it holds for all."""
+    beside = path.with_name(CONFIG)
+    if PEFT_CONFIG in metadata:
+        return _unpacked(json.loads(metadata[PEFT_CONFIG]))
+    is_its = path.name in OWNERS or not any(path.with_name(name).exists() for name in OWNERS)
+    if is_its and beside.is_file():
+        refuse_pointer(beside)
+        return {"": {**json.loads(beside.read_text(encoding="utf-8"))}}
+    return {}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"unet.lora_alpha": 4, …} -> {"unet": {"lora_alpha": 4, …}}; without a net's name: {"": …}."""
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in packed.items():
+        net, _, field = key.rpartition(".")
+        configs.setdefault(net, {})[field] = value
+    return configs
+
+
+def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha as everyone else reads it: the update is scaled by alpha / rank."""
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha", rank)))
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+    """What a field says of a module, by the first pattern that its name ends with."""
+    patterns: Mapping[str, Any] = config.get(field) or {}
+    return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)

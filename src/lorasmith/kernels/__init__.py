@@ -1,1 +1,0 @@
-"""Fused operations of the training core."""

@@ -1,0 +1,1 @@
+"""Original checkpoints read as what diffusers and transformers load."""

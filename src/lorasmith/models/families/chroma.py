@@ -1,0 +1,88 @@
+"""Chroma (Lodestone Rock 2025), through diffusers. B batch, L tokens, D width, h w latent sides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion.process import Flow
+from lorasmith.models.families.base import (
+    PictureCodec,
+    PipelineFamily,
+    check_inputs,
+    dtype_of,
+    flow_of,
+    mask_of,
+    packed,
+    unpacked,
+    warn_of_cuts,
+)
+from lorasmith.models.families.flux import grid
+from lorasmith.models.sources.components import Components
+from lorasmith.types import Cond
+
+NUM_TOKENS = 512  # of T5, at most
+
+
+@dataclass(frozen=True)
+class ChromaDenoiser:
+    """The transformer and its flow."""
+
+    transformer: Any  # a ChromaTransformer2DModel
+    process: Flow
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32."""
+        config, dtype = self.transformer.config, dtype_of(self.transformer)
+        widths = {"text": config["joint_attention_dim"]}
+        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+        height, width = x_t.shape[-2:]
+        tokens, mask = packed(x_t.to(dtype)), mask_of(cond)
+        out = self.transformer(
+            hidden_states=tokens,
+            timestep=t.to(dtype),
+            encoder_hidden_states=cond["text"].to(dtype),
+            txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=grid(height // 2, width // 2).to(x_t.device, dtype),
+            # true or false: numbers would be added to the attention's scores, which hides nothing
+            attention_mask=None if mask is None else torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
+        ).sample
+        return unpacked(out, height, width).float()
+
+    def file_key(self, path: str) -> str:
+        return path
+
+
+class ChromaCodec(PictureCodec):
+    """The autoencoder and T5, of whose padding the net reads one token."""
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Cond:
+        """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32; L is what the net reads of the longest."""
+        warn_of_cuts(texts, self.pipe.tokenizer, NUM_TOKENS)
+        text, _, mask, *_ = self.pipe.encode_prompt(
+            list(texts), device=self.pipe.text_encoder.device, do_classifier_free_guidance=False,
+            max_sequence_length=NUM_TOKENS,
+        )  # fmt: skip
+        text, mask = text.float(), mask.float()
+        length = int(mask.sum(dim=1).max())
+        return {"text": (text * mask[..., None])[:, :length], "mask": mask[:, :length]}
+
+
+class Chroma(PipelineFamily):
+    """Chroma1."""
+
+    def denoiser_of(self, components: Components) -> ChromaDenoiser:
+        return ChromaDenoiser(components.net("transformer"), flow_of(components.scheduler))
+
+    def codec_of(self, pipe: Any) -> ChromaCodec:
+        return ChromaCodec(pipe)
+
+    def metadata(self) -> dict[str, str]:
+        return {"modelspec.architecture": "chroma/lora", "ss_base_model_version": "chroma"}

@@ -1,0 +1,112 @@
+"""Flux.1 (Black Forest Labs 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion.process import Flow
+from lorasmith.models.families.base import (
+    PictureCodec,
+    PipelineFamily,
+    check_inputs,
+    dtype_of,
+    flow_of,
+    packed,
+    unpacked,
+    warn_of_cuts,
+)
+from lorasmith.models.sources.components import Components
+from lorasmith.models.text_encoders import Texts, output_of, tokens, tokens_of
+from lorasmith.types import Cond
+
+NUM_TOKENS = 512  # of T5, all of which are read, padding too
+GUIDANCE = 1.0  # that a net that is told it trains with
+
+
+@dataclass(frozen=True)
+class FluxDenoiser:
+    """The transformer and its flow."""
+
+    transformer: Any  # a FluxTransformer2DModel
+    process: Flow
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "pooled": [B,D]} -> eps - x0 [B,C,h,w], float32."""
+        config, dtype = self.transformer.config, dtype_of(self.transformer)
+        widths = {"text": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
+        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+        height, width = x_t.shape[-2:]
+        guidance = cond["guidance"][:, 0] if "guidance" in cond else t.new_full(t.shape, GUIDANCE)
+        out = self.transformer(
+            hidden_states=packed(x_t.to(dtype)),
+            timestep=t.to(dtype),
+            guidance=guidance if config["guidance_embeds"] else None,
+            pooled_projections=cond["pooled"].to(dtype),
+            encoder_hidden_states=cond["text"].to(dtype),
+            txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=grid(height // 2, width // 2).to(x_t.device, dtype),
+        ).sample
+        return unpacked(out, height, width).float()
+
+    def guided(self, cond: Cond, guidance: float) -> Cond:
+        return cond | {"guidance": cond["pooled"].new_full((len(cond["pooled"]), 1), guidance)}
+
+    def file_key(self, path: str) -> str:
+        return path
+
+
+def grid(height: int, width: int) -> Tensor:
+    """The places of tokens [height width, 3]: 0, row, column."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
+
+
+CLIP, T5 = "text_encoder", "text_encoder_2"
+
+
+def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:
+    """CLIP and T5, {"ids", "ids_2": [B,L]} -> {"text": [B,512,D], "pooled": [B,D]}.
+
+    Without T5 its output is in the conditioning.
+    """
+    text = encoders[T5](cond[tokens_of(T5)])[0] if T5 in encoders else cond[output_of(T5)]
+    return {"text": text, "pooled": encoders[CLIP](cond[tokens_of(CLIP)]).pooler_output}
+
+
+class FluxCodec(PictureCodec):
+    """The autoencoder, T5 for the tokens, and CLIP for the pooled vector."""
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Cond:
+        """B texts -> {"text": [B,512,D], "pooled": [B,D]}, float32, or their tokens."""
+        warn_of_cuts(texts, self.pipe.tokenizer_2, NUM_TOKENS)
+        if self.kept_tokens:
+            found = tokens(texts, {CLIP: self.pipe.tokenizer}, {CLIP: self.pipe.tokenizer_max_length})
+            return {**found, **self._t5(texts, T5, self.pipe.tokenizer_2, NUM_TOKENS)}
+        device = self.pipe.text_encoder.device
+        text, pooled, _ = self.pipe.encode_prompt(list(texts), None, device=device, max_sequence_length=NUM_TOKENS)
+        return {"text": text.float(), "pooled": pooled.float()}
+
+
+class Flux(PipelineFamily):
+    """Flux.1 dev and schnell."""
+
+    ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+    TEXTS: ClassVar[Texts | None] = Texts({CLIP: "lora_te1", T5: "lora_te3"}, text_of, optional=(T5,))
+
+    def denoiser_of(self, components: Components) -> FluxDenoiser:
+        return FluxDenoiser(components.net("transformer"), flow_of(components.scheduler))
+
+    def codec_of(self, pipe: Any) -> FluxCodec:
+        return FluxCodec(pipe)
+
+    def metadata(self) -> dict[str, str]:
+        assert isinstance(self.denoiser, FluxDenoiser)
+        kind = "dev" if self.denoiser.transformer.config["guidance_embeds"] else "schnell"
+        return {"modelspec.architecture": f"flux-1-{kind}/lora", "ss_base_model_version": "flux1"}

@@ -1,0 +1,107 @@
+"""Qwen-Image (Wu et al. 2025), through diffusers. B batch, L tokens, D width, h w latent sides, H W pixels."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion.process import Flow
+from lorasmith.models.families.base import (
+    PipelineFamily,
+    VideoAutoencoder,
+    check_inputs,
+    dtype_of,
+    flow_of,
+    mask_of,
+    packed,
+    unpacked,
+    warn_of_cuts,
+)
+from lorasmith.models.sources.components import Components
+from lorasmith.types import Cond
+
+NUM_TOKENS = 512  # of the caption and the template's end
+UNREAD = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+@dataclass(frozen=True)
+class QwenImageDenoiser:
+    """The transformer and its flow."""
+
+    transformer: Any  # a QwenImageTransformer2DModel
+    process: Flow
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32."""
+        config, dtype = self.transformer.config, dtype_of(self.transformer)
+        widths = {"text": config["joint_attention_dim"]}
+        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+        height, width = x_t.shape[-2:]
+        out = self.transformer(
+            hidden_states=packed(x_t.to(dtype)),
+            timestep=t.to(dtype),
+            encoder_hidden_states=cond["text"].to(dtype),
+            encoder_hidden_states_mask=mask_of(cond),
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+        ).sample
+        return unpacked(out, height, width).float()
+
+    def unread(self) -> Collection[str]:
+        """What the last block makes of the text, which nothing comes after."""
+        last = len(self.transformer.transformer_blocks) - 1
+        return {f"transformer.transformer_blocks.{last}.{name}" for name in UNREAD}
+
+    def file_key(self, path: str) -> str:
+        return path
+
+
+class QwenImageCodec:
+    """The autoencoder, of whose videos a picture is a frame, and Qwen2.5-VL, which reads captions in a template."""
+
+    PATCH = 2  # latent pixels along a token's side
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.autoencoder = pipe, VideoAutoencoder(pipe.vae)
+        self.multiple = self.autoencoder.factor * self.PATCH
+        self.resolution: int = pipe.default_sample_size * self.autoencoder.factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        (width, height), factor = size, self.autoencoder.factor
+        return (self.pipe.vae.config["z_dim"], height // factor, width // factor)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32."""
+        return self.autoencoder.encode(images[:, :, None])[:, :, 0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B,C,h,w] -> images [B,3,H,W] in -1 to 1, float32."""
+        return self.autoencoder.decode(latents[:, :, None])[:, :, 0]
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Cond:
+        """B texts -> {"text": [B,L,D], "mask": [B,L]}, float32; L is that of the longest."""
+        warn_of_cuts(texts, self.pipe.tokenizer, NUM_TOKENS)
+        device = self.pipe.text_encoder.device
+        text, mask = self.pipe.encode_prompt(list(texts), device=device, max_sequence_length=NUM_TOKENS)
+        mask = torch.ones(text.shape[:2], device=device) if mask is None else mask  # None where texts are equally long
+        return {"text": text.float(), "mask": mask.float()}
+
+
+class QwenImage(PipelineFamily):
+    """Qwen-Image."""
+
+    def denoiser_of(self, components: Components) -> QwenImageDenoiser:
+        return QwenImageDenoiser(components.net("transformer"), flow_of(components.scheduler))
+
+    def codec_of(self, pipe: Any) -> QwenImageCodec:
+        return QwenImageCodec(pipe)
+
+    def metadata(self) -> dict[str, str]:
+        return {"modelspec.architecture": "Qwen-Image/lora", "ss_base_model_version": "qwen_image"}

@@ -1,0 +1,177 @@
+"""The model families, and how a model is opened."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasmith.formats.detect import FOLDER_PART, model_family
+from lorasmith.models.checkpoints.load import tensors_that
+from lorasmith.models.checkpoints.scaled import weights_only
+from lorasmith.models.checkpoints.sdxl import OriginalSDXL
+from lorasmith.models.checkpoints.transformers import ORIGINALS, Original
+from lorasmith.models.families.base import PipelineFamily
+from lorasmith.models.families.chroma import Chroma
+from lorasmith.models.families.flux import Flux
+from lorasmith.models.families.flux2 import Flux2, Flux2Klein
+from lorasmith.models.families.lumina2 import Lumina2
+from lorasmith.models.families.qwen_image import QwenImage
+from lorasmith.models.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.models.families.sd3 import SD3
+from lorasmith.models.families.sdxl import SDXL
+from lorasmith.models.families.wan import Wan
+from lorasmith.models.families.z_image import ZImage
+from lorasmith.models.sources.components import MODULES, FolderComponents, OpenComponents
+from lorasmith.models.sources.hub import fetched
+from lorasmith.models.sources.kind import is_file, is_id, pipeline_name, refuse_lora
+from lorasmith.models.sources.parts import weight_files
+from lorasmith.models.sources.sd_folder import Folder
+from lorasmith.models.sources.sd_single_file import SingleFile
+from lorasmith.models.sources.single_file import VAES, FileComponents
+from lorasmith.models.text_encoders import WithTexts
+from lorasmith.storage.not_safetensors import refuse_pointers
+from lorasmith.storage.safetensors_header import Header
+
+Plain = StableDiffusion | PipelineFamily
+Family = Plain | WithTexts
+FAMILIES: dict[str, type[Plain]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
+    "QwenImagePipeline": QwenImage,
+    "WanPipeline": Wan,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
+    "ZImagePipeline": ZImage,
+}
+"""{the pipeline's class in diffusers: its family}."""
+OF_LDM = ("Stable Diffusion 1.x", "Stable Diffusion 2.x", "a UNet of the Stable Diffusion kind")
+
+
+def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
+    """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
+
+    encoders: for a single file, the diffusers folder or hub id of what it lacks. with_texts: its denoiser holds the
+    text encoders too, so that they can be trained. ValueError where one of these is not fit.
+    """
+    family = _opened(model, encoders)
+    return WithTexts.of(family) if with_texts else family
+
+
+def bytes_to_load(model: str | Path, encoders: str | Path | None = None) -> int | None:
+    """About how large the weights are that a model is loaded from; None where they may have to be fetched first.
+
+    ValueError where it is no sound file or folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _bytes_in(FolderComponents(path), MODULES)
+    if not is_file(path):
+        return None
+    header = Header.of(path)
+    own = sum(header.num_bytes(key) for key in header.shapes)
+    if encoders is None or not Path(encoders).expanduser().is_dir():
+        return own
+    has_vae = any(header.holds(prefix) for prefix in VAES)
+    others = [name for name in MODULES if name.startswith("text_encoder") or (name == "vae" and not has_vae)]
+    return own + _bytes_in(FolderComponents(Path(encoders).expanduser()), others)
+
+
+def _bytes_in(folder: FolderComponents, names: Collection[str]) -> int:
+    parts = [folder.path / name for name in names if folder.has(name)]
+    return sum(path.stat().st_size for part in parts for path in weight_files(part))
+
+
+def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:
+    """The same, but large text encoders without adapters, which are on these nets, encode captions once."""
+    return family.only(nets) if isinstance(family, WithTexts) else family
+
+
+def _opened(model: Any, encoders: str | Path | None) -> Plain:
+    path = Path(model).expanduser() if isinstance(model, str | Path) else None
+    if path is not None and is_file(path):
+        return _of_file(weights_only(Header.of(path)), encoders)
+    if encoders is not None:
+        raise ValueError(f"encoders must be none where model is no single file, got {encoders}")
+    if path is not None:
+        folder = folder_of(model)
+        kind = family_of(pipeline_name(folder), folder)
+        refuse_pointers(folder)
+        return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
+    kind = family_of(type(model).__name__, model)
+    _refuse_without_weights(model)
+    return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
+
+
+def _refuse_without_weights(pipe: Any) -> None:
+    """ValueError where a part of an open pipeline has shapes alone."""
+    for name in MODULES:
+        part = getattr(pipe, name, None)  # which not every pipeline has
+        empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta] if part is not None else []
+        if empty:
+            raise ValueError(
+                f"model must hold its weights, but {tensors_that(empty, 'is', 'are')} missing of its {name}, such as "
+                f"{empty[0]} (on the meta device)"
+            )
+
+
+def _of_file(header: Header, encoders: str | Path | None) -> Plain:
+    """The family of a single file, beside a folder or hub id with what it lacks."""
+    original, family = original_of(header), model_family(header.shapes)
+    if original is None:
+        folder = folder_beside(encoders, ("StableDiffusionPipeline",), family, without=("unet",))
+        return StableDiffusion(SingleFile.opened(header, folder))
+    supported = pipelines_of(original)
+    folder = folder_beside(encoders, supported, family, without=(original.part,))
+    name = supported[0] if folder is None else pipeline_name(folder.path)
+    kind = FAMILIES[name]
+    assert issubclass(kind, PipelineFamily)
+    return kind(FileComponents(header, original, name, folder))
+
+
+def original_of(header: Header) -> Original | OriginalSDXL | None:
+    """What a single file is, None of Stable Diffusion 1.x and 2.x; ValueError where it is no model of a family here."""
+    path, family = header.path, model_family(header.shapes)
+    refuse_lora(header)
+    if family == FOLDER_PART:
+        raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
+    original = ORIGINALS.get(family)
+    if family not in OF_LDM and (original is None or not pipelines_of(original)):
+        known = ", ".join(("Stable Diffusion 1.x and 2.x", *(name for name in ORIGINALS)))
+        what = f"tensors such as {next(iter(header.shapes), 'none')}" if family == "unknown" else family
+        raise ValueError(f"{path} must be a model of a family among {known}, got {what}")
+    return original
+
+
+def pipelines_of(original: Original | OriginalSDXL) -> list[str]:
+    """The pipelines with such a denoiser that there is a family for."""
+    return [name for name in original.pipelines if name in FAMILIES]
+
+
+def folder_beside(
+    encoders: str | Path | None, pipelines: Sequence[str], family: str, *, without: Collection[str]
+) -> FolderComponents | None:
+    """The folder, of one of these pipelines, or what is fetched from the hub; without: parts that are not needed."""
+    if encoders is None:
+        return None
+    folder = folder_of(encoders, without)
+    name = pipeline_name(folder)
+    if name not in pipelines:
+        raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
+    refuse_pointers(folder)
+    return FolderComponents(folder)
+
+
+def folder_of(model: str | Path, without: Collection[str] = ()) -> Path:
+    """A folder here, or one that is fetched from the hub; without: parts whose weights are not needed there."""
+    path = Path(model).expanduser()
+    return fetched(model, without) if isinstance(model, str) and is_id(model) and not path.exists() else path
+
+
+def family_of(name: str, source: Any) -> type[Plain]:
+    if name not in FAMILIES:
+        what = source if isinstance(source, Path) else "model"
+        raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")
+    return FAMILIES[name]

@@ -1,0 +1,89 @@
+"""Optimizers, and the laws of the learning rate."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from lorasmith.component import Component, named
+
+if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
+    from torch import Tensor
+    from torch.optim import Optimizer as Built
+
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added to the denominator")]
+WeightDecay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+Params = Sequence["Tensor"] | Sequence[dict[str, Any]]
+"""Tensors, or torch's groups of them with rates of their own."""
+
+
+class _Adam(Component):
+    """What both kinds of Adam share."""
+
+    beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
+    beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
+    eps: Eps = 1e-8
+
+
+class AdamW(_Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    name: Literal["AdamW"] = "AdamW"
+    weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
+
+    def build(self, params: Params, lr: float) -> "Built":
+        from torch import optim
+
+        return optim.AdamW(
+            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class Adam(_Adam):
+    """Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient."""
+
+    name: Literal["Adam"] = "Adam"
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Params, lr: float) -> "Built":
+        from torch import optim
+
+        return optim.Adam(
+            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class SGD(Component):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, eq. 1)."""
+
+    name: Literal["SGD"] = "SGD"
+    momentum: Beta = Field(default=0.0, description="decay of the velocity")
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Params, lr: float) -> "Built":
+        from torch import optim
+
+        return optim.SGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+class RMSprop(Component):
+    """Gradients divided by the root of their running mean square (Hinton 2012, lecture 6e)."""
+
+    name: Literal["RMSprop"] = "RMSprop"
+    alpha: Beta = Field(default=0.99, description="decay of the mean of squared gradients")
+    momentum: Beta = Field(default=0.0, description="decay of the velocity")
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+
+    def build(self, params: Params, lr: float) -> "Built":
+        from torch import optim
+
+        return optim.RMSprop(
+            params, lr=lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+
+Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]

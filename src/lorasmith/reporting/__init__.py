@@ -1,0 +1,1 @@
+"""What is shown and written about a run: progress, logs, plots and pages."""

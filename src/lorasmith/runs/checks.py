@@ -1,0 +1,160 @@
+"""What is refused before a model is loaded: settings that contradict each other, paths, and pictures measured wrongly.
+
+Nothing here imports diffusers or transformers, which takes seconds.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lorasmith.adapters.adapter_set import AdapterSet
+from lorasmith.config.schema import MAX_STEPS, Config
+from lorasmith.data.folder import examples, tell_of
+from lorasmith.devices import best_device
+from lorasmith.storage.safetensors_header import Header
+from lorasmith.training.plan import refuse_contradictions
+from lorasmith.runs.run_dir import chosen_folder
+from lorasmith.models.sources.kind import refuse_unfit_source
+from lorasmith.reporting.tensorboard import refuse_without_tensorboard
+from lorasmith.types import Example
+from lorasmith.distributed.process_group import ALONE, World
+
+VIEWS = 100  # of each picture, where steps are not set
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for, as far as it can be known without a model."""
+
+    config: Config  # with steps set
+    device: torch.device
+    world: World
+    folder: Path | None  # the run folder that it is to have; of the first process alone
+    examples: Sequence[Example]
+    measured: Mapping[str, Sequence[Example]]  # {"validation": examples, "drift": examples}, where they are given
+
+
+def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = None, world: World = ALONE) -> Request:
+    """The request for a run; ValueError on what cannot be run, whatever the model.
+
+    folder: the run folder to resume in, where it is known.
+    """
+    if config.model is None or config.data.folder is None:
+        raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
+    device = device_for(config.device, world)
+    refuse_contradictions(config, AdapterSet({}), home=torch.device("cpu"), device=device, world=world)
+    if config.tensorboard:
+        refuse_without_tensorboard()
+    path = folder
+    if path is None and world.is_first:
+        path = chosen_folder(config, is_resuming=is_resuming)
+    if path is not None:
+        refuse_unwritable(path)
+    refuse_unfit_source(config.model, config.encoders)
+    if config.existing_lora is not None:
+        refuse_unreadable_lora(config.existing_lora, "existing_lora")
+    found = examples(config.data.folder, config.data.caption_lines)
+    measured: dict[str, Sequence[Example]] = {}
+    others = {"validation": ("held_out", config.data.held_out), "drift": ("drift", config.data.drift)}
+    for name, (key, own) in others.items():
+        if own is not None:
+            measured[name] = _measured(own, config, f"data.{key}")
+            refuse_trained(f"data.{key}", measured[name], found)
+    views = VIEWS * sum(example.repeats for example in found)
+    steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
+    own = path if world.is_first else None
+    return Request(config.model_copy(update={"steps": steps}), device, world, own, found, measured)
+
+
+def _measured(folder: Path, config: Config, setting: str) -> Sequence[Example]:
+    """ValueError that names the setting where the folder is not fit."""
+    try:
+        return examples(folder, config.data.caption_lines)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
+def checked_sample(
+    config: Config, lora: Path | None, output: Path | None, *, overwrite: bool
+) -> tuple[Path, torch.device]:
+    """Where pictures are to be written and the device to draw them on; ValueError on what cannot be drawn.
+
+    output: None: samples.png, or samples-2.png and so on where that is taken.
+    """
+    assert config.model is not None
+    path = _first_free(Path("samples.png")) if output is None else output
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"output must be a file in a folder that exists, got {path}")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output must be a .png file, got {path}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"output must not be there yet without --overwrite, got {path}")
+    refuse_unwritable(path)
+    refuse_unfit_source(config.model, config.encoders)
+    if lora is not None:
+        Header.of(lora)
+    return path, device_for(config.device)
+
+
+def _first_free(path: Path) -> Path:
+    """The path itself, or the first of NAME-2, NAME-3 … that is not there."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+
+
+def device_for(asked: str, world: World = ALONE) -> torch.device:
+    """The device asked for; of several processes, each has the GPU of its own number."""
+    name = best_device().type if asked == "auto" else asked
+    try:
+        if world.size > 1 and name in ("cuda", "mps"):
+            name = f"{name}:{world.local_rank}"
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # either, where torch was built without the device
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device must be one that this machine has, got {asked}: {reason}") from error
+
+
+def refuse_unwritable(path: Path) -> None:
+    """ValueError where neither the path can be made nor, where it is there, be written into."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if there != path and not there.is_dir():
+        raise ValueError(f"output must be in a folder, got {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output must be where files can be written, got {path}: {there} is write-protected")
+
+
+def refuse_unreadable_lora(path: Path, name: str) -> None:
+    """ValueError that names the input where it is no sound safetensors file."""
+    try:
+        Header.of(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def refuse_trained(name: str, measured: Sequence[Example], trained: Sequence[Example]) -> None:
+    """ValueError where all pictures that are to be measured are the files that are trained on.
+
+    A warning where some are, or hold the same bytes. Links to nowhere are left to whoever reads them.
+    """
+    files = {example.image_path.resolve() for example in trained if example.image_path.is_file()}
+    paths = [example.image_path for example in measured if example.image_path.is_file()]
+    if measured and all(example.image_path.resolve() in files for example in measured):
+        raise ValueError(f"{name} must hold pictures that are not trained on, but all of them are in data.folder too")
+    by_size: dict[int, list[Path]] = {}
+    for path in files:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    digest = cache(_digest)
+    same = [path for path in paths if any(digest(path) == digest(o) for o in by_size.get(path.stat().st_size, ()))]
+    what = f"{name}: pictures that are trained on as well, so that their loss says little about new ones"
+    tell_of(what, [path.name for path in same])
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors files, atomic writes, hashes, a lock on a folder."""

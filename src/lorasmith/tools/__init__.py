@@ -1,0 +1,1 @@
+"""What is done with LoRA and model files without training."""
