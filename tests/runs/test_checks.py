@@ -11,6 +11,8 @@ import torch
 from commands import made
 from tiny import made as pipeline
 
+from safetensors.torch import save_file
+
 from lorasmith.formats import lora_file
 from lorasmith.runs import run
 from lorasmith.runs.checks import checked, checked_sample
@@ -55,6 +57,10 @@ def sub_folder(home: Path) -> None:
     made(home / "cats" / "more", "a tabby")
 
 
+def no_lora(home: Path) -> None:
+    save_file({"x.weight": torch.ones(2, 2)}, home / "weights.safetensors")
+
+
 def lora(home: Path, key: str = "lora_te2_text_model_encoder_layers_0_mlp_fc1", size: int = 16) -> None:
     state = {f"{key}.lora_down.weight": torch.ones(4, size), f"{key}.lora_up.weight": torch.ones(size, 4)}
     lora_file.write(home / "lora.safetensors", state, {})
@@ -68,6 +74,8 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
         r"existing_lora: x\.safetensors must be a safetensors file: file not found",
     ),
     (a_file, {"existing_lora": "file"}, "existing_lora: file must be a safetensors file, got text"),
+    (no_lora, {"existing_lora": "weights.safetensors"}, "existing_lora: .* must be a LoRA, got tensors such as x.weight"),
+    (nothing, {"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none' and no include"),
     (a_file, {"output": "file/x"}, "output must be in a folder, got file.x: file is a file"),
     (a_file, {"output": "file"}, "output must be a folder that does not exist yet"),
     (nothing, {"model": "none/such/model"}, r"none.such.model must be a diffusers folder .*, got no such folder"),
@@ -125,8 +133,7 @@ BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
         "existing_lora: the LoRA does not fit .* the model has no such layer",
     ),
     (other_layers, {"existing_lora": "lora.safetensors"}, "existing_lora: the LoRA does not fit .* must have"),
-    (nothing, {"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none'"),
-    (nothing, {"targets": {"preset": "none"}, "adapter": "DoRA"}, "targets must match a layer, got preset 'none'"),
+    (nothing, {"targets": {"include": ["x"]}, "adapter": "DoRA"}, "targets must match a layer, got preset 'none'"),
     (nothing, {"adapter": "LoHa", "file_layout": "diffusers"}, "file_layout diffusers: diffusers reads LoRA"),
     (chroma, {"model": "chroma", "text_encoder": {"train": True}}, r"text_encoder\.train must be false for this model"),
 ]

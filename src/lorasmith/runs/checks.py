@@ -20,6 +20,7 @@ from lorasmith.devices import best_device
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.training.plan import refuse_contradictions
 from lorasmith.runs.run_dir import chosen_folder
+from lorasmith.formats.detect import is_lora
 from lorasmith.models.sources.kind import refuse_unfit_source
 from lorasmith.reporting.tensorboard import refuse_without_tensorboard
 from lorasmith.types import Example
@@ -130,9 +131,11 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_unreadable_lora(path: Path, name: str) -> None:
-    """ValueError that names the input where it is no sound safetensors file."""
+    """ValueError that names the input where it is no sound safetensors file with a LoRA's tensors."""
     try:
-        Header.of(path)
+        header = Header.of(path)
+        if not is_lora(header.shapes):
+            raise ValueError(f"{path} must be a LoRA, got tensors such as {next(iter(header.shapes), 'none')}")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -143,6 +143,8 @@ def refuse_contradictions(
         raise ValueError("checkpoints.steps must be set where non_finite.returns is, got none")
     if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
         raise ValueError("text_encoder.train must be true where text_encoder.learning_rate is set, got false")
+    if config.existing_lora is None and config.targets.preset == "none" and not config.targets.include:
+        raise ValueError("targets must match a layer, got preset 'none' and no include")
     if config.base_dtype != "none":
         refuse_needs_of_whole_weights(config, adapters)
         dtype = model_dtype(config.training_dtype, device)
