@@ -100,6 +100,7 @@ def test_the_walk_sees_a_climb() -> None:
 def test_the_house_is_seen_at_once() -> None:
     packages = [p for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"]
     assert len(packages) <= 18
+    assert all((package / "__init__.py").is_file() for package in packages)
     assert len([p for p in SOURCE.iterdir() if p.is_file()]) <= 9
 
 

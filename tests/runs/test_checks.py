@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from commands import made
+from safetensors.torch import save_file
 from tiny import made as pipeline
 
-from safetensors.torch import save_file
-
+from lorasmith.config.values import configured, merged
+from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.runs import run
 from lorasmith.runs.checks import checked, checked_sample
-from lorasmith.demo import BASE
 from lorasmith.runs.run import opened_run
-from lorasmith.config.values import configured
-from lorasmith.config.values import merged
 
 Prepare = Callable[[Path], object]
 
@@ -74,7 +72,11 @@ AT_ONCE: list[tuple[Prepare, dict[str, Any], str]] = [
         r"existing_lora: x\.safetensors must be a safetensors file: file not found",
     ),
     (a_file, {"existing_lora": "file"}, "existing_lora: file must be a safetensors file, got text"),
-    (no_lora, {"existing_lora": "weights.safetensors"}, "existing_lora: .* must be a LoRA, got tensors such as x.weight"),
+    (
+        no_lora,
+        {"existing_lora": "weights.safetensors"},
+        "existing_lora: .* must be a LoRA, got tensors such as x.weight",
+    ),
     (nothing, {"targets": {"preset": "none"}}, "targets must match a layer, got preset 'none' and no include"),
     (a_file, {"output": "file/x"}, "output must be in a folder, got file.x: file is a file"),
     (a_file, {"output": "file"}, "output must be a folder that does not exist yet"),
@@ -113,7 +115,9 @@ def test_what_needs_no_model_is_refused_without_one(
 
 def test_finding_out_imports_no_library_of_models() -> None:
     heavy = {"diffusers", "transformers", "matplotlib", "torchao", "accelerate"}
-    code = f"import sys, lorasmith.cli.main, lorasmith.config, lorasmith.runs.checks; print({heavy} & sys.modules.keys())"
+    code = (
+        f"import sys, lorasmith.cli.main, lorasmith.config, lorasmith.runs.checks; print({heavy} & sys.modules.keys())"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("set()\n", "")
 

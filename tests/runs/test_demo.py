@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorasmith.config.values import configured
 from lorasmith.data.folder import examples
 from lorasmith.demo import BASE, CONCEPTS, FOLDER, PROMPTS, demo_settings
-from lorasmith.config.values import configured
 
 
 def test_it_is_small_and_holds_no_pickles() -> None:

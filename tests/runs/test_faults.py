@@ -34,9 +34,9 @@ from faults import (
 )
 from PIL import Image
 
-from lorasmith.runs import run
 from lorasmith.demo import BASE
 from lorasmith.models.load import Family, opened
+from lorasmith.runs import run
 from lorasmith.storage.folder_lock import LOCK, FolderLock
 
 

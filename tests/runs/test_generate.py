@@ -8,16 +8,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lorasmith.runs import generate
-from lorasmith.formats import lora_file
-from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.demo import BASE
-from lorasmith.runs.generate import draw_comparison
-from lorasmith.rng import Purpose, normal
-from lorasmith.models.load import opened
-from lorasmith.config.values import configured
+from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.targets import Targets
+from lorasmith.config.values import configured
+from lorasmith.demo import BASE
+from lorasmith.formats import lora_file
+from lorasmith.models.load import opened
+from lorasmith.rng import Purpose, normal
+from lorasmith.runs import generate
+from lorasmith.runs.generate import draw_comparison
 
 CPU = torch.device("cpu")
 

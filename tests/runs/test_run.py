@@ -13,17 +13,16 @@ import pytest
 import torch
 from commands import made
 
+from lorasmith.config.values import configured, merged
+from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
+from lorasmith.formats.read import adapters_from
+from lorasmith.models.families.sd import StableDiffusion
 from lorasmith.runs import run
 from lorasmith.runs.checks import checked
-from lorasmith.demo import BASE
-from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.training.job import _network
-from lorasmith.formats.read import adapters_from
 from lorasmith.runs.run import Run, opened_run
 from lorasmith.runs.run_dir import numbered_folder
-from lorasmith.config.values import configured
-from lorasmith.config.values import merged
+from lorasmith.training.job import _network
 
 Opened = Callable[..., AbstractContextManager[Run]]
 

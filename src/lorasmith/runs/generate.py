@@ -8,21 +8,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.formats import lora_file
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.hooks import attached
 from lorasmith.config.schema import Config
 from lorasmith.devices import compute_dtype, model_dtype
-from lorasmith.models.load import bytes_to_load, opened, with_adapted_texts
-from lorasmith.models.sources.reading import loading_shown
-from lorasmith.models.meta import skeleton_for
-from lorasmith.tools.lazy_weights import with_stored_weights
-from lorasmith.storage.safetensors_header import Header
-from lorasmith.formats.read import adapters_from
-from lorasmith.prepare.share import num_bytes, shared_copy
-from lorasmith.reporting.progress import SILENT, Progress, megabytes
-from lorasmith.reporting.comparison import save_comparison
 from lorasmith.diffusion.sampling import pictures_of
+from lorasmith.formats import lora_file
+from lorasmith.formats.read import adapters_from
+from lorasmith.models.load import bytes_to_load, opened, with_adapted_texts
+from lorasmith.models.meta import skeleton_for
+from lorasmith.models.sources.reading import loading_shown
+from lorasmith.prepare.share import num_bytes, shared_copy
+from lorasmith.reporting.comparison import save_comparison
+from lorasmith.reporting.progress import SILENT, Progress, megabytes
+from lorasmith.storage.safetensors_header import Header
+from lorasmith.tools.lazy_weights import with_stored_weights
 from lorasmith.training.loop import native_kernels
 from lorasmith.types import Codec, Denoiser, Encoding
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorasmith.training.checkpoints import SUBFOLDER, CheckpointFolder
 from lorasmith.config.schema import Checkpoints, Config
-from lorasmith.storage.folder_lock import PATIENCE, FolderLock
 from lorasmith.distributed.torchrun import launch
 from lorasmith.storage.atomic import make_folder, remove_partial, write_whole
+from lorasmith.storage.folder_lock import PATIENCE, FolderLock
+from lorasmith.training.checkpoints import SUBFOLDER, CheckpointFolder
 
 log = logging.getLogger(__name__)
 

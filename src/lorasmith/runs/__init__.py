@@ -1,0 +1,1 @@
+"""Runs in folders of their own: checked before a model is loaded, trained, sampled, reported on."""
