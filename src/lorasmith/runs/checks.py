@@ -6,7 +6,8 @@ Nothing here imports diffusers or transformers, which takes seconds.
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,14 +18,13 @@ from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.config.schema import MAX_STEPS, Config
 from lorasmith.data.folder import examples, tell_of
 from lorasmith.devices import best_device
+from lorasmith.distributed.process_group import ALONE, World
+from lorasmith.models.sources.kind import refuse_no_lora, refuse_unfit_source
+from lorasmith.reporting.tensorboard import refuse_without_tensorboard
+from lorasmith.runs.run_dir import chosen_folder
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.training.plan import refuse_contradictions
-from lorasmith.runs.run_dir import chosen_folder
-from lorasmith.formats.detect import is_lora
-from lorasmith.models.sources.kind import refuse_unfit_source
-from lorasmith.reporting.tensorboard import refuse_without_tensorboard
 from lorasmith.types import Example
-from lorasmith.distributed.process_group import ALONE, World
 
 VIEWS = 100  # of each picture, where steps are not set
 
@@ -59,13 +59,15 @@ def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = 
         refuse_unwritable(path)
     refuse_unfit_source(config.model, config.encoders)
     if config.existing_lora is not None:
-        refuse_unreadable_lora(config.existing_lora, "existing_lora")
+        with _named("existing_lora"):
+            refuse_no_lora(Header.of(config.existing_lora))
     found = examples(config.data.folder, config.data.caption_lines)
     measured: dict[str, Sequence[Example]] = {}
     others = {"validation": ("held_out", config.data.held_out), "drift": ("drift", config.data.drift)}
     for name, (key, own) in others.items():
         if own is not None:
-            measured[name] = _measured(own, config, f"data.{key}")
+            with _named(f"data.{key}"):
+                measured[name] = examples(own, config.data.caption_lines)
             refuse_trained(f"data.{key}", measured[name], found)
     views = VIEWS * sum(example.repeats for example in found)
     steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
@@ -73,10 +75,11 @@ def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = 
     return Request(config.model_copy(update={"steps": steps}), device, world, own, found, measured)
 
 
-def _measured(folder: Path, config: Config, setting: str) -> Sequence[Example]:
-    """ValueError that names the setting where the folder is not fit."""
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Errors in what a setting names begin with the setting."""
     try:
-        return examples(folder, config.data.caption_lines)
+        yield
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from error
 
@@ -128,16 +131,6 @@ def refuse_unwritable(path: Path) -> None:
         raise ValueError(f"output must be in a folder, got {path}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise ValueError(f"output must be where files can be written, got {path}: {there} is write-protected")
-
-
-def refuse_unreadable_lora(path: Path, name: str) -> None:
-    """ValueError that names the input where it is no sound safetensors file with a LoRA's tensors."""
-    try:
-        header = Header.of(path)
-        if not is_lora(header.shapes):
-            raise ValueError(f"{path} must be a LoRA, got tensors such as {next(iter(header.shapes), 'none')}")
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def refuse_trained(name: str, measured: Sequence[Example], trained: Sequence[Example]) -> None:

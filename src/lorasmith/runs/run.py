@@ -12,36 +12,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.formats import lora_file
 from lorasmith.adapters.hooks import attached
-from lorasmith.training.checkpoints import Checkpoint, CheckpointFolder
-from lorasmith.runs.checks import Request
 from lorasmith.config.schema import Config
+from lorasmith.config.values import toml_of
 from lorasmith.data.dataset import Dataset
 from lorasmith.data.encode import encoded
 from lorasmith.data.tags import tag_frequency
-from lorasmith.runs.generate import pictures
+from lorasmith.diffusion.validation import Measured, held_out_losses
+from lorasmith.formats import lora_file
 from lorasmith.models.load import Family, bytes_to_load, opened, with_adapted_texts
-from lorasmith.models.sources.reading import loading_shown
 from lorasmith.models.meta import skeleton_for
-from lorasmith.tools.lazy_weights import with_stored_weights
-from lorasmith.storage.safetensors_header import Header
-from lorasmith.training.job import Job
-from lorasmith.training.recovery import Keeper
-from lorasmith.reporting.pace import counted
-from lorasmith.training.plan import Plan, warn_of_idle_targets
-from lorasmith.reporting.loss_plot import save_loss_plot
-from lorasmith.reporting.progress import SILENT, Progress, tracked
-from lorasmith.reporting.page import save_page
+from lorasmith.models.sources.reading import loading_shown
 from lorasmith.reporting.comparison import save_comparison
-from lorasmith.runs.run_dir import RunFolder, usable_anywhere
-from lorasmith.config.values import toml_of
+from lorasmith.reporting.loss_plot import save_loss_plot
+from lorasmith.reporting.pace import counted
+from lorasmith.reporting.page import save_page
+from lorasmith.reporting.progress import SILENT, Progress, tracked
 from lorasmith.reporting.step_log import StepLog
 from lorasmith.reporting.tensorboard import TensorBoardLog
-from lorasmith.training.loop import native_kernels
-from lorasmith.types import Cached, Codec, Encoding, Example, Step
-from lorasmith.diffusion.validation import Measured, held_out_losses
+from lorasmith.runs.checks import Request
+from lorasmith.runs.generate import pictures
+from lorasmith.runs.run_dir import RunFolder, usable_anywhere
 from lorasmith.storage.atomic import errors_name
+from lorasmith.storage.safetensors_header import Header
+from lorasmith.tools.lazy_weights import with_stored_weights
+from lorasmith.training.checkpoints import Checkpoint, CheckpointFolder
+from lorasmith.training.job import Job
+from lorasmith.training.loop import native_kernels
+from lorasmith.training.plan import Plan, warn_of_idle_targets
+from lorasmith.training.recovery import Keeper
+from lorasmith.types import Cached, Codec, Encoding, Example, Step
 
 log = logging.getLogger(__name__)
 
@@ -309,16 +309,21 @@ def _planned(request: Request, folder: RunFolder | None) -> tuple[Plan, Checkpoi
     if isinstance(denoiser, Encoding) and not asked:
         log.warning("text_encoder.train: on, as existing_lora holds layers of text encoders")
         config = config.model_copy(update={"text_encoder": config.text_encoder.model_copy(update={"train": True})})
-    checkpoints = None if folder is None else CheckpointFolder.of(folder.checkpoints_path, config)
-    newest = checkpoints.newest() if checkpoints else None
-    if folder is not None and checkpoints is not None and newest is None:
-        folder.refuse_to_lose(checkpoints.steps())
-    checkpoint = world.from_first(newest)
+    checkpoint = world.from_first(None if folder is None else _newest_checkpoint(folder, config))
     plan = Plan.of(with_stored_weights(denoiser, path), config, home=CPU, device=request.device, world=world)
     warn_of_idle_targets(denoiser, config)
     if checkpoint is not None:
         plan.refuse_misfit(checkpoint)
     return plan, checkpoint
+
+
+def _newest_checkpoint(folder: RunFolder, config: Config) -> Checkpoint | None:
+    """None in a folder that has nothing to lose; ValueError where a LoRA or checkpoints are there, but no sound one."""
+    checkpoints = CheckpointFolder.of(folder.checkpoints_path, config)
+    newest = checkpoints.newest()
+    if newest is None:
+        folder.refuse_to_lose(checkpoints.steps())
+    return newest
 
 
 def _with_threads(config: Config, checkpoint: Checkpoint | None) -> Config:

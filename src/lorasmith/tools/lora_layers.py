@@ -13,11 +13,12 @@ from torch import Tensor
 from lorasmith.adapters.base import Layer, alpha_of, fitting
 from lorasmith.adapters.registry import kind_of
 from lorasmith.formats import lora_file
-from lorasmith.formats.detect import is_lora, lora_family, model_family
+from lorasmith.formats.detect import lora_family
 from lorasmith.formats.folding import metadata_of
 from lorasmith.formats.keys import DOWN, UP, by_layer
 from lorasmith.formats.lora_file import DTYPE_NAMES
 from lorasmith.formats.read import refuse_strange
+from lorasmith.models.sources.kind import refuse_no_lora
 from lorasmith.ops.conv import ConvShape
 from lorasmith.storage.safetensors import TensorFile
 from lorasmith.storage.safetensors_header import Header
@@ -44,11 +45,7 @@ class LoRAFile:
     def opened(cls, path: Path, called: Path | None = None) -> "LoRAFile":
         """ValueError where it is no sound LoRA file, or a key means nothing. called: its name in messages."""
         header = Header.of(path)
-        if not is_lora(header.shapes):
-            family = model_family(header.shapes)
-            others = f"tensors such as {min(header.shapes)}" if header.shapes else "no tensors"
-            what = others if family == "unknown" else f"a model of {family}"
-            raise ValueError(f"{path} must be a LoRA, got {what}")
+        refuse_no_lora(header)
         stored, header = lora_file.stored(path)
         layers, keys = by_layer(lora_file.completed(stored, header)), _keys_by_layer(header)
         for layer, parts in layers.items():

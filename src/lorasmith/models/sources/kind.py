@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from lorasmith.formats.detect import is_lora
+from lorasmith.formats.detect import is_lora, model_family
 from lorasmith.formats.model_names import HUB_IDS, family_named
 from lorasmith.storage.not_safetensors import refuse_pointer, refuse_pointers
 from lorasmith.storage.safetensors_header import PICKLES, Header
@@ -27,6 +27,15 @@ def refuse_lora(header: Header) -> None:
     """ValueError where a LoRA is given for a model."""
     if is_lora(header.shapes):
         raise ValueError(f"{header.path} must be a model, got a LoRA: the model that it was trained on is needed")
+
+
+def refuse_no_lora(header: Header) -> None:
+    """ValueError where something else is given for a LoRA."""
+    if is_lora(header.shapes):
+        return
+    family = model_family(header.shapes)
+    others = f"tensors such as {min(header.shapes)}" if header.shapes else "no tensors"
+    raise ValueError(f"{header.path} must be a LoRA, got {others if family == 'unknown' else f'a model of {family}'}")
 
 
 def pipeline_name(folder: Path) -> str:
