@@ -10,6 +10,7 @@ import pytest
 from commands import FILES, TINY, Ended, at_step, listing, lorasmith, made
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lorasmith.runs import run
 from lorasmith.training import loop
 
 STEPS = 5
@@ -129,12 +130,51 @@ def test_a_folder_of_something_else_is_not_resumed(home: Path) -> None:
     assert listing(home / "thesis") == {"chapter.tex"}
 
 
-def test_a_lora_of_another_shape_is_not_resumed(home: Path) -> None:
-    interrupted(home, "train", *ARGUMENTS)
-    before = {path: path.read_bytes() for path in (home / "runs").rglob("*") if path.is_file()}
-    ended = lorasmith(home, "train", *ARGUMENTS, "--resume", "--adapter.rank", "3")
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped after step 3."""
+    folder = tmp_path_factory.mktemp("stopped")
+    made(folder / "cats", "a cat", "a black cat")
+    interrupted(folder, "train", *ARGUMENTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "2"), "steps must be at least the 3 of the checkpoint, got 2"),
+        (("--adapter.rank", "3"), "adapter.rank must be 8, as in the run that is resumed, got 3"),
+        (("--adapter.name", "LoHa"), "adapter.name must be LoRA, as in the run that is resumed, got LoHa"),
+        (
+            ("--optimizer.name", "SGD"),
+            "cannot resume from the checkpoint of step 3: its optimizer must keep nothing as this one does, "
+            "got exp_avg, exp_avg_sq, step",
+        ),
+    ],
+)
+def test_what_settings_show_is_not_resumed_at_once(stopped: Path, arguments: tuple[str, ...], message: str) -> None:
+    before = {path: path.read_bytes() for path in (stopped / "runs").rglob("*") if path.is_file()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "skeleton_for", lambda *args, **kwargs: pytest.fail("the model's classes were needed"))
+        ended = lorasmith(stopped, "train", *ARGUMENTS, "--resume", *arguments)
+    assert ended == Ended(2, "", f"lorasmith: {message}\n")
+    assert {path: path.read_bytes() for path in (stopped / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_other_layers_are_not_resumed(stopped: Path) -> None:
+    before = {path: path.read_bytes() for path in (stopped / "runs").rglob("*") if path.is_file()}
+    ended = lorasmith(stopped, "train", *ARGUMENTS, "--resume", "--targets.preset", "all")
     assert ended.code == 2 and re.search("cannot resume from the checkpoint of step 3: it must hold", ended.err)
-    assert {path: path.read_bytes() for path in (home / "runs").rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in (stopped / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_an_unsound_checkpoint_refuses_nothing(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest one says that more steps are done than are asked for, but is damaged: the one before it counts."""
+    lorasmith(home, "train", *ARGUMENTS)
+    newest = home / "runs" / "cats" / "checkpoints" / "step-0000005.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    assert lorasmith(home, "train", *ARGUMENTS, "--resume", "--steps", "4").code == 0
+    assert "step-0000005.safetensors is not sound" in caplog.text and "after step 4 of 4" in caplog.text
 
 
 def test_pictures_and_logs_on_the_way_change_nothing(home: Path, whole: Any) -> None:

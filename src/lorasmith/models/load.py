@@ -20,14 +20,15 @@ from lorasmith.models.families.sd3 import SD3
 from lorasmith.models.families.sdxl import SDXL
 from lorasmith.models.families.wan import Wan
 from lorasmith.models.families.z_image import ZImage
-from lorasmith.models.sources.components import MODULES, FolderComponents, OpenComponents
+from lorasmith.models.sources.components import FolderComponents, OpenComponents
+from lorasmith.models.sources.folder_layout import MODULES, weight_files
 from lorasmith.models.sources.hub import fetched
 from lorasmith.models.sources.kind import is_file, is_id, pipeline_name, refuse_lora
-from lorasmith.models.sources.parts import weight_files
 from lorasmith.models.sources.sd_folder import Folder
 from lorasmith.models.sources.sd_single_file import SingleFile
 from lorasmith.models.sources.single_file import VAES, FileComponents
 from lorasmith.models.text_encoders import WithTexts
+from lorasmith.reporting.progress import SILENT, Progress
 from lorasmith.storage.not_safetensors import refuse_pointers
 from lorasmith.storage.safetensors_header import Header
 
@@ -60,28 +61,41 @@ def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool =
     return WithTexts.of(family) if with_texts else family
 
 
-def bytes_to_load(model: str | Path, encoders: str | Path | None = None) -> int | None:
-    """About how large the weights are that a model is loaded from; None where they may have to be fetched first.
+def located(model: str, encoders: str | None, progress: Progress = SILENT) -> tuple[Path, Path | None]:
+    """Where a model and the encoders beside it are on this machine; what hub ids name is fetched.
 
-    ValueError where it is no sound file or folder.
+    ValueError where one of them cannot be.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return _bytes_in(FolderComponents(path), MODULES)
+    if encoders is None:
+        return (path if is_file(path) else folder_of(model, progress=progress)), None
+    own = _denoiser_part(original_of(weights_only(Header.of(path))))
+    return path, folder_of(encoders, (own,), progress)
+
+
+def _denoiser_part(original: Original | OriginalSDXL | None) -> str:
+    """What the part is called, in folders, that a single file of this kind holds."""
+    return "unet" if original is None else original.part
+
+
+def bytes_to_load(path: Path, encoders: Path | None) -> int:
+    """About how large the weights are that a model on this machine is loaded from; ValueError where it is no sound one.
+
+    encoders: the folder of what a single file lacks.
+    """
     if not is_file(path):
-        return None
+        return _bytes_in(FolderComponents(path), MODULES)
     header = Header.of(path)
-    own = sum(header.num_bytes(key) for key in header.shapes)
-    if encoders is None or not Path(encoders).expanduser().is_dir():
-        return own
+    if encoders is None:
+        return header.num_bytes_of_all
     has_vae = any(header.holds(prefix) for prefix in VAES)
     others = [name for name in MODULES if name.startswith("text_encoder") or (name == "vae" and not has_vae)]
-    return own + _bytes_in(FolderComponents(Path(encoders).expanduser()), others)
+    return header.num_bytes_of_all + _bytes_in(FolderComponents(encoders), others)
 
 
 def _bytes_in(folder: FolderComponents, names: Collection[str]) -> int:
     parts = [folder.path / name for name in names if folder.has(name)]
-    return sum(path.stat().st_size for part in parts for path in weight_files(part))
+    return sum(Header.of(path).num_bytes_of_all for part in parts for path in weight_files(part))
 
 
 def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:
@@ -121,10 +135,10 @@ def _of_file(header: Header, encoders: str | Path | None) -> Plain:
     """The family of a single file, beside a folder or hub id with what it lacks."""
     original, family = original_of(header), model_family(header.shapes)
     if original is None:
-        folder = folder_beside(encoders, ("StableDiffusionPipeline",), family, without=("unet",))
+        folder = folder_beside(encoders, ("StableDiffusionPipeline",), family, without=(_denoiser_part(original),))
         return StableDiffusion(SingleFile.opened(header, folder))
     supported = pipelines_of(original)
-    folder = folder_beside(encoders, supported, family, without=(original.part,))
+    folder = folder_beside(encoders, supported, family, without=(_denoiser_part(original),))
     name = supported[0] if folder is None else pipeline_name(folder.path)
     kind = FAMILIES[name]
     assert issubclass(kind, PipelineFamily)
@@ -164,10 +178,10 @@ def folder_beside(
     return FolderComponents(folder)
 
 
-def folder_of(model: str | Path, without: Collection[str] = ()) -> Path:
+def folder_of(model: str | Path, without: Collection[str] = (), progress: Progress = SILENT) -> Path:
     """A folder here, or one that is fetched from the hub; without: parts whose weights are not needed there."""
     path = Path(model).expanduser()
-    return fetched(model, without) if isinstance(model, str) and is_id(model) and not path.exists() else path
+    return fetched(model, without, progress) if isinstance(model, str) and is_id(model) and not path.exists() else path
 
 
 def family_of(name: str, source: Any) -> type[Plain]:

@@ -15,7 +15,7 @@ from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import split
 from lorasmith.formats.module_names import ModuleNames
 from lorasmith.models.checkpoints.ldm_configs import CLIP, OPEN_CLIP, text_config, unet_config
-from lorasmith.models.checkpoints.load import json_table, shaped
+from lorasmith.models.checkpoints.load import shaped
 from lorasmith.models.checkpoints.scaled import weights_only
 from lorasmith.models.families.base import PipelineFamily
 from lorasmith.models.families.sd import OpenPipeline
@@ -28,11 +28,13 @@ from lorasmith.models.load import (
     pipelines_of,
 )
 from lorasmith.models.reference_configs import Published
-from lorasmith.models.sources.components import MODULES, FolderComponents, OpenComponents
+from lorasmith.models.sources.components import FolderComponents, OpenComponents
+from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.sources.kind import is_file, pipeline_name
 from lorasmith.models.sources.sd_single_file import check_kind
 from lorasmith.models.sources.single_file import FileComponents
 from lorasmith.models.text_encoders import TextDenoiser
+from lorasmith.storage.json_files import json_table
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.types import Denoiser
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from lorasmith.models.sources.kind import refuse_no_lora, refuse_unfit_source
 from lorasmith.reporting.tensorboard import refuse_without_tensorboard
 from lorasmith.runs.run_dir import chosen_folder
 from lorasmith.storage.safetensors_header import Header
-from lorasmith.training.plan import refuse_contradictions
+from lorasmith.training.checkpoints import SUBFOLDER, CheckpointFolder
+from lorasmith.training.plan import refuse_contradictions, refuse_other_run
 from lorasmith.types import Example
 
 VIEWS = 100  # of each picture, where steps are not set
@@ -71,8 +72,11 @@ def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = 
             refuse_trained(f"data.{key}", measured[name], found)
     views = VIEWS * sum(example.repeats for example in found)
     steps = config.steps or min(MAX_STEPS, max(1, round(views / (config.group_size * world.size))))
+    config = config.model_copy(update={"steps": steps})
     own = path if world.is_first else None
-    return Request(config.model_copy(update={"steps": steps}), device, world, own, found, measured)
+    if own is not None:
+        CheckpointFolder.of(own / SUBFOLDER, config).check(partial(refuse_other_run, config=config))
+    return Request(config, device, world, own, found, measured)
 
 
 @contextmanager

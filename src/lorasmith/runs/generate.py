@@ -15,7 +15,7 @@ from lorasmith.devices import compute_dtype, model_dtype
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import bytes_to_load, opened, with_adapted_texts
+from lorasmith.models.load import bytes_to_load, located, opened, with_adapted_texts
 from lorasmith.models.meta import skeleton_for
 from lorasmith.models.sources.reading import loading_shown
 from lorasmith.prepare.share import num_bytes, shared_copy
@@ -52,8 +52,9 @@ def draw_comparison(
     header = None if lora is None else Header.of(lora)
     outline, path = skeleton_for(config.model, config.encoders, header, with_texts=False)
     adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
-    with loading_shown(bytes_to_load(config.model, config.encoders), progress):
-        family = opened(config.model, config.encoders, with_texts=isinstance(outline, Encoding))
+    model, encoders = located(config.model, config.encoders, progress)
+    with loading_shown(bytes_to_load(model, encoders), progress):
+        family = opened(model, encoders, with_texts=isinstance(outline, Encoding))
         family = with_adapted_texts(family, adapters.nets if adapters else ())
         codec = family.codec(device)
         if lora is not None and adapters is not None and "DoRA" in adapters.algorithms:  # whose weights it needs

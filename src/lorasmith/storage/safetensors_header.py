@@ -70,6 +70,11 @@ class Header:
         begin, end = self.places[key]
         return end - begin
 
+    @property
+    def num_bytes_of_all(self) -> int:
+        """Of all tensors together."""
+        return sum(map(self.num_bytes, self.shapes))
+
     def shape(self, key: str) -> tuple[int, ...]:
         """ValueError where there is no such tensor."""
         if key not in self.shapes:

@@ -9,11 +9,12 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from lorasmith.config.schema import Checkpoints, Config
 from lorasmith.formats import lora_file
 from lorasmith.storage.atomic import errors_name, write_whole
+from lorasmith.storage.safetensors_header import Header
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +80,25 @@ class Checkpoint:
         try:
             length = int.from_bytes(content[:8], "little")
             metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-            rest = json.loads(metadata["lorasmith.checkpoint"])
-            if rest["format"] != FORMAT:
-                raise ValueError(f"its format must be {FORMAT}, got {rest['format']}")
-            return cls(rest["step"], load(content), rest["numbers"], rest["config"], rest["facts"])
+            return cls._stated(metadata, load(content))
         except KeyError as error:
             raise ValueError(f"it must be written by lorasmith, but does not state {error}") from error
         except SafetensorError as error:
             raise ValueError(f"its tensors cannot be read: {error}") from error
+
+    @classmethod
+    def of_head(cls, path: Path) -> "Checkpoint":
+        """Without the tensors' numbers, and not verified; ValueError or KeyError where the head is not sound."""
+        header = Header.of(path)
+        shapes = {key: torch.empty(shape, device="meta") for key, shape in header.shapes.items()}
+        return cls._stated(header.metadata, shapes)
+
+    @classmethod
+    def _stated(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "Checkpoint":
+        rest = json.loads(metadata["lorasmith.checkpoint"])
+        if rest["format"] != FORMAT:
+            raise ValueError(f"its format must be {FORMAT}, got {rest['format']}")
+        return cls(rest["step"], tensors, rest["numbers"], rest["config"], rest["facts"])
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -159,6 +172,29 @@ class CheckpointFolder:
     def newest(self) -> Checkpoint | None:
         """The newest sound checkpoint; names those that are not sound."""
         return self._newest_of(self.steps())
+
+    def check(self, check: Callable[[Checkpoint], None]) -> None:
+        """ValueError where the newest sound checkpoint does not pass.
+
+        Files are read whole only where the newest one's head does not pass, as that may not be sound. One without a
+        sound head is left to whoever reads it.
+        """
+        head = self._newest_head()
+        if head is None:
+            return
+        try:
+            check(head)
+        except ValueError:
+            newest = self.newest()
+            if newest is not None:
+                check(newest)
+
+    def _newest_head(self) -> Checkpoint | None:
+        steps = self.steps()
+        try:
+            return Checkpoint.of_head(self.file_path(steps[-1])) if steps else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def newest_regular(self, before: int) -> Checkpoint | None:
         """The newest sound one of the regular checkpoints before this step; names those that are not sound.

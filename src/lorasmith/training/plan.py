@@ -30,7 +30,7 @@ from lorasmith.prepare.offload import refuse_useless_offloading
 from lorasmith.prepare.quantize import refuse_needs_of_whole_weights, refuse_without_kernels
 from lorasmith.reporting.pace import counted
 from lorasmith.training.checkpoints import Checkpoint
-from lorasmith.training.state import refuse_misfit
+from lorasmith.training.state import refuse_misfit, refuse_other_optimizer
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,18 @@ class Plan:
         }
         with misfit_named(checkpoint):
             refuse_misfit(checkpoint.tensors, shapes, self.config.optimizer)
+
+
+def refuse_other_run(checkpoint: Checkpoint, config: Config) -> None:
+    """ValueError where settings alone show that the run of this checkpoint cannot become this one."""
+    refuse_fewer_steps(checkpoint, config)
+    before = checkpoint.config.get("adapter", {})
+    for name in ("name", "rank") if config.existing_lora is None else ():  # else the LoRA's own hold
+        own = getattr(config.adapter, name)
+        if before.get(name, own) != own:
+            raise ValueError(f"adapter.{name} must be {before[name]}, as in the run that is resumed, got {own}")
+    with misfit_named(checkpoint):
+        refuse_other_optimizer(checkpoint.tensors, config.optimizer)
 
 
 def refuse_fewer_steps(checkpoint: Checkpoint, config: Config) -> None:

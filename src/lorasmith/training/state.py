@@ -1,7 +1,7 @@
 """Everything that a step changes: the adapters' masters, the optimizer, the scale of the losses, and counters."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,17 +121,24 @@ class State:
 
 def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], optimizer: Optimizer) -> None:
     """ValueError where what `State.tensors` said is of other parameters {name: shape}, or of another optimizer."""
-    held, kept, keeps = _held(tensors), _kept(tensors), _optimizer_keys(optimizer)
+    held, kept = _held(tensors), _kept(tensors)
     odd = sorted(held.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if held[name].shape != shape]
     if odd:
         verb = "differs" if len(odd) == 1 else "differ"
         raise ValueError(f"it must hold the same adapters, but {len(odd)} {verb}, such as {odd[0]}")
-    if kept and kept.keys() != keeps:
-        raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(set(kept))}")
+    refuse_other_optimizer(tensors, optimizer)
     for part, values in kept.items():
         odd = [name for name, shape in shapes.items() if name not in values or values[name].shape not in ((), shape)]
         if odd:
             raise ValueError(f"its optimizer must keep {part} of each weight, not so of {len(odd)}, such as {odd[0]}")
+
+
+def refuse_other_optimizer(names: Iterable[str], optimizer: Optimizer) -> None:
+    """ValueError where a state with tensors of these names is of an optimizer that keeps other numbers."""
+    kept = {name.rpartition("/")[2] for name in names if name.startswith(f"{OPTIMIZER}/")}
+    keeps = _optimizer_keys(optimizer)
+    if kept and kept != keeps:
+        raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(kept)}")
 
 
 def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hearing import Heard
 from huggingface_hub import constants
 from tiny import made
 from torch import Tensor
 
 from lorasmith.api import train_lora
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import bytes_to_load, located, opened
 from lorasmith.models.sources.hub import needed
-from lorasmith.models.sources.kind import is_id
+from lorasmith.models.sources.kind import is_id, refuse_unfit_source
+from lorasmith.reporting import progress
 
 CPU = torch.device("cpu")
 NAME = "somebody/emoji-base"
@@ -76,7 +78,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 entries = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in hub.files.items()]
                 body = json.dumps(entries).encode()
             else:
-                siblings = [{"rfilename": name} for name in hub.files]
+                siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
                 body = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}).encode()
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -152,6 +154,37 @@ def test_only_what_is_loaded_is_fetched_and_only_once(hub: Hub, cache: Path, tmp
     assert sorted(hub.sent) == sorted(own)
     opened(NAME)
     assert len(hub.sent) == len(own)
+
+
+def test_fetching_tells_how_many_bytes_are_there(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "MEGABYTE", 1)
+    hub.files, heard = files_of(BASE), Heard()
+    hub.files.pop("README.md")
+    folder, _ = located(NAME, None, heard)
+    (what, total, unit), *counts, end = heard.reports
+    left = sum(len(content) for name, content in hub.files.items() if name != "model_index.json")  # which came first
+    assert (what, total, unit, end) == ("fetching the model", left, "MB", "done")
+    assert sum(counts) == left and len(counts) > 5
+    assert capfd.readouterr().err == ""  # no bars of the library's
+    again = Heard()
+    assert located(NAME, None, again) == (folder, None) and again.reports == []
+    assert bytes_to_load(folder, None) > 4e6
+
+
+def test_checks_fetch_what_says_of_which_kind_a_model_is(hub: Hub) -> None:
+    hub.files = files_of(BASE)
+    refuse_unfit_source(NAME, None)
+    assert "model_index.json" in hub.sent and not any(name.endswith(".safetensors") for name in hub.sent)
+    hub.files = {"flux1-dev.safetensors": b"x"}
+    with pytest.raises(ValueError, match="^other/files must be a diffusers pipeline, but its repository has no "):
+        refuse_unfit_source("other/files", None)
+    hub.error = (401, "RepoNotFound")
+    (weights,) = (BASE / "unet").glob("*.safetensors")
+    for source in (("no/where", None), (str(weights), "no/where")):
+        with pytest.raises(ValueError, match="^no/where must be .* the hub has no such model"):
+            refuse_unfit_source(*source)
 
 
 def test_variants_are_fetched_where_there_is_nothing_else(hub: Hub, tmp_path: Path) -> None:

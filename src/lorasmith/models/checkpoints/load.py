@@ -1,6 +1,5 @@
 """Weights that are fitted into a library's net: nothing missing, nothing left over, in the dtype that holds them."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from lorasmith.models.checkpoints.scaled import dequantised
 from lorasmith.models.sources.reading import was_read
 from lorasmith.reporting.pace import counted
-from lorasmith.storage.not_safetensors import what_it_is
 from lorasmith.storage.safetensors_header import Header
 
 log = logging.getLogger(__name__)
@@ -26,6 +24,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 FP8 = {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # whose numbers bf16 holds exactly
 NO_WEIGHT = re.compile(r"(^|[._])(position_ids|logit_scale|(log_)?sigmas|inv_freq|num_batches_tracked)$")
 """Numbers that nets make themselves, and those of training: they may be there or not."""
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What diffusers called the layers of attention in older VAEs: what it calls them now."""
 SCALED = {"I8": torch.bfloat16}  # which are weights with a scale alone
 
 
@@ -72,25 +72,47 @@ def dtype_in(header: Header, keys: Iterable[str]) -> torch.dtype:
 
 
 def fitted(
-    kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype, *, path: Path
-) -> nn.Module:
+    kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype, *, path: Path,
+    takes_others: bool = False,
+) -> nn.Module:  # fmt: skip
     """A net of a class of diffusers with these weights, in this dtype but for what the class keeps in float32.
 
-    ValueError where tensors are missing, have no place in it, or another shape.
+    takes_others: weights that have no place in it are named in a warning. ValueError where tensors are missing, have
+    another shape or, else, no place in it.
     """
+    what = f"the {kind.__name__} of {path}"
     try:
         with _Empty():
             net = kind.from_config(dict(config))
+        own = net.state_dict()
+        state = {_present_name(key, own): tensor for key, tensor in state.items()}
+        _check_shapes(state, own)
         kept = set(kind._keep_in_fp32_modules or ())
         dtypes = {key: torch.float32 if kept & set(key.split(".")) else dtype for key in state}
-        state = {key: tensor.to(dtypes[key]) for key, tensor in state.items()}
+        state = {key: t.to(dtypes[key]) if t.is_floating_point() else t for key, t in state.items()}
         found = net.load_state_dict(state, strict=False, assign=True)
     except UNFIT as error:
-        raise ValueError(f"cannot load the {kind.__name__} of {path}: {line(error)}") from error
-    what = f"the {kind.__name__} of {path}"
+        raise ValueError(f"cannot load {what}: {line(error)}") from error
     check_complete(what, found.missing_keys)
-    check_no_others(what, found.unexpected_keys)
+    if takes_others:
+        warn_of_others(str(path), found.unexpected_keys)
+    else:
+        check_no_others(what, found.unexpected_keys)
     return net.eval()
+
+
+def _present_name(key: str, own: Mapping[str, Tensor]) -> str:
+    """The name that a net's own tensor has today; older VAEs call those of attention otherwise."""
+    module, _, rest = key.rpartition(".")
+    block, _, last = module.rpartition(".")
+    present = f"{block}.{OLD_NAMES[last]}.{rest}" if last in OLD_NAMES and key not in own else key
+    return present if present in own else key
+
+
+def _check_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if key in own and tensor.shape != own[key].shape:
+            raise ValueError(f"{key} must have the shape {list(own[key].shape)}, got {list(tensor.shape)}")
 
 
 def shaped(kind: Any, config: Mapping[str, Any], *, path: Path | str) -> Any:
@@ -134,17 +156,6 @@ def warn_of_others(what: str, unexpected: Iterable[str]) -> None:
 def tensors_that(keys: Sequence[str], one: str, several: str) -> str:
     """ "1 tensor is", "2 tensors are"."""
     return f"{counted(len(keys), 'tensor')} {one if len(keys) == 1 else several}"
-
-
-def json_table(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found = what_it_is(path) if path.is_file() else None
-        raise ValueError(f"{path} {found}" if found else f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a table, got {content!r:.50}")
-    return content
 
 
 def line(error: Exception) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasmith.diffusion.process import Flow, TokenShift
-from lorasmith.models.sources.components import MODULES, Components, OpenComponents
+from lorasmith.models.sources.components import Components, OpenComponents
+from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.text_encoders import Texts, output_of, tokens, tokens_of
 from lorasmith.types import Codec, Cond, Denoiser
 

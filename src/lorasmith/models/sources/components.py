@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lorasmith.models.checkpoints.load import json_table, line
+from lorasmith.models.checkpoints.load import line
+from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES
 from lorasmith.models.sources.parts import UNREADABLE, loaded
-
-MODULES = ("transformer", "transformer_2", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The parts of pipelines that hold weights."""
+from lorasmith.storage.json_files import json_table
 
 
 class Components(Protocol):
@@ -51,7 +50,7 @@ class FolderComponents:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        return json_table(self.path / "model_index.json")
+        return json_table(self.path / MODEL_INDEX)
 
     @property
     def scheduler(self) -> Mapping[str, Any]:

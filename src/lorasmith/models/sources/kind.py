@@ -1,11 +1,12 @@
 """What names a model: a single file, a diffusers folder or an id on the hub; found out without opening the model."""
 
-import json
 import re
 from pathlib import Path
 
 from lorasmith.formats.detect import is_lora, model_family
 from lorasmith.formats.model_names import HUB_IDS, family_named
+from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES
+from lorasmith.storage.json_files import json_table
 from lorasmith.storage.not_safetensors import refuse_pointer, refuse_pointers
 from lorasmith.storage.safetensors_header import PICKLES, Header
 
@@ -40,22 +41,19 @@ def refuse_no_lora(header: Header) -> None:
 
 def pipeline_name(folder: Path) -> str:
     """The class in diffusers of a folder's pipeline; ValueError where it is no such folder."""
-    index = folder / "model_index.json"
+    index = folder / MODEL_INDEX
     if not index.is_file():
         found = "a folder without it" if folder.exists() else "no such folder"
-        raise ValueError(f"{folder} must be a diffusers folder with a model_index.json, got {found}")
+        raise ValueError(f"{folder} must be a diffusers folder with a {MODEL_INDEX}, got {found}")
     refuse_pointer(index)
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {index}: {error}") from error
-    if not isinstance(content, dict) or "_class_name" not in content:
+    content = json_table(index)
+    if "_class_name" not in content:
         raise ValueError(f"{index} must name the pipeline's _class_name, but it does not")
     return str(content["_class_name"])
 
 
 def refuse_unfit_source(model: str, encoders: str | None) -> None:
-    """ValueError where there is no such file or folder, or where it is plainly no model; hub ids are not looked up."""
+    """ValueError where there is no such file, folder or hub id, or where it is plainly no model."""
     path = Path(model).expanduser()
     if is_file(path):
         refuse_missing(model)
@@ -94,6 +92,10 @@ def _refuse_unfit_folder(source: str) -> None:
 
 
 def _refuse_no_folder(source: str) -> None:
+    """Of a hub id what says which pipeline it is is fetched, and no weights."""
     path = Path(source).expanduser()
-    if path.exists() or not is_id(source):
-        pipeline_name(path)
+    if is_id(source) and not path.exists():
+        from lorasmith.models.sources.hub import fetched  # imported where there is an id alone
+
+        path = fetched(source, MODULES)
+    pipeline_name(path)

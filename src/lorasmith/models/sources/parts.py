@@ -1,7 +1,6 @@
 """The parts of diffusers folders: loaded whole by their library, or refused by name."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,22 @@ from lorasmith.models.checkpoints.load import (
     check_complete,
     dtype_in,
     fitted,
-    json_table,
     line,
     tensors,
     tensors_that,
     warn_of_others,
 )
 from lorasmith.models.checkpoints.scaled import weights_only
+from lorasmith.models.sources.folder_layout import SHARD_INDEX, WEIGHTS, variant_of, weight_files
 from lorasmith.models.sources.reading import was_read
 from lorasmith.reporting.pace import counted
+from lorasmith.storage.json_files import json_table
 from lorasmith.storage.not_safetensors import other_weights
 from lorasmith.storage.safetensors_header import Header
 
 log = logging.getLogger(__name__)
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.safetensors")
-INDEX = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-
-
-def variant_of(names: Iterable[str]) -> str | None:
-    """The variant to load of these weight files: none where there are plain ones, else "fp16" or what there is."""
-    variants = {match["variant"] for name in names if (match := WEIGHTS.fullmatch(name))}
-    return None if None in variants or not variants else "fp16" if "fp16" in variants else min(variants)
 
 
 def loaded(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
@@ -49,20 +41,19 @@ def loaded(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """
     headers, variant = weights_in(folder)
     base: Any = ModelMixin
-    is_of_diffusers = isinstance(kind, type) and issubclass(kind, base)
+    if isinstance(kind, type) and issubclass(kind, base):
+        return _of_diffusers(kind, folder, headers, dtype)
     if any(header.scales for header in headers):
-        if not is_of_diffusers:
-            _refuse_scales(headers)
-        return _multiplied(kind, folder, headers, dtype)
-    options = {} if is_of_diffusers else {"ignore_mismatched_sizes": True}  # whose error names no tensor
+        _refuse_scales(headers)
     try:
         part, report = kind.from_pretrained(
             folder, dtype=dtype or _stored_dtype(headers[0]), variant=variant, use_safetensors=True,
-            local_files_only=True, output_loading_info=True, **options,
+            local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # whose error names no tensor
         )  # fmt: skip
     except UNREADABLE as error:
         raise ValueError(f"cannot load {folder}: {line(error)}") from error
-    was_read(sum(header.path.stat().st_size for header in headers))
+    was_read(sum(header.num_bytes_of_all for header in headers))
     check_report(str(folder), report)
     warn_of_others(str(folder), report["unexpected_keys"])
     return part.eval()
@@ -102,21 +93,13 @@ def weights_in(folder: Path) -> tuple[list[Header], str | None]:
     return [weights_only(header) for header in headers], variant
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Those that are loaded of a part: of one variant, and not shards where there is a whole file."""
-    paths = sorted(folder.glob("*.safetensors"))
-    variant = variant_of(path.name for path in paths)
-    matches = {path: match for path in paths if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant}
-    whole = [path for path, match in matches.items() if not match["shard"]]
-    return whole or [*matches] or paths
-
-
-def _multiplied(kind: Any, folder: Path, headers: Sequence[Header], dtype: torch.dtype | None) -> Any:
-    """A part of diffusers whose weights have scales in other tensors, which its own loader does not know."""
+def _of_diffusers(kind: Any, folder: Path, headers: Sequence[Header], dtype: torch.dtype | None) -> Any:
+    """Read tensor by tensor: the library's own loader tells nobody how far it is, and knows no scales."""
     first = headers[0]
-    own = dtype or dtype_in(first, [key for key in first.shapes if key in first.scales or first.dtypes[key] in DTYPES])
+    scaled = [key for key in first.shapes if key in first.scales or first.dtypes[key] in DTYPES]
+    own = dtype or (dtype_in(first, scaled) if first.scales else _stored_dtype(first))
     state = {key: tensor for header in headers for key, tensor in tensors(header, header.shapes, own).items()}
-    return fitted(kind, json_table(folder / "config.json"), state, own, path=folder)
+    return fitted(kind, json_table(folder / "config.json"), state, own, path=folder, takes_others=True)
 
 
 def _refuse_scales(headers: Iterable[Header]) -> None:
@@ -138,7 +121,7 @@ def check_shards(folder: Path, headers: Iterable[Header]) -> None:
 
 def check_index(folder: Path, shards: Mapping[str, Header], variant: str | None) -> None:
     """ValueError where a folder's index names a file that is not there, or a tensor that its file lacks."""
-    found = [path for path in folder.iterdir() if (m := INDEX.fullmatch(path.name)) and m["variant"] == variant]
+    found = [path for path in folder.iterdir() if (m := SHARD_INDEX.fullmatch(path.name)) and m["variant"] == variant]
     if not found and len(shards) > 1:
         name = next(iter(shards)).partition("-0")[0]
         raise ValueError(f"{folder} must hold {name}.safetensors.index.json, which says what its files hold")

@@ -1,6 +1,6 @@
 """How much of a model's weights has been read, told to whoever watches.
 
-Single files are read tensor by tensor, a part of a diffusers folder by its library in one call.
+Weights are read tensor by tensor, but for text encoders in folders, which their library reads in one call.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,8 @@ def was_read(num_bytes: int) -> None:
 
 
 @contextmanager
-def loading_shown(num_bytes: int | None, progress: Progress) -> Iterator[None]:
-    """A stage in which a model is loaded from weights of this many bytes (None: unknown)."""
-    if num_bytes is None:
-        with progress.stage("loading the model"):
-            yield
-        return
+def loading_shown(num_bytes: int, progress: Progress) -> Iterator[None]:
+    """A stage in which a model is loaded from weights of this many bytes."""
     with megabytes("loading the model", num_bytes, progress) as advance:
         token = _watcher.set(advance)
         try:

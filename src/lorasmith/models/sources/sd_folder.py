@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lorasmith.models.checkpoints.load import json_table
 from lorasmith.models.families.sd import Encoders
 from lorasmith.models.sources.parts import loaded
+from lorasmith.storage.json_files import json_table
 
 
 @dataclass(frozen=True)

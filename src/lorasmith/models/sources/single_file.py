@@ -13,12 +13,12 @@ from torch import nn
 
 from lorasmith.models.checkpoints.ldm import below, ldm_vae
 from lorasmith.models.checkpoints.ldm_configs import vae_config
-from lorasmith.models.checkpoints.load import json_table
 from lorasmith.models.checkpoints.sdxl import OriginalSDXL
 from lorasmith.models.checkpoints.transformer_configs import Config
 from lorasmith.models.checkpoints.transformers import Original
 from lorasmith.models.sources.components import FolderComponents
 from lorasmith.reporting.pace import counted
+from lorasmith.storage.json_files import json_table
 from lorasmith.storage.safetensors_header import Header
 
 log = logging.getLogger(__name__)
