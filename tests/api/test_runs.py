@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from tiers import table
 from torch import Tensor
 
 from lorasmith.adapters.targets import Targets
@@ -123,7 +124,7 @@ def test_global_state_is_neither_read_nor_set(run: Run) -> None:
     assert not torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("modes", [(True, True), (False, True), (True, False)])
+@table("modes", [(True, True), (False, True), (True, False)], quick=[(True, True)])
 def test_the_model_that_came_in_is_bit_for_bit_what_it_was(
     denoiser: Any, latents: Tensor, texts: Tensor, modes: tuple[bool, bool]
 ) -> None:
@@ -215,6 +216,7 @@ def test_no_existing_lora_is_a_new_one(run: Run) -> None:
     assert run(existing_lora="[None]") == run(existing_lora=None) == run()
 
 
+@pytest.mark.slow
 def test_the_model_with_lora_draws_what_the_saved_file_draws(latents: Tensor, tmp_path: Path) -> None:
     """In diffusers, which reads the file by itself; the caller's pipeline goes on drawing its own."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import table
 from torch import Tensor
 
 from lorasmith.adapters.targets import Targets
@@ -80,7 +81,7 @@ def test_a_pipeline_gives_a_pipeline_and_stays(family: StableDiffusion, denoiser
 
 
 @pytest.mark.parametrize("lora_dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("training_dtype", ["bf16", "fp32"])
+@table("training_dtype", ["bf16", "fp32"], quick=["bf16"])
 def test_dtypes(denoiser: Any, latents: Tensor, texts: Tensor, training_dtype: Any, lora_dtype: Any) -> None:
     inputs = {**QUICK, "training_dtype": training_dtype, "lora_dtype": lora_dtype}
     result = train_lora(denoiser, latents, list(texts), **inputs)
@@ -109,7 +110,7 @@ def test_data_of_another_model_is_refused(denoiser: Any, shape: tuple[int, ...],
         train_lora(denoiser, torch.randn(2, 4, 8, 8), [{"pooled": torch.randn(8)}], **QUICK)
 
 
-@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"])
+@table("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"], quick=["LoRA"])
 def test_the_default_dtype_does_not_matter(denoiser: Any, latents: Tensor, texts: Tensor, algorithm: str) -> None:
     expected = bytes_of(denoiser, latents, list(texts), algorithm=algorithm)
     torch.set_default_dtype(torch.float64)

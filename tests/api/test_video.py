@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import table
 from torch import Tensor, nn
 
 from lorasmith.adapters.targets import Targets
@@ -85,7 +86,7 @@ def test_the_patch_embedding_is_adapted_over_frames(model: Any) -> None:
     assert lora["lora_transformer_patch_embedding.lora_up.weight"].shape == (24, 2, 1, 1, 1)
 
 
-@pytest.mark.parametrize("algorithm", STARTS_AT_ZERO)
+@table("algorithm", STARTS_AT_ZERO, quick=["LoRA"])
 def test_a_file_goes_on(model: Any, tmp_path: Path, algorithm: Any) -> None:
     first = train_lora(model, LATENTS, TEXTS, algorithm=algorithm, **QUICK)
     lora_file.write(tmp_path / "a.safetensors", first.lora, {"ss_steps": "2"})

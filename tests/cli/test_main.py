@@ -373,6 +373,7 @@ def test_help_is_quick(tmp_path: Path, arguments: list[str]) -> None:
     assert not modules & {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(home: Path) -> None:
     """Logs and errors go to stderr, and paths are printed whatever the terminal's encoding."""
     (home / "cats").rename(home / "kätzchen 猫")

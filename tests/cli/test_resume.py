@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from commands import FILES, TINY, Ended, at_step, listing, lorasmith, made
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import table
 
 from lorasmith.runs import run
 from lorasmith.training import loop
@@ -45,7 +46,7 @@ def interrupted(home: Path, *arguments: str, at: int = 3, by: signal.Signals = s
         return lorasmith(home, *arguments)
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@table("by", [signal.SIGINT, signal.SIGTERM], quick=[signal.SIGINT])
 def test_the_same_command_with_resume_goes_on(
     home: Path, whole: Any, by: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,6 +63,7 @@ def test_the_same_command_with_resume_goes_on(
     assert names == ["step-0000004.safetensors", "step-0000005.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_its_own_toml(home: Path, whole: Any) -> None:
     (home / "runs" / "cats").mkdir(parents=True)
     interrupted(home, "train", *ARGUMENTS)
@@ -70,6 +72,7 @@ def test_a_run_is_resumed_by_its_own_toml(home: Path, whole: Any) -> None:
     assert outcome(home / "runs" / "cats-2") == whole and not listing(home / "runs" / "cats")
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_is_resumed_for_more_steps(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
     lorasmith(home, "train", *ARGUMENTS, "--steps", "3")
     assert lorasmith(home, "train", *ARGUMENTS, "--resume").code == 0
@@ -87,6 +90,7 @@ def test_a_run_that_is_not_there_is_not_resumed(home: Path, arguments: tuple[str
     assert ended == Ended(2, "", f"lorasmith: {message}\n") and not (home / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_had_no_checkpoint_begins(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A folder whose run was killed before its first checkpoint."""
     for found in ((), ("run.toml",), (".lock", ".run.toml.123.partial")):
@@ -100,6 +104,7 @@ def test_a_run_that_had_no_checkpoint_begins(home: Path, whole: Any, caplog: pyt
         assert outcome(folder) == whole and listing(folder) == FILES
 
 
+@pytest.mark.slow
 def test_run_toml_works_from_another_folder(home: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
     interrupted(home, "train", *ARGUMENTS)
     (home / "elsewhere").mkdir()
@@ -108,6 +113,7 @@ def test_run_toml_works_from_another_folder(home: Path, whole: Any, caplog: pyte
     assert not listing(home / "elsewhere")
 
 
+@pytest.mark.slow
 def test_other_pictures_are_not_called_without_effect(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     interrupted(home, "train", *ARGUMENTS)
     made(home / "copy", "a cat", "a black cat")
@@ -168,6 +174,7 @@ def test_other_layers_are_not_resumed(stopped: Path) -> None:
     assert {path: path.read_bytes() for path in (stopped / "runs").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_an_unsound_checkpoint_refuses_nothing(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The newest one says that more steps are done than are asked for, but is damaged: the one before it counts."""
     lorasmith(home, "train", *ARGUMENTS)
@@ -177,6 +184,7 @@ def test_an_unsound_checkpoint_refuses_nothing(home: Path, caplog: pytest.LogCap
     assert "step-0000005.safetensors is not sound" in caplog.text and "after step 4 of 4" in caplog.text
 
 
+@pytest.mark.slow
 def test_pictures_and_logs_on_the_way_change_nothing(home: Path, whole: Any) -> None:
     made(home / "dogs", *["a dog"] * 3)
     arguments = (*ARGUMENTS, "--sampling.prompts", "['a cat']", "--sampling.steps", "1", "--sampling.every", "2")
@@ -192,6 +200,7 @@ def test_pictures_and_logs_on_the_way_change_nothing(home: Path, whole: Any) -> 
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
 
 
+@pytest.mark.slow
 def test_the_demo_is_resumed(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     quick = ("--device", "cpu", "--steps", "3", "--sampling.prompts", "[]", "--data.held_out", "none")
     values = (*quick, "--data.drift", "none", "--targets.preset", "attention", "--batch_size", "1")

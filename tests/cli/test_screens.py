@@ -121,6 +121,7 @@ def bars(text: str, what: str) -> int:
     return len(re.findall(rf"^{what}\b.*\d/\d+", text, flags=re.M))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_training_in_a_window_that_changes(commands: Commands) -> None:
     steps = ("--steps", "12", "--sampling.every", "6", "--sampling.steps", "2", "--sampling.prompts", "a cat")
@@ -139,6 +140,7 @@ def test_a_training_in_a_window_that_changes(commands: Commands) -> None:
     assert not re.search("^(loading|encoding|generating).*/", text, flags=re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stop", ["Ctrl-C", signal.SIGTERM, signal.SIGHUP])
 def test_a_training_that_is_stopped(commands: Commands, stop: str | signal.Signals) -> None:
@@ -157,6 +159,7 @@ def test_a_training_that_is_stopped(commands: Commands, stop: str | signal.Signa
     assert checkpoint is not None and checkpoint.step == steps
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_commands_for_files_and_samples(commands: Commands) -> None:
     commands.start("train", "cats", *TINY, "--output", "lora", "--adapter.rank", "2")

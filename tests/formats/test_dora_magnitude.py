@@ -166,6 +166,7 @@ def test_training_and_continuing(
             )
 
 
+@pytest.mark.slow
 def test_the_steps_that_were_done_are_not_made_again(
     denoiser: Any, latents: Tensor, texts: Tensor, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from safetensors.torch import load_file, save_file
+from tiers import table
 from tiny import made
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def delta_of(path: Path) -> Tensor:
     return adapter.merged(torch.zeros(SIDE, SIDE)).detach()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@table("place", PLACES, quick=["alpha", "nothing", "header", "config beside PEFT's file"])
 def test_every_tool_honours_every_place_of_a_scale(place: str, tmp_path: Path, base_weight: Tensor) -> None:
     made_of = PLACES[place]()
     (tmp_path / "in").mkdir()
@@ -270,7 +271,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("layer", [KOHYA, "diffusion_model.blocks.0"], ids=["a layer", "no layer of the model"])
-@pytest.mark.parametrize("part", STRANGE)
+@table("part", STRANGE, quick=["weight", "new_part"])
 def test_parts_that_are_not_read_are_named_by_every_tool(part: str, layer: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**factors(KOHYA, names="du"), f"{layer}.{part}": torch.ones(SIDE, SIDE)}, path)

@@ -32,6 +32,7 @@ def trained(family: StableDiffusion, preset: Any = "all", rank: int = 4) -> Adap
     return adapters
 
 
+@pytest.mark.slow
 def test_equal_content_makes_equal_bytes_in_every_process(tmp_path: Path) -> None:
     """The library alone orders metadata by a hash that changes between processes."""
     code = (

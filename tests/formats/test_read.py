@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lycoris import LycorisNetwork, create_lycoris
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from tiers import table
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -50,7 +51,7 @@ def with_file(path: Path, denoiser: StableDiffusionDenoiser, latents: Tensor, te
         return output(denoiser, latents, texts)
 
 
-@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
+@table("prefix", ["lycoris", "lora_unet"], quick=["lycoris"])
 @pytest.mark.parametrize("algorithm", LYCORIS)
 def test_a_file_of_lycoris(
     denoiser: Any, latents: Tensor, texts: Tensor, tmp_path: Path, algorithm: str, prefix: str
@@ -86,7 +87,7 @@ PEFT_CONFIGS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", PEFT_CONFIGS)
+@table("kind", PEFT_CONFIGS, quick=["plain", "dora"])
 def test_a_folder_of_peft(denoiser: Any, latents: Tensor, texts: Tensor, tmp_path: Path, kind: str) -> None:
     copy = shared_copy(denoiser)
     model: Any = peft.get_peft_model(copy.unet, PEFT_CONFIGS[kind](["to_q", "to_out.0", "conv1"]))

@@ -11,6 +11,7 @@ from file_table import READS
 from file_tools import adapted, merged_weights
 from lycoris import LycorisNetwork, create_lycoris
 from peft import LoraConfig, get_peft_model
+from tiers import table
 from tiny_nets import NETS, Holder, holder_of
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ PLAIN: dict[str, Algorithm] = {
     "DoRA": DoRA(rank=2),
 }  # fmt: skip
 CELLS = [(f, a, layout) for f, a, layout in itertools.product(NETS, PLAIN, LAYOUTS) if (f, a, layout) in READS]
+QUICK = CELLS[::9]  # each family, algorithm and layout a few times
 families = pytest.mark.parametrize("family", NETS)
 TRANSFORMERS = [family for family in NETS if not family.startswith("SD") or family == "SD 3"]
 
@@ -57,7 +59,7 @@ def odd_layers(holder: Holder) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.parametrize(("family", "algorithm", "layout"), CELLS)
+@table(("family", "algorithm", "layout"), CELLS, quick=QUICK)
 def test_a_file_is_read_back_as_it_was(family: str, algorithm: str, layout: LayoutName) -> None:
     holder = holder_of(family)
     adapters = random_adapters(holder, algorithm)
@@ -120,6 +122,7 @@ def documented() -> dict[tuple[str, str], str]:
     }
 
 
+@pytest.mark.slow
 def test_the_best_layout_is_the_documented_one() -> None:
     """UNets keep kohya's names, to the byte."""
     table = documented()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import table
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
@@ -142,12 +143,13 @@ def test_predictions_follow_the_prompt(name: str) -> None:
     assert all((pred - other).abs().mean() > 1e-4 * pred.abs().mean() for other in preds)
 
 
-@pytest.mark.parametrize(
+@table(
     ("name", "layout"),
     [
         *((name, None) for name in TINY if not name.startswith("Wan")),
         *((name, "diffusers") for name in TINY if name != "Wan 2.2"),
     ],
+    quick=[("FluxPipeline", None), ("StableDiffusion3Pipeline", None), ("Wan 2.1", "diffusers")],
 )
 def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName | None, tmp_path: Path) -> None:
     """Every layer, except those diffusers skips in SDXL files with kohya's names. Two experts' files: test_experts."""
@@ -169,7 +171,7 @@ def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName
     assert float((ours - before).abs()) > 1e-3
 
 
-@families
+@table("name", sorted(TINY), quick=["FluxPipeline", "StableDiffusionXLPipeline", "Wan 2.2"])
 def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path)
     family, (reference, reference_codec) = opened(tmp_path), opened_family(name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiers import table
 from torch import Tensor
 
 from lorasmith.models.meta import published_skeleton
@@ -145,7 +146,7 @@ def deltas(path: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", FILES)
+@table("name", FILES, quick=["SDXL in ComfyUI", "FLUX.1", "Chroma1"])
 def test_a_file_is_converted_without_the_model(name: str, tmp_path: Path) -> None:
     layout, other, layers = FILES[name]
     source = written(tmp_path / "a.safetensors", layout, layers)

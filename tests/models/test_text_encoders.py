@@ -70,6 +70,7 @@ def test_tokens_predict_what_their_encoding_predicts(model: str) -> None:
         torch.testing.assert_close(encoded, {"text": text, "pooled": pooled})
 
 
+@pytest.mark.slow
 @models
 def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(model: str) -> None:
     family = opened(source(model), with_texts=True)
@@ -154,6 +155,7 @@ def test_a_run_equals_peft_on_unet_and_text_encoder_with_rates_of_their_own() ->
     assert {group["lr"] for group in job.state.optimizer.param_groups} == {1e-3, 4e-3}
 
 
+@pytest.mark.slow
 @models
 def test_equal_rates_make_one_group_and_the_weights_that_two_equal_groups_make(model: str) -> None:
     shape = (4, 16, 16)
@@ -173,6 +175,7 @@ def test_equal_rates_make_one_group_and_the_weights_that_two_equal_groups_make(m
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @models
 @pytest.mark.parametrize("rate", [None, 2e-3])
 def test_resuming_is_exact(model: str, rate: float | None) -> None:
@@ -197,6 +200,7 @@ def test_resuming_is_exact(model: str, rate: float | None) -> None:
     torch.testing.assert_close(dict(resumed.state.tensors()), dict(whole.state.tensors()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @models
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, tmp_path: Path) -> None:
@@ -268,6 +272,7 @@ def test_files_round_trip_under_all_names(model: str) -> None:
         adapters_from({key: tensor for key, tensor in state.items() if "lora_te" in key}, plain)
 
 
+@pytest.mark.slow
 @models
 def test_a_contract_run_returns_a_pipeline_with_what_both_learned(model: str, latents: Tensor) -> None:
     result = train_lora(
@@ -282,6 +287,7 @@ def test_a_contract_run_returns_a_pipeline_with_what_both_learned(model: str, la
     assert any(key.startswith("lora_te") for key in result.lora) and any("lora_unet" in key for key in result.lora)
 
 
+@pytest.mark.slow
 def test_the_held_out_measure_uses_the_trained_encoder() -> None:
     family: Any = opened(BASE, with_texts=True)
     samples = samples_of(family, (4, 16, 16))
@@ -306,6 +312,7 @@ def test_what_cannot_be_is_refused(latents: Tensor, texts: Tensor, flow_denoiser
         opened(pipe, with_texts=True)
 
 
+@pytest.mark.slow
 def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_file_makes_the_embeddings_that_diffusers_and_peft_make(model: str, tm
     assert (model == FLUX) or (without_t5 - plain).abs().max() > 0.01  # Flux reads CLIP's pooled vector alone
 
 
+@pytest.mark.slow
 @models
 def test_sample_draws_as_diffusers_does(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a LoRA of the transformer and both kinds of text encoder in kohya's names; T5's is fused by hand."""
@@ -152,6 +153,7 @@ def test_sample_draws_as_diffusers_does(model: str, tmp_path: Path, monkeypatch:
     assert np.abs(ours - without).max() > 10
 
 
+@pytest.mark.slow
 @models
 def test_a_run_writes_names_that_others_read_and_is_continued(
     model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -166,6 +166,7 @@ torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-3)
 """
 
 
+@pytest.mark.slow
 @needs_library
 def test_fewer_threads_than_asked_for() -> None:
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}

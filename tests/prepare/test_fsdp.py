@@ -347,6 +347,7 @@ def told_by_two(folder: Path) -> list[dict[str, Any]]:
             process.kill()
 
 
+@pytest.mark.processes
 def test_two_processes_hold_a_half_each_and_train_as_one_does(tmp_path: Path) -> None:
     for found in told_by_two(tmp_path):
         for name in ("sd3", "unet", "odd"):

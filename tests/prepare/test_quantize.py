@@ -11,6 +11,7 @@ import torch
 from flow_denoiser import FlowDenoiser
 from frozen_nets import Case, equal, gradients
 from measure_checkpointing import LiveBytes, Subject
+from tiers import table
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -93,7 +94,7 @@ def test_small_weights_in_fp16_are_as_close(kind: str) -> None:
     assert found.norm() < 1.01 * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@table("dtype", DTYPES, quick=DTYPES[:1])
 def test_blocks_linear_layers_shrink_and_the_rest_stays(case: Case, kind: str, dtype: torch.dtype) -> None:  # noqa: F811
     before = {name: p.detach().clone() for name, p in case.net.named_parameters()}
     held = {name: p.data_ptr() for name, p in case.net.named_parameters()}
@@ -129,7 +130,7 @@ def unpacked(denoiser: Denoiser) -> Denoiser:
     return twin
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@table("dtype", DTYPES, quick=DTYPES[:1])
 def test_predictions_and_gradients_are_those_of_the_whole_weights(
     case: Case,  # noqa: F811
     kind: str,
@@ -179,6 +180,7 @@ def test_no_second_set_of_weights_is_held_on_the_way(family: StableDiffusion, ki
     assert live.peak - live.now < 6 * largest < whole / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "none"])
 def test_a_lora_is_trained_on_them(
     family: StableDiffusion, latents: Tensor, texts: Tensor, kind: str, dtype: Any, caplog: pytest.LogCaptureFixture
@@ -209,6 +211,7 @@ def test_pictures_are_drawn_with_them(family: StableDiffusion, codec: Any) -> No
     assert picture.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_resumed_training_gives_the_same_lora(
     family: StableDiffusion, latents: Tensor, texts: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

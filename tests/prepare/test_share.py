@@ -113,6 +113,7 @@ def test_a_list_in_a_list_is_no_block() -> None:
     assert blocks(net, 1) == blocks(net, 5) == [pair]
 
 
+@pytest.mark.slow
 def test_every_depth_holds_less_and_gives_the_same_gradients(case: Case) -> None:
     plain = measured(case.denoiser, case.x, case.t, case.cond, None)
     by_depth = {depth: measured(case.denoiser, case.x, case.t, case.cond, depth) for depth in range(1, 6)}
@@ -260,6 +261,7 @@ def version_2(family: StableDiffusion) -> Denoiser:
     return StableDiffusionDenoiser(net, family.denoiser.process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["version 1", "version 2", "own"])
 @pytest.mark.parametrize("pack", ["none", "all"])
 def test_checkpointing_lowers_the_bytes_that_autograd_saves(

@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 from commands import without_work
+from tiers import table
 
 from lorasmith.api import train_lora
 from lorasmith.cli.main import main
@@ -47,7 +48,8 @@ def _tables() -> ModuleType:
 
 tables = _tables()
 PAGES = [pytest.param(page, id=page.relative_to(DOCS).as_posix()) for page in tables.pages()]
-WITH_EXAMPLES = [page for page in PAGES if tables.EXAMPLE.search(page.values[0].read_text(encoding="utf-8"))]
+WITH_EXAMPLES = [page for page in tables.pages() if tables.EXAMPLE.search(page.read_text(encoding="utf-8"))]
+QUICK = [DOCS / name for name in ("algorithms/lora.md", "inputs/alpha.md", "inputs/model.md", "models.md")]
 STALE = "stale: python docs/tables.py writes it anew"
 
 
@@ -57,6 +59,7 @@ def test_tables_are_what_the_schema_says(page: Path) -> None:
     assert tables.with_tables(text) == text, STALE
 
 
+@pytest.mark.slow
 def test_refusals_are_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = tables.Refusals().said
@@ -65,7 +68,7 @@ def test_refusals_are_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert tables.with_refusals(text, said) == text, STALE
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES)
+@table("page", WITH_EXAMPLES, quick=QUICK, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_examples_run_and_print_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
@@ -147,6 +150,7 @@ def test_pages_name_no_place_on_the_machine_that_made_them() -> None:
         assert not re.search(r"(?<![\w.])/(work|root|home|tmp|usr)/", page.read_text(encoding="utf-8")), page
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="needs the extra 'docs': make docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]

@@ -30,6 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return base
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_lorasmith_beside_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["lorasmith:adapter.rank=4,gradient_checkpointing", "peft"]
@@ -46,6 +47,7 @@ def test_lorasmith_beside_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "| peft " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_who_cannot_is_left_out(base: Work) -> None:
     entries = [step_time.Entry("lycoris"), step_time.Entry("peft")]
@@ -55,6 +57,7 @@ def test_who_cannot_is_left_out(base: Work) -> None:
     assert "identity" in (peft.left_out or "")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_another_loss_ends_the_program(base: Work) -> None:
     entries = [step_time.Entry("lorasmith", {"loss": 1.0, "difference": 0.0, "layers": 1, "numbers": 1})]
@@ -64,6 +67,7 @@ def test_another_loss_ends_the_program(base: Work) -> None:
         step_time.compare(base, [*entries, step_time.Entry("peft", {**entries[0].check, "difference": 0.2})])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_unknown_options_are_refused(base: Work) -> None:
     with pytest.raises(step_time.Failed, match="channels_last"):
@@ -82,6 +86,7 @@ def test_comfyui_is_left_out_where_layers_differ(monkeypatch: pytest.MonkeyPatch
     assert "COMFYUI_PATH" in (step_time.reason_to_leave_out(entry, step_time.arguments(["--layers", "all"])) or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(os.environ.get(name) for name in ("COMFYUI_PATH", "COMFYUI_PYTHON")),
     reason="COMFYUI_PATH and COMFYUI_PYTHON not set: a checkout of ComfyUI, and a Python with what it needs",

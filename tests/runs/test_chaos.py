@@ -11,6 +11,7 @@ from chaos import killed_at_changes, trials
 from killing import Processes, Runs, started
 
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.skipif(sys.platform == "win32", reason="needs processes that start at once"),
     pytest.mark.timeout(400),  # on a machine that is busy
 ]

@@ -113,6 +113,7 @@ def test_what_needs_no_model_is_refused_without_one(
         checked(config(**values))
 
 
+@pytest.mark.slow
 def test_finding_out_imports_no_library_of_models() -> None:
     heavy = {"diffusers", "transformers", "matplotlib", "torchao", "accelerate"}
     code = (

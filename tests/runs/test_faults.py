@@ -39,6 +39,8 @@ from lorasmith.models.load import Family, opened
 from lorasmith.runs import run
 from lorasmith.storage.folder_lock import LOCK, FolderLock
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(family: Family) -> Iterator[None]:

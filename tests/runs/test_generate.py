@@ -33,6 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, lora: Path) -> list[Any]:
     return [np.asarray(pictures[0], dtype=np.float32) for _, pictures in rows]
 
 
+@pytest.mark.slow
 def test_a_lora_with_layers_of_the_text_encoder_is_drawn_as_diffusers_draws_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

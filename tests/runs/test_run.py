@@ -115,6 +115,7 @@ def test_what_cannot_be_run_is_refused(opened: Opened, values: dict[str, Any], m
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_samples_of_the_last_step_are_generated_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     generated, calls = run.pictures, []
 
@@ -132,6 +133,7 @@ def test_samples_of_the_last_step_are_generated_once(opened: Opened, monkeypatch
     assert plain == often and len(list(Path("often", "samples").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_held_out_and_drift_pictures_are_measured_before_and_after(opened: Opened, tmp_path: Path) -> None:
     made(tmp_path / "held out", "a white cat", "a grey cat")
     made(tmp_path / "others", "a house", "a tree", "a car")
@@ -214,6 +216,7 @@ def test_the_folder_goes_where_nothing_was_trained(opened: Opened) -> None:
     assert len(Path("x/y/steps.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_made_meanwhile_is_left_alone(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +234,7 @@ def test_a_folder_that_another_run_made_meanwhile_is_left_alone(
     assert path.read_text() == "of the other run"
 
 
+@pytest.mark.slow
 def test_a_run_continues_a_lora(opened: Opened, tmp_path: Path, caplog: Any) -> None:
     """Its algorithm, rank and steps are the file's; the file's name alone goes into the next one."""
     path = saved(opened(steps=2, adapter={"name": "LoHa", "rank": 2}, sampling={"prompts": []}))

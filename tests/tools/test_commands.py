@@ -17,6 +17,7 @@ from file_tools import ALGORITHMS, adapted, merged_weights, written
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiers import table
 from tiny_nets import NETS, Holder, holder_of, pipeline_of
 from torch import Tensor, nn
 
@@ -31,7 +32,6 @@ from lorasmith.types import LayoutName
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 CELLS = list(itertools.product(NETS, ALGORITHMS))
-cells = pytest.mark.parametrize(("family", "algorithm"), CELLS)
 WIDE = {
     "attention_head_dim": 128,
     "num_attention_heads": 24,
@@ -108,7 +108,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers.logging.set_verbosity(logging.CRITICAL)
 
 
-@cells
+@table(("family", "algorithm"), CELLS, quick=CELLS[::6])
 def test_each_program_reads_what_the_table_says(
     family: str, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

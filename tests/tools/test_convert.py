@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from originals import original
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import table
 
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import DoRA, LoRA
@@ -38,7 +39,7 @@ def written(path: Path, family: StableDiffusion, algorithm: Any, dtype: torch.dt
 
 
 @pytest.mark.parametrize("layout", get_args(LayoutName))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@table("dtype", [torch.float32, torch.bfloat16], quick=[torch.float32])
 def test_there_and_back(tmp_path: Path, family: StableDiffusion, layout: LayoutName, dtype: torch.dtype) -> None:
     state = written(tmp_path / "a.safetensors", family, LoRA(rank=4, alpha=4), dtype)
     num_layers = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", BASE, layout)
@@ -87,6 +88,7 @@ def without_weights(model: Path) -> None:
         file.write_bytes(file.read_bytes()[:100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "single file"])
 def test_no_weights_are_read(tmp_path: Path, family: StableDiffusion, kind: str) -> None:
     """LoRA of both nets, for a folder whose files are cut off, and for a file whose numbers are not there."""
@@ -124,6 +126,7 @@ def test_what_peft_s_configuration_scales_is_converted_scaled(tmp_path: Path, fa
     torch.testing.assert_close(found, 2 * torch.kron(w1, w2))
 
 
+@pytest.mark.slow
 def test_without_a_model(tmp_path: Path) -> None:
     def lora(name: str, layers: dict[str, tuple[int, int]], **extra: torch.Tensor) -> Path:
         state = {f"{layer}.lora_up.weight": torch.ones(n_out, 1) for layer, (n_out, _) in layers.items()}

@@ -10,6 +10,7 @@ import torch
 from commands import lorasmith
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import table
 from tiny import made
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def test_energy_decides_the_ranks(tmp_path: Path, tuned: Path) -> None:
     assert losses.overall <= 0.1**0.5
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+@table("name", ["StableDiffusionXLPipeline", "FluxPipeline"], quick=["FluxPipeline"])
 def test_a_merged_lora_comes_back(tmp_path: Path, name: str) -> None:
     made(name).save_pretrained(tmp_path / "base")
     family = opened(tmp_path / "base")

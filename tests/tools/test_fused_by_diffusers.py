@@ -8,6 +8,7 @@ import pytest
 import torch
 from originals import original
 from safetensors.torch import save_file
+from tiers import table
 from tiny import TINY, made
 from transformers import T5EncoderModel
 
@@ -62,7 +63,7 @@ def fused(pipe: Any, lora: Path, adapters: AdapterSet) -> dict[str, Any]:
     return {net: getattr(pipe, net) for net in adapters.nets}
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@table("name", FOLDERS, quick=["FluxPipeline", "ZImagePipeline"])
 def test_a_merged_folder(name: str, tmp_path: Path) -> None:
     """With the layers of all text encoders that can be trained, under diffusers' names and those of training."""
     pipe = model_of(name)

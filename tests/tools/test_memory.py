@@ -104,6 +104,7 @@ def peaks(files: Path) -> dict[str, int]:
     return {name: int(peak) for name, peak in re.findall(r"^(\w+) (\d+)$", ended.stdout, re.MULTILINE)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells what a process holds")
 @pytest.mark.parametrize("tool", CALLS)
 def test_a_few_layers_are_held_at_a_time(peaks: dict[str, int], tool: str) -> None:

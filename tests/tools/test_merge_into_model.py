@@ -15,6 +15,7 @@ from commands import lorasmith
 from diffusers import StableDiffusionPipeline
 from originals import original
 from safetensors.torch import load_file, save_file
+from tiers import table
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
@@ -109,7 +110,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: f"{a.name}-{a.rank}")
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+@table("name", ["StableDiffusionXLPipeline", "FluxPipeline"], quick=["FluxPipeline"])
 def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, bases: Any, name: str, algorithm: Any) -> None:
     base = bases(name)
     adapters = trained(base.family, algorithm, "attention+mlp", 0.3)
@@ -129,7 +130,10 @@ def layouts(name: str) -> list[LayoutName | None]:
     return found[:2] if name in ("StableDiffusionXLPipeline", "Wan 2.2") else found
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in sorted(TINY) for layout in layouts(name)])
+NAMED = [(name, layout) for name in sorted(TINY) for layout in layouts(name)]
+
+
+@table(("name", "layout"), NAMED, quick=NAMED[::4])
 def test_every_family_s_layers_are_found_by_their_names(tmp_path: Path, bases: Any, name: str, layout: Any) -> None:
     """Nothing else changes."""
     base = bases(name)

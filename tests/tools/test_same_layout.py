@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiers import table
 from tiny import made
 from torch import Tensor
 
@@ -107,13 +108,14 @@ def check_sum(tmp_path: Path, denoiser: Denoiser, one: LayoutName, other: Layout
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "c.safetensors"}
 
 
-@pytest.mark.parametrize(("published", "one", "other"), PAIRS, ids=lambda v: getattr(v, "name", v))
+@table(("published", "one", "other"), PAIRS, quick=[PAIRS[0], PAIRS[6], PAIRS[11]], ids=lambda v: getattr(v, "name", v))
 def test_layers_add_up_under_the_first_one_s_names(
     tmp_path: Path, published: Published, one: LayoutName, other: LayoutName
 ) -> None:
     check_sum(tmp_path, published_skeleton(published, with_texts=True), one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "one", "other"),
     [
@@ -132,6 +134,7 @@ def pair(name: str, n_out: int, n_in: int) -> dict[str, Tensor]:
     return {f"{name}.lora_A.weight": torch.randn(2, n_in), f"{name}.lora_B.weight": torch.randn(n_out, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),
     [

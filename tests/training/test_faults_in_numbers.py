@@ -17,6 +17,7 @@ import pytest
 import torch
 from commands import at_step, made
 from faults import CAPTIONS, call_in_child, interrupt, outcome, quickly, sound_steps, stop, struck, told, trained
+from tiers import table
 
 from lorasmith.formats import lora_file
 from lorasmith.models.load import Family
@@ -35,7 +36,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("exponent", [0, 6, 12, 18, 21, 30, 38])
+@table("exponent", [0, 6, 12, 18, 21, 30, 38], quick=[18])
 def test_weights_that_blow_up_are_never_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, exponent: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -55,6 +56,7 @@ RETURNING = (
 )  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_run_goes_back_and_lowers_the_rate(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,6 +105,7 @@ def unlimit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
 
+@pytest.mark.faults
 @needs_limits
 def test_memory_that_runs_out(home: Path) -> None:
     call_in_child(run_out_of_memory, home, *EXACT)
@@ -150,6 +153,7 @@ def run_out_of_memory(home: Path) -> None:
     assert losses == pytest.approx(peaceful, rel=1e-3) and sound_steps(home / "run") == [2, 3]
 
 
+@pytest.mark.faults
 @needs_limits
 def test_memory_that_does_not_hold_a_checkpoint(home: Path) -> None:
     call_in_child(leave_no_memory, home, *EXACT)

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tiers import table
 from torch import Tensor
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -182,8 +183,10 @@ def test_an_adapter_that_cannot_learn_is_named(flow_denoiser: Any, caplog: pytes
     assert "adapters (transformer.transformer_blocks.1.attn.add_q_proj) got a gradient of zero" in caplog.text
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
-@pytest.mark.parametrize("loss", ["MSE", "L1", "Huber", "SmoothL1"])
+OPTIMIZERS, LOSSES = ("AdamW", "Adam", "SGD", "RMSprop"), ("MSE", "L1", "Huber", "SmoothL1")
+
+
+@table(("optimizer", "loss"), itertools.product(OPTIMIZERS, LOSSES), quick=[*zip(OPTIMIZERS, LOSSES, strict=True)])
 def test_every_optimizer_and_loss_learns(flow_denoiser: Any, optimizer: str, loss: str) -> None:
     rate = {"AdamW": 1e-2, "Adam": 1e-2, "SGD": 1.0, "RMSprop": 3e-3}[optimizer]
     config = Config(
@@ -238,6 +241,7 @@ def test_no_mode_is_open_between_steps(flow_denoiser: Any) -> None:
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net_dtype", [torch.bfloat16, torch.float32])
 def test_bf16_adapters_learn_as_well_as_fp32_ones(flow_denoiser: Any, net_dtype: torch.dtype) -> None:
     """Their first prediction is the net's own, and with fp32 masters small steps add up."""

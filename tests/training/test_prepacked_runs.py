@@ -16,6 +16,7 @@ from commands import made
 from flow_denoiser import FlowDenoiser
 from PIL import Image
 from plain_net import Plain, packed_in
+from tiers import table
 from torch import Tensor, nn
 
 from lorasmith.adapters.hooks import attached
@@ -80,7 +81,7 @@ def untouched(denoiser: Denoiser) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", ["conv", "all"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@table("dtype", ["fp32", "bf16"], quick=["bf16"])
 def test_the_callers_model_is_as_it_was(
     family: StableDiffusion, latents: Tensor, texts: Tensor, what: Any, dtype: Any
 ) -> None:
@@ -114,7 +115,7 @@ def test_the_callers_model_is_as_it_was_where_training_fails_or_is_stopped(
             train_lora(family.denoiser, latents, list(texts), **QUICK)
 
 
-@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"])
+@table("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"], quick=["LoRA"])
 def test_results_agree_to_rounding(family: StableDiffusion, latents: Tensor, texts: Tensor, algorithm: Any) -> None:
     for dtypes, bound in ((FULL, 1e-3), ({}, 0.05)):
         plain, other = (
@@ -125,7 +126,7 @@ def test_results_agree_to_rounding(family: StableDiffusion, latents: Tensor, tex
         assert far(other.lora, plain.lora) < bound
 
 
-@pytest.mark.parametrize("depth", [None, 1, 2, 5])
+@table("depth", [None, 1, 2, 5], quick=[2])
 def test_checkpointed_blocks_give_the_same_packed(
     family: StableDiffusion, latents: Tensor, texts: Tensor, depth: int | None
 ) -> None:
@@ -157,6 +158,7 @@ def test_the_ladder_goes_down_packed(
     assert far(result.lora, plain.lora) < 1e-3
 
 
+@pytest.mark.slow
 def test_what_an_existing_lora_changes_stays(
     family: StableDiffusion, latents: Tensor, texts: Tensor, tmp_path: Path
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_model_may_ask_its_first_parameter(latents: Tensor, texts: Tensor) -> 
     assert packed_in(job.denoiser) == ["1"] and len(list(job.steps())) == 3
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_on_the_way_with_packed_layers(
     family: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +256,7 @@ def test_an_output_that_is_not_finite_is_found_in_a_packed_layer(
     assert origin.endswith(f"the output of {path} (with its adapter) is nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [

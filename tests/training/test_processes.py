@@ -84,6 +84,7 @@ def check_checkpoints(found: Any, folder: Path, caplog: pytest.LogCaptureFixture
     assert furthest([resumed.lora[key] for key in state], list(state.values())) < 1e-4
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)  # on a machine that is busy
 def test_two_processes_train_as_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (end,) = ended(torchrun(tmp_path, PROGRAM, "checks", str(tmp_path)))
@@ -107,6 +108,7 @@ def outcome(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return (run / "lora.safetensors").read_bytes(), [{**step, "seconds": 0} for step in steps]
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)  # on a machine that is busy
 def test_two_processes_of_the_command_line(tmp_path: Path) -> None:
     """In peace; one of them killed; all told to stop, and resumed: the same bytes."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flow_denoiser import FlowDenoiser
+from tiers import table
 
 from lorasmith import api
 from lorasmith.adapters.targets import Targets
@@ -96,20 +97,14 @@ SETTINGS: list[dict[str, Any]] = [
     for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")
     for lora_dtype in ("bf16", "fp32")
 ] + [
-    {"training_dtype": "fp32"},
-    {"training_dtype": "none"},
-    {"gradient_checkpointing": False},
-    {"grad_accumulation_steps": 3},
-    {"batch_size": 7},
-    {"seed": 2**64 - 1},
-    {"loss_function": "Huber"},
-    {"alpha": 0.5},
-    inputs(3, (8, 4, 6)),
-    {**inputs(1, (8, 4)), "batch_size": 3},
-]
+    {"training_dtype": "fp32"}, {"training_dtype": "none"}, {"gradient_checkpointing": False},
+    {"grad_accumulation_steps": 3}, {"batch_size": 7}, {"seed": 2**64 - 1}, {"loss_function": "Huber"}, {"alpha": 0.5},
+    inputs(3, (8, 4, 6)), {**inputs(1, (8, 4)), "batch_size": 3},
+]  # fmt: skip
+QUICK = [*SETTINGS[2:40:9], SETTINGS[43], *SETTINGS[48:]]  # each algorithm and optimizer; accumulation; buckets
 
 
-@pytest.mark.parametrize("values", SETTINGS, ids=[" ".join(map(str, s.values()))[:40] for s in SETTINGS])
+@table("values", SETTINGS, quick=QUICK, ids=lambda values: " ".join(map(str, values.values()))[:40])
 def test_a_training_that_was_broken_off_ends_as_if_it_had_not_been(
     train: Train, breaking: Breaking, tmp_path: Path, values: dict[str, Any]
 ) -> None:
@@ -159,6 +154,7 @@ def test_more_steps_of_a_finished_training(train: Train, tmp_path: Path, caplog:
     assert bytes_of(train(resume_from=tmp_path)) == bytes_of(more)  # nothing is left to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -347,6 +343,7 @@ def test_going_back_lowers_the_rate(train: Train, tmp_path: Path, monkeypatch: p
     assert "back to step 2, the learning rate times 0.5" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 3])
 def test_going_back_is_the_same_after_an_interruption(
     train: Train, breaking: Breaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int

@@ -72,6 +72,7 @@ def launched(hosts: tuple[Host, Host], folders: list[Path]) -> list[subprocess.P
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)  # on a machine that is busy
 def test_two_hosts_train_as_one_does_though_a_process_dies(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """The second host has no run folder; its process is killed, and the checkpoint comes from the first host."""

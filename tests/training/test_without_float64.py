@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchgen
 import yaml
+from tiers import table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,7 @@ STAND_IN = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @cache
-def table() -> dict[str, Any]:
+def kernels() -> dict[str, Any]:
     """torch's own table of its operators, and which devices each has a kernel for."""
     path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     entries = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
@@ -50,9 +51,9 @@ def table() -> dict[str, Any]:
 
 def is_on_apple(name: str) -> bool:
     """Whether an operator ("add.Tensor") has a kernel for Apple's GPUs, or is composed of others."""
-    entry = table().get(name)
+    entry = kernels().get(name)
     if entry is None:  # a variant made of another one, which copies
-        return any(name in found.get("autogen", "").split(", ") for found in table().values())
+        return any(name in found.get("autogen", "").split(", ") for found in kernels().values())
     if "structured_delegate" in entry:
         return is_on_apple(entry["structured_delegate"])
     keys = {key.strip() for keys in entry.get("dispatch", {"Composite": ""}) for key in keys.split(",")}
@@ -188,7 +189,7 @@ VALUES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("values", VALUES, ids=str)
+@table("values", VALUES, quick=VALUES[::4], ids=str)
 def test_training(flow_denoiser: Any, operators: Operators, values: dict[str, Any]) -> None:
     run(flow_denoiser, torch.float32, samples(), **values)
     assert operators.num_seen > 100

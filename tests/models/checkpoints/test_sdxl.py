@@ -125,6 +125,7 @@ def test_it_trains_from_captions_without_a_folder(path: Path) -> None:
     assert isinstance(pipe, StableDiffusionXLPipeline) and lora and len(loss["loss"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [("unet",), ("unet", "vae"), ("unet", "first", "second"), ("unet", "first")])
 def test_what_a_file_lacks_is_the_folder_s(held: tuple[str, ...], tmp_path: Path) -> None:
     path, folder = written(tmp_path / "sdxl.safetensors", *held), tmp_path / "folder"
@@ -134,6 +135,7 @@ def test_what_a_file_lacks_is_the_folder_s(held: tuple[str, ...], tmp_path: Path
     check_same(opened(path, folder))
 
 
+@pytest.mark.slow
 def test_unets_alone_are_read_under_all_names(tmp_path: Path) -> None:
     pipeline().save_pretrained(tmp_path / "folder")
     state = {key.removeprefix(DENOISER): tensor.contiguous() for key, tensor in parts()["unet"].items()}

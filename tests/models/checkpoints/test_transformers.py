@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from originals import original
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiers import table
 from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
@@ -207,7 +208,7 @@ def test_the_dtype_is_that_of_most_numbers(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded(tmp_path / "net.safetensors", "Flux").parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", sorted(SMALL))
+@table("family", sorted(SMALL), quick=["Stable Diffusion 3", "Z-Image"])
 def test_no_tensor_is_dropped_or_made_up(family: str, tmp_path: Path) -> None:
     """Each tensor that is missing, each that is one too many, under either kind of names."""
     net, path = net_of(family), tmp_path / "net.safetensors"
@@ -244,7 +245,7 @@ def test_heads_of_another_width_need_the_folder(tmp_path: Path) -> None:
     assert loaded(path, "Flux", {"axes_dims_rope": [4, 4, 8]}).config["num_attention_heads"] == 2
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@table("name", sorted(TINY), quick=["StableDiffusionXLPipeline", "FluxPipeline", "Wan 2.1"])
 def test_a_file_beside_a_folder_is_the_pipeline(name: str, tmp_path: Path) -> None:
     """The denoiser in the original layout and under diffusers' names; all else is the folder's."""
     pipe, family = made(name), opened(made(name))
@@ -332,6 +333,7 @@ def test_a_file_holds_one_denoiser(tmp_path: Path) -> None:
         _ = FileComponents(header, ORIGINALS["Wan"], "WanPipeline").scheduler
 
 
+@pytest.mark.slow
 def test_commands_take_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = made("FluxPipeline")
     pipe.save_pretrained(tmp_path / "folder")

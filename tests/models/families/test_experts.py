@@ -189,6 +189,7 @@ def test_files_are_converted(tmp_path: Path) -> None:
         convert(unsaid, back, base, "comfyui", overwrite=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", [{}, *({EXPERT: name, NET: net} for name, net in NETS.items())])
 def test_a_file_is_converted_for_the_published_model_too(metadata: dict[str, str], tmp_path: Path) -> None:
     """As one for Wan 2.1's 14B, which has the same layers."""

@@ -16,6 +16,7 @@ from commands import made as pictures_in
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from tiers import table
 from tiny import TINY, made
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
@@ -159,7 +160,7 @@ def everything(net: Any) -> State:
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+@table("dtype", [None, torch.bfloat16, torch.float32], quick=[torch.bfloat16])
 def test_parts_of_diffusers_are_loaded_as_its_own_loader_does(
     name: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_it_trains_from_latents_and_tensors(
     assert pipe.scheduler.config["prediction_type"] == ("epsilon" if model.version == 1 else "v_prediction")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_captions_are_read_with_clips_words(tmp_path: Path, latents: Tensor) -> None:
     """The original SD 2 code fills short captions up with zeros, SD 1 with the end token."""
@@ -249,6 +250,7 @@ def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
         opened(written(tmp_path / "two.safetensors", state | vae)).codec(CPU)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_file_lacks_is_the_folder_s(tmp_path: Path) -> None:
     model = tiny(1, num_words=49408)

@@ -94,6 +94,7 @@ def test_other_processors_are_not_told_of_them(
     assert build.library() is None and not caplog.records
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 def test_a_cache_that_cannot_be_written_to_is_done_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -106,6 +107,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
     assert len(list(tmp_path.glob("lorasmith-*/kernels-*.so"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 def test_a_library_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     """Loading it would end the process."""
@@ -130,6 +132,7 @@ def test_products_are_by_tiles_where_the_processor_has_them_and_the_system_grant
     assert ("-mamx-bf16" in compiled) is (is_there and is_granted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_KERNELS, reason="no AVX-512 for bf16, or no compiler")
 def test_results_agree_to_rounding(flow_denoiser: FlowDenoiser) -> None:
     own, plain = trained(flow_denoiser), trained(flow_denoiser, native_kernels=False)

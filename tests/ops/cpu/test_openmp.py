@@ -55,6 +55,7 @@ print(spinning, asleep, sleeps_of_regions())
 """
 
 
+@pytest.mark.slow
 def test_threads_sleep_between_regions_while_an_idle_team_is_there() -> None:
     """A region ends with a barrier and the next begins with one: threads that sleep do so at least once in each."""
     if len(os.sched_getaffinity(0)) == 1:
