@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorasmith.storage.not_safetensors import what_it_is
+from lorasmith.storage.not_safetensors import stand_in
 
 
 def json_table(path: Path) -> dict[str, Any]:
-    """ValueError that says what lies there instead."""
+    """ValueError where there is something else, such as a pointer or a web page."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        found = what_it_is(path) if path.is_file() else None
+        found = stand_in(path) if path.is_file() else None
         raise ValueError(f"{path} {found}" if found else f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a table, got {content!r:.50}")
