@@ -33,6 +33,7 @@ from lorasmith.runs.checks import checked
 from lorasmith.runs.run import opened_run
 from lorasmith.training.job import Job
 from lorasmith.training.objective import noised, sample_losses
+from lorasmith.training.state import OWN_RATE
 from lorasmith.types import Cached, LayoutName
 
 CPU = torch.device("cpu")
@@ -152,7 +153,8 @@ def test_a_run_equals_peft_on_unet_and_text_encoder_with_rates_of_their_own() ->
     trained = [p.detach() for p in job.adapters.parameters()]
     for (theirs, _), ours in zip(unet_pairs + text_pairs, trained, strict=True):
         torch.testing.assert_close(theirs.data, ours, atol=5e-5, rtol=0)
-    assert {group["lr"] for group in job.state.optimizer.param_groups} == {1e-3, 4e-3}
+    (trained_by,) = job.state.optimizers
+    assert {group["lr"] for group in trained_by.param_groups} == {1e-3, 4e-3}
 
 
 @pytest.mark.slow
@@ -167,9 +169,10 @@ def test_equal_rates_make_one_group_and_the_weights_that_two_equal_groups_make(m
         family: Any = opened(source(model), with_texts=True)
         dataset = Dataset.of(samples_of(family, shape), [1] * 4, seed=0, group_size=1)
         job = Job.of(family.denoiser, dataset, config, device=CPU)
-        if rate is not None:
-            job.state.rates = [1e-3, 1e-3]
-        assert len(job.state.masters.groups) == (1 if rate is None else 2)
+        (trained_by,) = job.state.optimizers
+        for group in trained_by.param_groups:
+            group[OWN_RATE] = 1e-3
+        assert len(trained_by.param_groups) == (1 if rate is None else 2)
         list(job.steps())
         found.append(job.state.masters.vector.detach())
     assert torch.equal(*found)
@@ -336,11 +339,11 @@ def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
     with opened_run(checked(configured(values | {"steps": 3}), is_resuming=True)) as run:
         assert run.num_done == 2 and [step.step for step in run.steps()] == [3]
     with opened_run(checked(configured(values | dict(changed)))) as run:
-        assert run.job.done == 2 and len(run.job.state.masters.groups) == 2
+        assert run.job.done == 2 and len(run.job.state.leaves) == 2
         assert next(iter(run.steps())).step == 3
     without = {key: value for key, value in values.items() if key != "text_encoder"} | dict(changed)
     with opened_run(checked(configured(without | {"output": str(tmp_path / "other")}))) as run:
-        assert run.job.config.text_encoder.train and len(run.job.state.masters.groups) == 1
+        assert run.job.config.text_encoder.train and len(run.job.state.leaves) == 1
         assert any(path.startswith("text_encoder.") for path in run.job.adapters.adapters)
         list(run.steps())
         assert any(key.startswith("lora_te_") for key in run.job.lora())

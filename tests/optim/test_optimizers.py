@@ -76,7 +76,7 @@ CASES: list[tuple[Any, Formula]] = [
 def test_three_steps_are_the_formula_s(optimizer: Any, formula: Formula) -> None:
     start = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
     weight = start.clone().requires_grad_()
-    built = optimizer.build([weight], LR)
+    (built,) = optimizer.build([weight], LR)
     for grad in GRADS:
         weight.grad = grad.clone()
         built.step()
@@ -89,7 +89,7 @@ def test_defaults_are_torch_s() -> None:
         ours: Any = TypeAdapter(Optimizer).validate_python(name)
         assert ours.name == name
         theirs = getattr(torch.optim, name)
-        for weight, built in zip(weights, (ours.build(weights[:1], LR), theirs(weights[1:], lr=LR)), strict=True):
+        for weight, built in zip(weights, (*ours.build(weights[:1], LR), theirs(weights[1:], lr=LR)), strict=True):
             for grad in GRADS.float():
                 weight.grad = grad.clone()
                 built.step()

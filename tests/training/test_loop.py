@@ -267,11 +267,11 @@ def test_an_optimizer_that_lacks_a_weight_is_refused_whole(flow_denoiser: Any) -
     adapters = AdapterSet.new(flow_denoiser, config.adapter, config.targets, config.seed)
     state = State(adapters, config, is_fp16=False)
     state.masters.vector.grad = torch.ones_like(state.masters.vector)
-    state.optimizer.step()
+    state.step(lambda rate: rate)
     tensors = {key: tensor.clone() for key, tensor in state.tensors().items()}
     lacking = next(key for key in tensors if key.endswith("/exp_avg"))
     name = lacking.removeprefix("optimizer/").removesuffix("/exp_avg")
-    state.optimizer.step()
+    state.step(lambda rate: rate)
     before = state.masters.vector.detach().clone()
     with pytest.raises(
         ValueError, match=f"^its optimizer must keep exp_avg .* not so of 1, such as {re.escape(name)}$"

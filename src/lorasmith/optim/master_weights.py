@@ -1,8 +1,8 @@
-"""The vector of all parameters in fp32 that an optimizer works on, and the scale of fp16 losses."""
+"""All parameters as one vector in fp32, and the views of it that an optimizer steps on."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class Masters:
     """
 
     @torch.inference_mode(False)  # whatever the caller is in: parameters are trained as parts of the vector
-    def __init__(self, params: Sequence[Tensor], counts: Sequence[int] = ()) -> None:
-        """counts: how many parameters after one another make each group; none: all are one."""
+    def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
         self.sizes = [p.numel() for p in self.params]
         self.own = torch.empty(sum(self.sizes), dtype=self.params[0].dtype, device=self.params[0].device)
@@ -38,20 +37,20 @@ class Masters:
         self.vector = self.own.to(torch.promote_types(self.own.dtype, torch.float32)).requires_grad_()
         self.own_grad = torch.zeros_like(self.own)
         self._grads = self.parts(self.own_grad)
-        self.groups = self._groups(counts) if len(counts) > 1 else [self.vector]
+        self.leaves: list[Tensor] = []  # what an optimizer steps on instead of the vector
 
-    def _groups(self, counts: Sequence[int]) -> list[Tensor]:
-        """The vector's part for each group, as an optimizer takes it."""
-        sizes = iter(self.sizes)
-        lengths = [sum(islice(sizes, count)) for count in counts]
-        return [part.requires_grad_() for part in self.vector.detach().split(lengths)]
+    @torch.inference_mode(False)
+    def split(self, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Views of the vector in these shapes, one after the other, for an optimizer to step on."""
+        parts = self.vector.detach().split([math.prod(shape) for shape in shapes])
+        self.leaves = [part.view(*shape).requires_grad_() for part, shape in zip(parts, shapes, strict=True)]
+        return self.leaves
 
     def share_gradient(self) -> None:
-        """Gives each group its part of the gradient."""
-        if len(self.groups) > 1:
-            parts = self.gradient().split([len(group) for group in self.groups])
-            for group, part in zip(self.groups, parts, strict=True):
-                group.grad = part
+        """Gives each leaf its part of the vector's gradient."""
+        parts = self.gradient().split([leaf.numel() for leaf in self.leaves])
+        for leaf, part in zip(self.leaves, parts, strict=True):
+            leaf.grad = part.view_as(leaf)
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """A vector [N] -> each parameter's part of it, in its shape."""
@@ -66,7 +65,7 @@ class Masters:
 
     def forget(self) -> None:
         """Leaves the vector without a gradient."""
-        for tensor in (self.vector, *self.groups):
+        for tensor in (self.vector, *self.leaves):
             tensor.grad = None
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
-"""Optimizers, and the laws of the learning rate."""
+"""Optimizers. An elementwise one steps on all parameters in one flat tensor, another one on each as a matrix."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,21 @@ Params = Sequence["Tensor"] | Sequence[dict[str, Any]]
 """Tensors, or torch's groups of them with rates of their own."""
 
 
-class _Adam(Component):
+class _Optimizer(Component):
+    """The settings of an optimizer."""
+
+    elementwise: ClassVar[bool] = True
+    """Whether a step changes each number by its own gradients alone, so that shapes do not matter."""
+
+    def build(self, params: Params, lr: float) -> "list[Built]":
+        """torch's optimizers, which step together.
+
+        params: tensors [N] or, where it is not elementwise, matrices [n,m] and vectors [n].
+        """
+        raise NotImplementedError
+
+
+class _Adam(_Optimizer):
     """What both kinds of Adam share."""
 
     beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
@@ -34,12 +48,14 @@ class AdamW(_Adam):
     name: Literal["AdamW"] = "AdamW"
     weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
 
-    def build(self, params: Params, lr: float) -> "Built":
+    def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
 
-        return optim.AdamW(
-            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
+        return [
+            optim.AdamW(
+                params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+            )
+        ]
 
 
 class Adam(_Adam):
@@ -48,28 +64,30 @@ class Adam(_Adam):
     name: Literal["Adam"] = "Adam"
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Params, lr: float) -> "Built":
+    def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
 
-        return optim.Adam(
-            params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
+        return [
+            optim.Adam(
+                params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+            )
+        ]
 
 
-class SGD(Component):
+class SGD(_Optimizer):
     """Stochastic gradient descent with momentum (Sutskever et al. 2013, eq. 1)."""
 
     name: Literal["SGD"] = "SGD"
     momentum: Beta = Field(default=0.0, description="decay of the velocity")
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Params, lr: float) -> "Built":
+    def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
 
-        return optim.SGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return [optim.SGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)]
 
 
-class RMSprop(Component):
+class RMSprop(_Optimizer):
     """Gradients divided by the root of their running mean square (Hinton 2012, lecture 6e)."""
 
     name: Literal["RMSprop"] = "RMSprop"
@@ -78,12 +96,15 @@ class RMSprop(Component):
     eps: Eps = 1e-8
     weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
 
-    def build(self, params: Params, lr: float) -> "Built":
+    def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
 
-        return optim.RMSprop(
-            params, lr=lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay
-        )
+        return [
+            optim.RMSprop(
+                params, lr=lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay
+            )
+        ]
 
 
+OptimizerName = Literal["AdamW", "Adam", "SGD", "RMSprop"]
 Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]

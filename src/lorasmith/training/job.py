@@ -41,7 +41,7 @@ from lorasmith.training.fingerprint import (
     tell_changes,
 )
 from lorasmith.training.loop import has_native_kernels, train
-from lorasmith.training.plan import Plan, misfit_named, refuse_fewer_steps, shares, warn_of_idle_targets
+from lorasmith.training.plan import Plan, misfit_named, refuse_other_run, shares, warn_of_idle_targets
 from lorasmith.training.state import State
 from lorasmith.types import Denoiser, LayoutName, Step
 
@@ -150,7 +150,7 @@ class Job:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint and tells what has changed since; ValueError where it does not fit."""
-        refuse_fewer_steps(checkpoint, self.config)
+        refuse_other_run(checkpoint, self.config)
         self.load(checkpoint)
         tell_changes(checkpoint, self.config, self.facts)
 

@@ -30,7 +30,7 @@ from lorasmith.prepare.offload import refuse_useless_offloading
 from lorasmith.prepare.quantize import refuse_needs_of_whole_weights, refuse_without_kernels
 from lorasmith.reporting.pace import counted
 from lorasmith.training.checkpoints import Checkpoint
-from lorasmith.training.state import refuse_misfit, refuse_other_optimizer
+from lorasmith.training.state import refuse_misfit
 from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -103,33 +103,28 @@ class Plan:
 
     def refuse_misfit(self, checkpoint: Checkpoint) -> None:
         """ValueError where the run of this checkpoint cannot become this one."""
-        refuse_fewer_steps(checkpoint, self.config)
         shapes = {
             f"{path}/{name}": parameter.shape
             for path, adapter in self.adapters.adapters.items()
             for name, parameter in adapter.named_parameters()
         }
         with misfit_named(checkpoint):
-            refuse_misfit(checkpoint.tensors, shapes, self.config.optimizer)
+            refuse_misfit(checkpoint.tensors, shapes)
 
 
 def refuse_other_run(checkpoint: Checkpoint, config: Config) -> None:
     """ValueError where settings alone show that the run of this checkpoint cannot become this one."""
-    refuse_fewer_steps(checkpoint, config)
-    before = checkpoint.config.get("adapter", {})
-    for name in ("name", "rank") if config.existing_lora is None else ():  # else the LoRA's own hold
-        own = getattr(config.adapter, name)
-        if before.get(name, own) != own:
-            raise ValueError(f"adapter.{name} must be {before[name]}, as in the run that is resumed, got {own}")
-    with misfit_named(checkpoint):
-        refuse_other_optimizer(checkpoint.tensors, config.optimizer)
-
-
-def refuse_fewer_steps(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where the run is to end before the checkpoint's step."""
     assert config.steps is not None
     if checkpoint.step > config.steps:
         raise ValueError(f"steps must be at least the {checkpoint.step} of the checkpoint, got {config.steps}")
+    own = {"optimizer.name": config.optimizer.name}
+    if config.existing_lora is None:  # else the LoRA's own hold
+        own |= {"adapter.name": config.adapter.name, "adapter.rank": config.adapter.rank}
+    for key, value in own.items():
+        part, _, name = key.partition(".")
+        before = checkpoint.config[part][name]
+        if before != value:
+            raise ValueError(f"{key} must be {before}, as in the run that is resumed, got {value}")
 
 
 @contextmanager

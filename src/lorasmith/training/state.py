@@ -1,7 +1,7 @@
 """Everything that a step changes: the adapters' masters, the optimizer, the scale of the losses, and counters."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.config.schema import Config
+from lorasmith.optim.leaves import Kept, Leaf, kept_of, restore
 from lorasmith.optim.loss_scale import LossScale
 from lorasmith.optim.master_weights import Masters
-from lorasmith.optim.optimizers import Optimizer
 from lorasmith.types import Step
 
 MASTER, OPTIMIZER, RECORD = "master", "optimizer", "record"
+OWN_RATE = "own_rate"  # of a group of parameters, before the schedule
 
 
 @dataclass
@@ -36,19 +37,17 @@ class State:
     """What makes an interrupted run end as an uninterrupted one does, together with its config, model and data."""
 
     def __init__(self, adapters: AdapterSet, config: Config, *, is_fp16: bool, group: int = 0) -> None:
-        by_rate: dict[float, dict[str, nn.Parameter]] = {}
-        for path, adapter in adapters.adapters.items():
-            own = {f"{path}/{name}": parameter for name, parameter in adapter.named_parameters()}
-            by_rate.setdefault(config.rate_of(path), {}).update(own)
-        self.rates, self.groups = list(by_rate), [list(named) for named in by_rate.values()]  # rates, and names of each
-        self.names = [name for group in self.groups for name in group]
-        parameters = [parameter for named in by_rate.values() for parameter in named.values()]
-        self.masters = Masters(parameters, [len(group) for group in self.groups])
-        self.config = config.optimizer
-        self.optimizer = self.config.build(
-            [{"params": [vector], "lr": rate} for vector, rate in zip(self.masters.groups, self.rates, strict=True)],
-            config.learning_rate,
-        )
+        groups = _groups(adapters, config)
+        named = {name: parameter for own in groups.values() for name, parameter in own.items()}
+        self.shapes = {name: parameter.shape for name, parameter in named.items()}
+        self.masters = Masters([*named.values()])
+        by_rate = {rate: Leaf.of_group(own, elementwise=config.optimizer.elementwise) for rate, own in groups.items()}
+        leaves = [leaf for own in by_rate.values() for leaf in own]
+        self.leaves = dict(zip(leaves, self.masters.split([leaf.shape for leaf in leaves]), strict=True))
+        param_groups = [
+            {"params": [self.leaves[leaf] for leaf in own], "lr": rate, OWN_RATE: rate} for rate, own in by_rate.items()
+        ]
+        self.optimizers = config.optimizer.build(param_groups, config.learning_rate)
         self.scale = LossScale(is_fp16)
         self.counters = Counters(config.batch_size, config.gradient_checkpointing, group=group)
         self.record: list[tuple[float, float, float]] = []  # loss, rate and gradient norm of each step
@@ -65,26 +64,21 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """{"master/PATH/NAME" or "optimizer/PATH/NAME/KEY": tensor}, and "record" [N,3], float64, of N steps."""
-        found = {f"{MASTER}/{name}": part for name, part in self._by_name(self.masters.vector.detach())}
-        kept = [self.optimizer.state.get(vector, {}) for vector in self.masters.groups]
-        for key in kept[0]:
-            found |= {f"{OPTIMIZER}/{name}/{key}": part for name, part in self._by_name(*(own[key] for own in kept))}
-        return {**found, RECORD: torch.tensor(self.record, dtype=torch.float64).view(-1, 3)}
-
-    def _by_name(self, *values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What is kept of all parameters, or by groups -> (name, part); one number, such as a count, is each one's."""
-        if values[0].ndim:
-            parts = self.masters.parts(values[0] if len(values) == 1 else torch.cat(values))
-        else:
-            parts = [value for value, group in zip(values, self.groups, strict=True) for _ in group]
-        return zip(self.names, parts, strict=True)
+        masters = zip(self.shapes, self.masters.parts(self.masters.vector.detach()), strict=True)
+        kept = kept_of(self.leaves, self.optimizers)
+        return {
+            **{f"{MASTER}/{name}": master for name, master in masters},
+            **{f"{OPTIMIZER}/{name}/{key}": value for name, state in kept.items() for key, value in state.items()},
+            RECORD: torch.tensor(self.record, dtype=torch.float64).view(-1, 3),
+        }
 
     def step(self, law: Callable[[float], float]) -> None:
         """One step of the optimizer; law: a group's own rate -> the rate of this step."""
         self.masters.share_gradient()
-        for param_group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            param_group["lr"] = law(rate)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = law(param_group[OWN_RATE])
+            optimizer.step()
 
     def numbers(self) -> dict[str, Any]:
         """What is no tensor, as JSON holds it exactly."""
@@ -96,22 +90,16 @@ class State:
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Becomes what `tensors` and `numbers` said of another state.
 
-        ValueError, and nothing changed, where that one had other adapters or its optimizer kept other numbers.
+        ValueError, and nothing changed, where that one had other adapters or its optimizer lacks something.
         """
-        shapes = {name: part.shape for name, part in self._by_name(self.masters.vector.detach())}
-        refuse_misfit(tensors, shapes, self.config)
-        held, kept = _held(tensors), _kept(tensors)
+        refuse_misfit(tensors, self.shapes)
+        restore(self.leaves, self.optimizers, _kept(tensors))
         self.is_sound = False
+        held = _held(tensors)
         with torch.no_grad():
-            self.masters.vector.copy_(_in_one(held, self.names))
+            self.masters.vector.copy_(torch.cat([held[name].flatten() for name in self.shapes]))
         self.masters.forget()
         self.masters.write()
-        groups = self.optimizer.state_dict()["param_groups"]
-        filled = {
-            number: {part: _in_one(values, names) for part, values in kept.items()}
-            for number, names in enumerate(self.groups)
-        }
-        self.optimizer.load_state_dict({"state": filled if kept else {}, "param_groups": groups})
         scale = numbers["scale"]
         self.scale.value, self.scale.good, self.scale.proven = scale["value"], scale["good"], scale["proven"]
         self.counters = Counters(**numbers["counters"])
@@ -119,26 +107,22 @@ class State:
         self.is_sound = True
 
 
-def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], optimizer: Optimizer) -> None:
-    """ValueError where what `State.tensors` said is of other parameters {name: shape}, or of another optimizer."""
-    held, kept = _held(tensors), _kept(tensors)
+def _groups(adapters: AdapterSet, config: Config) -> dict[float, dict[str, nn.Parameter]]:
+    """{learning rate: {"PATH/NAME": parameter}}."""
+    groups: dict[float, dict[str, nn.Parameter]] = {}
+    for path, adapter in adapters.adapters.items():
+        own = {f"{path}/{name}": parameter for name, parameter in adapter.named_parameters()}
+        groups.setdefault(config.rate_of(path), {}).update(own)
+    return groups
+
+
+def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """ValueError where what `State.tensors` said is of other parameters than these {name: shape}."""
+    held = _held(tensors)
     odd = sorted(held.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if held[name].shape != shape]
     if odd:
         verb = "differs" if len(odd) == 1 else "differ"
         raise ValueError(f"it must hold the same adapters, but {len(odd)} {verb}, such as {odd[0]}")
-    refuse_other_optimizer(tensors, optimizer)
-    for part, values in kept.items():
-        odd = [name for name, shape in shapes.items() if name not in values or values[name].shape not in ((), shape)]
-        if odd:
-            raise ValueError(f"its optimizer must keep {part} of each weight, not so of {len(odd)}, such as {odd[0]}")
-
-
-def refuse_other_optimizer(names: Iterable[str], optimizer: Optimizer) -> None:
-    """ValueError where a state with tensors of these names is of an optimizer that keeps other numbers."""
-    kept = {name.rpartition("/")[2] for name in names if name.startswith(f"{OPTIMIZER}/")}
-    keeps = _optimizer_keys(optimizer)
-    if kept and kept != keeps:
-        raise ValueError(f"its optimizer must keep {_listed(keeps)} as this one does, got {_listed(kept)}")
 
 
 def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,31 +130,12 @@ def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{MASTER}/"): t for key, t in tensors.items() if key.startswith(f"{MASTER}/")}
 
 
-def _kept(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{what the optimizer keeps: {parameter: it}}."""
-    kept: dict[str, dict[str, Tensor]] = {}
+def _kept(tensors: Mapping[str, Tensor]) -> Kept:
+    """What the optimizer kept of each parameter."""
+    kept: Kept = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == OPTIMIZER:
             name, _, part = rest.rpartition("/")
-            kept.setdefault(part, {})[name] = tensor
+            kept.setdefault(name, {})[part] = tensor
     return kept
-
-
-def _optimizer_keys(config: Optimizer) -> set[str]:
-    """What such an optimizer keeps of a weight."""
-    weight = torch.zeros(1, requires_grad=True)
-    weight.grad = torch.zeros(1)
-    optimizer = config.build([weight], 1.0)
-    optimizer.step()
-    return set(optimizer.state[weight])
-
-
-def _in_one(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """What is kept of each of these parameters, as their group keeps it."""
-    found = [values[name] for name in names]
-    return torch.cat([value.flatten() for value in found]) if found[0].ndim else found[0].clone()
-
-
-def _listed(keys: set[str]) -> str:
-    return ", ".join(sorted(keys)) or "nothing"
