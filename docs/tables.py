@@ -18,6 +18,7 @@ import re
 import runpy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,9 +44,11 @@ WITHOUT_SETTING = {
 }
 """{input of train_lora: what the command line has in its place}."""
 WITHOUT_RANGE = (
-    "model", "encoders", "latents", "positive", "existing_lora", "targets", "checkpoint_folder", "resume_from",
-    "checkpoints", "non_finite", "text_encoder", "world",
+    "model", "encoders", "latents", "positive", "existing_lora", "optimizer", "targets", "checkpoint_folder",
+    "resume_from", "checkpoints", "non_finite", "text_encoder", "world",
 )  # fmt: skip
+KINDS = {"optimizer": "optimizers.md"}
+"""{a setting that chooses one of a kind: the page that lists them}."""
 Say = Callable[[str], str]
 
 
@@ -124,7 +127,8 @@ def _settings(part: str) -> str:
 
 def _kind(key: str) -> str:
     """The choice among the parts of a kind: its names and its default."""
-    return _setting_rows([settings()[key]])
+    chosen = settings()[key]
+    return _setting_rows([replace(chosen, rule=f"one of [these]({KINDS[key]})") if key in KINDS else chosen])
 
 
 def _part(key: str, name: str) -> str:

@@ -27,6 +27,7 @@ from lorasmith.formats.keys import split
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.text_encoder_names import has_text_layers
 from lorasmith.models.load import Family, Plain, opened, with_adapted_texts
+from lorasmith.optim.optimizers import OptimizerName
 from lorasmith.prepare.share import shared_copy
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.training.in_memory import samples_of
@@ -59,7 +60,7 @@ def train_lora(
     steps: int = 16,
     learning_rate: float = 0.0005,
     rank: int = 8,
-    optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW",
+    optimizer: OptimizerName = "AdamW",
     loss_function: Literal["MSE", "L1", "Huber", "SmoothL1"] = "MSE",
     seed: int = 0,
     training_dtype: Literal["bf16", "fp32", "none"] | torch.dtype = "bf16",
@@ -100,7 +101,7 @@ def train_lora(
     steps: 1 to 100000 optimizer steps.
     learning_rate: 1e-7 to 1.
     rank: 1 to 128, the inner dimension of the adapters; of OFT, the size of a block (see `lorasmith.adapters`).
-    optimizer, loss_function: one of the names in the signature.
+    optimizer: one of the names on the page of optimizers. loss_function: one of the names in the signature.
     seed: 0 to 2^64 - 1; drives initialisation, sample order, times and noise: the same seed gives the same LoRA.
     training_dtype: what the model computes in, a name or torch.bfloat16 or torch.float32; fp32 where the device has no
         bf16, which is logged; none: its own dtype, with scaled losses where that is fp16.

@@ -102,8 +102,9 @@ def test_every_input_has_its_page(name: str) -> None:
         assert heading in text, heading
 
 
-def test_every_setting_is_on_the_page_of_the_settings() -> None:
-    text = (DOCS / "settings.md").read_text(encoding="utf-8")
+def test_every_setting_is_on_the_page_of_the_settings_or_of_its_kind() -> None:
+    pages = ("settings.md", *tables.KINDS.values())
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in pages)
     assert [key for key in settings() if f"| `{key}` |" not in text] == []
 
 

@@ -82,7 +82,7 @@ KOHYA = Tool("kohya's name", "kohya", "--", (
     needless("dim_from_weights", "the rank is always that of `existing_lora`"),
     Name("optimizer_type", "--optimizer"),
     Name("optimizer_args", "--optimizer.weight_decay",
-         "AdamW, Adam, SGD and RMSprop have [these settings](../optimizers.md)", to=optimizer_args),
+         "each optimizer has [settings of its own](../optimizers.md)", to=optimizer_args),
     missing("use_8bit_adam", "optimizers keep their state in 32 bits", "--optimizer AdamW", is_flag=True),
     Name("lr_scheduler", "--schedule"),
     Name("lr_warmup_steps", "--schedule.warmup", "in steps"),
