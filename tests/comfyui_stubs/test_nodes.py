@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import stand_ins
@@ -13,6 +13,7 @@ from PIL import Image
 from stand_ins import entry, latents
 
 from lorasmith.formats import lora_file
+from lorasmith.optim.optimizers import OptimizerName
 
 PACK = Path(__file__).parents[2] / "comfyui"
 CONTRACT = [
@@ -24,7 +25,7 @@ CONTRACT = [
     ("steps", "IntInput", {"default": 16, "min": 1, "max": 100000}),
     ("learning_rate", "FloatInput", {"default": 0.0005, "min": 0.0000001, "max": 1.0}),
     ("rank", "IntInput", {"default": 8, "min": 1, "max": 128}),
-    ("optimizer", "ComboInput", {"default": "AdamW", "options": ["AdamW", "Adam", "SGD", "RMSprop"]}),
+    ("optimizer", "ComboInput", {"default": "AdamW", "options": list(get_args(OptimizerName))}),
     ("loss_function", "ComboInput", {"default": "MSE", "options": ["MSE", "L1", "Huber", "SmoothL1"]}),
     ("seed", "IntInput", {"default": 0, "min": 0, "max": 18446744073709551615}),
     ("training_dtype", "ComboInput", {"default": "bf16", "options": ["bf16", "fp32", "none"]}),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from lorasmith.config.schema import Checkpoints, NonFinite
 from lorasmith.diffusion.process import Flow
 from lorasmith.formats import lora_file
 from lorasmith.optim.loss_scale import LossScale
-from lorasmith.optim.optimizers import SGD, RMSprop
+from lorasmith.optim.optimizers import SGD, OptimizerName, RMSprop
 from lorasmith.storage.hashing import digest
 from lorasmith.training import loop
 from lorasmith.training.checkpoints import CheckpointFolder, read
@@ -94,7 +94,7 @@ def interrupted(train: Train, breaking: Breaking, folder: Path, at: tuple[int, .
 SETTINGS: list[dict[str, Any]] = [
     {"algorithm": algorithm, "optimizer": optimizer, "lora_dtype": lora_dtype}
     for algorithm in ("LoRA", "LoHa", "LoKr", "OFT", "DoRA")
-    for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")
+    for optimizer in get_args(OptimizerName)
     for lora_dtype in ("bf16", "fp32")
 ] + [
     {"training_dtype": "fp32"}, {"training_dtype": "none"}, {"gradient_checkpointing": False},

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from lorasmith.diffusion.process import Diffusion
 from lorasmith.diffusion.sampling import drawn
 from lorasmith.diffusion.validation import held_out_losses
 from lorasmith.optim.master_weights import norm
+from lorasmith.optim.optimizers import OptimizerName
 from lorasmith.prepare.share import shared_copy
 from lorasmith.training.loop import train
 from lorasmith.training.state import State
@@ -208,7 +209,7 @@ def test_diffusion(flow_denoiser: Any, operators: Operators, prediction: Any) ->
     measured_and_drawn(copy, adapters)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_resuming(flow_denoiser: Any, operators: Operators, optimizer: str) -> None:
     _, _, first = run(flow_denoiser, torch.float32, samples(), optimizer=optimizer, steps=1)
     _, adapters, both = run(flow_denoiser, torch.float32, samples(), first, optimizer=optimizer)
