@@ -13,15 +13,18 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.targets import Targets
 from lorasmith.api import train_lora
+from lorasmith.config.schema import Config
 from lorasmith.devices import has_bf16
 from lorasmith.diffusion.process import Flow
 from lorasmith.optim.loss_scale import LossScale
 from lorasmith.optim.master_weights import Masters, norm
-from lorasmith.optim.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+from lorasmith.optim.optimizers import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 from lorasmith.optim.schedules import Constant, Cosine, Linear
 from lorasmith.training.loop import NonFiniteError
+from lorasmith.training.state import State
 from lorasmith.types import Cond, Result
 
 LR = 0.1
@@ -94,6 +97,52 @@ def test_defaults_are_torch_s() -> None:
                 weight.grad = grad.clone()
                 built.step()
         torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Newton and Schulz' quintic iteration (Jordan et al. 2024) [n,m], n <= m."""
+    matrix = matrix / matrix.norm()
+    for _ in range(5):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (-4.7750 * square + 2.0315 * square @ square) @ matrix
+    return matrix
+
+
+def test_muon_s_steps_are_the_formula_s_for_matrices_and_adamw_s_for_vectors() -> None:
+    optimizer = Muon(momentum=0.5, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(3, 8, generator=generator) for _ in range(4))
+    matrix, vector, twin = (tensor.clone().requires_grad_() for tensor in (start, start[0], start[0]))
+    built = optimizer.build([matrix, vector], LR)
+    adamw = torch.optim.AdamW([twin], lr=LR, weight_decay=0.1)
+    expected, velocity = start, torch.zeros(3, 8)
+    for grad in grads:
+        matrix.grad, vector.grad, twin.grad = grad.clone(), grad[0].clone(), grad[0].clone()
+        for one in (*built, adamw):
+            one.step()
+        velocity = 0.5 * velocity + 0.5 * grad
+        update = orthogonal(0.5 * grad + 0.5 * velocity)
+        expected = expected * (1 - LR * 0.1) - LR * 0.2 * math.sqrt(8) * update
+    torch.testing.assert_close(matrix.detach(), expected, atol=1e-2, rtol=0)  # torch iterates in bf16
+    assert torch.equal(vector, twin) and len(built) == 2
+    assert len(optimizer.build([matrix], LR)) == len(optimizer.build([vector], LR)) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoKr", "OFT", "DoRA"])
+def test_muon_is_given_each_parameter_as_a_matrix(algorithm: str, flow_denoiser: Any) -> None:
+    config = Config.model_validate({"optimizer": "Muon", "adapter": algorithm, "targets": {"preset": "all"}})
+    adapters = AdapterSet.new(flow_denoiser, config.adapter, config.targets, 0)
+    state = State(adapters, config, is_fp16=False)
+    with torch.no_grad():
+        state.masters.vector.grad = torch.randn(len(state.masters.vector), generator=torch.Generator().manual_seed(1))
+    state.step(lambda rate: rate)
+    kept = {key: tensor for key, tensor in state.tensors().items() if key.startswith("optimizer/")}
+    for name, shape in state.shapes.items():
+        matrix = (shape[0], math.prod(shape[1:]))
+        keys = ["momentum_buffer"] if len(shape) > 1 else ["exp_avg", "exp_avg_sq", "step"]
+        assert {key.rpartition("/")[2] for key in kept if key.startswith(f"optimizer/{name}/")} == set(keys)
+        if len(shape) > 1:
+            assert kept[f"optimizer/{name}/momentum_buffer"].shape == matrix
 
 
 def test_schedules() -> None:

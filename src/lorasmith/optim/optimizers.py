@@ -106,5 +106,41 @@ class RMSprop(_Optimizer):
         ]
 
 
-OptimizerName = Literal["AdamW", "Adam", "SGD", "RMSprop"]
-Optimizer = Annotated[AdamW | Adam | SGD | RMSprop, Field(discriminator="name"), named("AdamW")]
+class Muon(_Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024) for matrices, AdamW for vectors.
+
+    Updates have the root mean square of AdamW's (Liu et al. 2025, eq. 4), so that the same rates serve.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    name: Literal["Muon"] = "Muon"
+    momentum: Beta = Field(default=0.95, description="decay of the velocity")
+    weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
+
+    def build(self, params: Params, lr: float) -> "list[Built]":
+        from torch import optim
+
+        matrices, vectors = (_of_axes(params, number) for number in (2, 1))
+        built: list[Built] = []
+        if matrices:
+            built.append(
+                optim.Muon(
+                    matrices, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )  # fmt: skip
+        if vectors:
+            built.append(optim.AdamW(vectors, lr=lr, weight_decay=self.weight_decay))
+        return built
+
+
+def _of_axes(params: Params, number: int) -> list[dict[str, Any]]:
+    """The groups with the tensors of so many axes, where there are some."""
+    groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+    chosen = [{**group, "params": [p for p in group["params"] if p.ndim == number]} for group in groups]
+    return [group for group in chosen if group["params"]]
+
+
+OptimizerName = Literal["AdamW", "Adam", "SGD", "RMSprop", "Muon"]
+Optimizer = Annotated[AdamW | Adam | SGD | RMSprop | Muon, Field(discriminator="name"), named("AdamW")]
