@@ -26,7 +26,8 @@ from lorasmith.formats.dora_magnitude import PAPER
 from lorasmith.formats.keys import split
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.text_encoder_names import has_text_layers
-from lorasmith.models.load import Family, Plain, opened, with_adapted_texts
+from lorasmith.models.families.base import PipelineFamily
+from lorasmith.models.load import Family, opened, with_adapted_texts
 from lorasmith.optim.optimizers import OptimizerName
 from lorasmith.prepare.share import shared_copy
 from lorasmith.storage.safetensors_header import Header
@@ -165,7 +166,7 @@ def train_lora(
         raise ValueError("non_finite.returns must be 0 without checkpoint_folder, where there is nothing to go back to")
     with torch.inference_mode(False):  # a caller's may be on, and what is made in it cannot be trained
         family = _family(model, encoders, with_texts=config.text_encoder.train)
-        if isinstance(family, Plain) and family.TEXTS is not None and config.existing_lora is not None:
+        if isinstance(family, PipelineFamily) and family.TEXTS is not None and config.existing_lora is not None:
             _refuse_texts(config.existing_lora)
         denoiser: Denoiser = model if family is None else family.denoiser
         device = best_device() if isinstance(model, str | Path) else device_of(denoiser)

@@ -6,16 +6,16 @@ from typing import Any
 
 from lorasmith.formats.detect import FOLDER_PART, model_family
 from lorasmith.models.checkpoints.load import tensors_that
+from lorasmith.models.checkpoints.original import Original
 from lorasmith.models.checkpoints.scaled import weights_only
-from lorasmith.models.checkpoints.sdxl import OriginalSDXL
-from lorasmith.models.checkpoints.transformers import ORIGINALS, Original
+from lorasmith.models.checkpoints.transformers import ORIGINALS
 from lorasmith.models.families.base import PipelineFamily
 from lorasmith.models.families.chroma import Chroma
 from lorasmith.models.families.flux import Flux
 from lorasmith.models.families.flux2 import Flux2, Flux2Klein
 from lorasmith.models.families.lumina2 import Lumina2
 from lorasmith.models.families.qwen_image import QwenImage
-from lorasmith.models.families.sd import OpenPipeline, StableDiffusion
+from lorasmith.models.families.sd import StableDiffusion
 from lorasmith.models.families.sd3 import SD3
 from lorasmith.models.families.sdxl import SDXL
 from lorasmith.models.families.wan import Wan
@@ -24,17 +24,14 @@ from lorasmith.models.sources.components import FolderComponents, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES, weight_files
 from lorasmith.models.sources.hub import fetched
 from lorasmith.models.sources.kind import is_file, is_id, pipeline_name, refuse_lora
-from lorasmith.models.sources.sd_folder import Folder
-from lorasmith.models.sources.sd_single_file import SingleFile
 from lorasmith.models.sources.single_file import VAES, FileComponents
 from lorasmith.models.text_encoders import WithTexts
 from lorasmith.reporting.progress import SILENT, Progress
 from lorasmith.storage.not_safetensors import refuse_pointers
 from lorasmith.storage.safetensors_header import Header
 
-Plain = StableDiffusion | PipelineFamily
-Family = Plain | WithTexts
-FAMILIES: dict[str, type[Plain]] = {
+Family = PipelineFamily | WithTexts
+FAMILIES: dict[str, type[PipelineFamily]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusion3Pipeline": SD3,
@@ -48,7 +45,6 @@ FAMILIES: dict[str, type[Plain]] = {
     "ZImagePipeline": ZImage,
 }
 """{the pipeline's class in diffusers: its family}."""
-OF_LDM = ("Stable Diffusion 1.x", "Stable Diffusion 2.x", "a UNet of the Stable Diffusion kind")
 
 
 def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
@@ -69,13 +65,8 @@ def located(model: str, encoders: str | None, progress: Progress = SILENT) -> tu
     path = Path(model).expanduser()
     if encoders is None:
         return (path if is_file(path) else folder_of(model, progress=progress)), None
-    own = _denoiser_part(original_of(weights_only(Header.of(path))))
+    own = original_of(weights_only(Header.of(path))).part
     return path, folder_of(encoders, (own,), progress)
-
-
-def _denoiser_part(original: Original | OriginalSDXL | None) -> str:
-    """What the part is called, in folders, that a single file of this kind holds."""
-    return "unet" if original is None else original.part
 
 
 def bytes_to_load(path: Path, encoders: Path | None) -> int:
@@ -103,7 +94,7 @@ def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:
     return family.only(nets) if isinstance(family, WithTexts) else family
 
 
-def _opened(model: Any, encoders: str | Path | None) -> Plain:
+def _opened(model: Any, encoders: str | Path | None) -> PipelineFamily:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
     if path is not None and is_file(path):
         return _of_file(weights_only(Header.of(path)), encoders)
@@ -113,10 +104,10 @@ def _opened(model: Any, encoders: str | Path | None) -> Plain:
         folder = folder_of(model)
         kind = family_of(pipeline_name(folder), folder)
         refuse_pointers(folder)
-        return kind(FolderComponents(folder)) if issubclass(kind, PipelineFamily) else kind(Folder.opened(folder))
+        return kind(FolderComponents(folder))
     kind = family_of(type(model).__name__, model)
     _refuse_without_weights(model)
-    return kind(OpenComponents(model)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(model))
+    return kind(OpenComponents(model))
 
 
 def _refuse_without_weights(pipe: Any) -> None:
@@ -131,35 +122,29 @@ def _refuse_without_weights(pipe: Any) -> None:
             )
 
 
-def _of_file(header: Header, encoders: str | Path | None) -> Plain:
+def _of_file(header: Header, encoders: str | Path | None) -> PipelineFamily:
     """The family of a single file, beside a folder or hub id with what it lacks."""
-    original, family = original_of(header), model_family(header.shapes)
-    if original is None:
-        folder = folder_beside(encoders, ("StableDiffusionPipeline",), family, without=(_denoiser_part(original),))
-        return StableDiffusion(SingleFile.opened(header, folder))
+    original = original_of(header)
     supported = pipelines_of(original)
-    folder = folder_beside(encoders, supported, family, without=(_denoiser_part(original),))
+    folder = folder_beside(encoders, supported, model_family(header.shapes), without=(original.part,))
     name = supported[0] if folder is None else pipeline_name(folder.path)
-    kind = FAMILIES[name]
-    assert issubclass(kind, PipelineFamily)
-    return kind(FileComponents(header, original, name, folder))
+    return FAMILIES[name](FileComponents(header, original, name, folder))
 
 
-def original_of(header: Header) -> Original | OriginalSDXL | None:
-    """What a single file is, None of Stable Diffusion 1.x and 2.x; ValueError where it is no model of a family here."""
+def original_of(header: Header) -> Original:
+    """What a single file is; ValueError where it is no model of a family here."""
     path, family = header.path, model_family(header.shapes)
     refuse_lora(header)
     if family == FOLDER_PART:
         raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
     original = ORIGINALS.get(family)
-    if family not in OF_LDM and (original is None or not pipelines_of(original)):
-        known = ", ".join(("Stable Diffusion 1.x and 2.x", *(name for name in ORIGINALS)))
+    if original is None or not pipelines_of(original):
         what = f"tensors such as {next(iter(header.shapes), 'none')}" if family == "unknown" else family
-        raise ValueError(f"{path} must be a model of a family among {known}, got {what}")
+        raise ValueError(f"{path} must be a model of a family among {', '.join(ORIGINALS)}, got {what}")
     return original
 
 
-def pipelines_of(original: Original | OriginalSDXL) -> list[str]:
+def pipelines_of(original: Original) -> list[str]:
     """The pipelines with such a denoiser that there is a family for."""
     return [name for name in original.pipelines if name in FAMILIES]
 
@@ -184,7 +169,7 @@ def folder_of(model: str | Path, without: Collection[str] = (), progress: Progre
     return fetched(model, without, progress) if isinstance(model, str) and is_id(model) and not path.exists() else path
 
 
-def family_of(name: str, source: Any) -> type[Plain]:
+def family_of(name: str, source: Any) -> type[PipelineFamily]:
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")

@@ -14,11 +14,8 @@ from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import split
 from lorasmith.formats.module_names import ModuleNames
-from lorasmith.models.checkpoints.ldm_configs import CLIP, OPEN_CLIP, text_config, unet_config
 from lorasmith.models.checkpoints.load import shaped
 from lorasmith.models.checkpoints.scaled import weights_only
-from lorasmith.models.families.base import PipelineFamily
-from lorasmith.models.families.sd import OpenPipeline
 from lorasmith.models.load import (
     FAMILIES,
     family_of,
@@ -31,7 +28,6 @@ from lorasmith.models.reference_configs import Published
 from lorasmith.models.sources.components import FolderComponents, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.sources.kind import is_file, pipeline_name
-from lorasmith.models.sources.sd_single_file import check_kind
 from lorasmith.models.sources.single_file import FileComponents
 from lorasmith.models.text_encoders import TextDenoiser
 from lorasmith.storage.json_files import json_table
@@ -118,8 +114,6 @@ def _parts(folder: FolderComponents, names: Sequence[str]) -> dict[str, Any]:
 
 def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -> Denoiser:
     original = original_of(header)
-    if original is None:
-        return _of_ldm(header, with_texts=with_texts, encoders=encoders)
     supported = pipelines_of(original)
     folder = folder_beside(encoders, supported, model_family(header.shapes), without=MODULES)
     name = supported[0] if folder is None else pipeline_name(folder.path)
@@ -131,19 +125,6 @@ def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -
         own = original.shaped_encoders(header)
         parts = parts | own if original.holds_encoders(header) else own | parts
     return _denoiser(name, parts, {})
-
-
-def _of_ldm(header: Header, *, with_texts: bool, encoders: str | Path | None) -> Denoiser:
-    """Stable Diffusion 1.x and 2.x."""
-    check_kind(header)
-    parts = {"unet": _net("diffusers", "UNet2DConditionModel", unet_config(header), header.path)}
-    if with_texts and (header.holds(CLIP) or header.holds(OPEN_CLIP)):
-        parts["text_encoder"] = _net("transformers", "CLIPTextModel", text_config(header), header.path)
-    elif with_texts:
-        name = "StableDiffusionPipeline"
-        folder = folder_beside(encoders, (name,), model_family(header.shapes), without=MODULES)
-        parts |= {} if folder is None else _parts(folder, _texts(name, with_texts=True))
-    return _denoiser("StableDiffusionPipeline", parts, {})
 
 
 def _texts(pipeline: str, *, with_texts: bool) -> tuple[str, ...]:
@@ -165,6 +146,6 @@ def _denoiser(pipeline: str, parts: Mapping[str, Any], settings: Mapping[str, An
     pipe = SimpleNamespace(**dict.fromkeys(NETS), scheduler=SimpleNamespace(config={}), config=settings)
     pipe.__dict__.update(parts)
     kind = FAMILIES[pipeline]
-    family = kind(OpenComponents(pipe)) if issubclass(kind, PipelineFamily) else kind(OpenPipeline(pipe))
+    denoiser = kind(OpenComponents(pipe)).denoiser
     encoders = {name: part for name, part in parts.items() if name not in NETS}
-    return TextDenoiser(family.denoiser, encoders, kind.TEXTS) if encoders and kind.TEXTS else family.denoiser
+    return TextDenoiser(denoiser, encoders, kind.TEXTS) if encoders and kind.TEXTS else denoiser

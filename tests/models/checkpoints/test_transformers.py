@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasmith.cli.main import main
 from lorasmith.formats.detect import model_family
 from lorasmith.models.checkpoints.load import _Empty
-from lorasmith.models.checkpoints.transformers import ORIGINALS, Original
+from lorasmith.models.checkpoints.transformers import ORIGINALS, OriginalTransformer
 from lorasmith.models.load import opened
 from lorasmith.models.meta import skeleton
 from lorasmith.models.sources.single_file import FileComponents
@@ -32,7 +32,7 @@ from lorasmith.tools.merge_into_model import merge_into
 State = dict[str, Tensor]
 CPU = torch.device("cpu")
 DENOISER = "model.diffusion_model."
-TRANSFORMERS = {family: layout for family, layout in ORIGINALS.items() if isinstance(layout, Original)}
+TRANSFORMERS = {family: layout for family, layout in ORIGINALS.items() if isinstance(layout, OriginalTransformer)}
 SMALL: dict[str, list[dict[str, Any]]] = {  # heads, and what they are turned by, are as published
     "Stable Diffusion 3": [
         {
@@ -81,7 +81,7 @@ EVERY = [pytest.param(family, config, id=f"{family} {n}") for family in SMALL fo
 
 def kind_of(family: str) -> Any:
     layout = ORIGINALS[family]
-    assert isinstance(layout, Original)
+    assert isinstance(layout, OriginalTransformer)
     return getattr(diffusers, layout.kind)
 
 
@@ -130,7 +130,7 @@ def test_sizes_of_the_published_models_are_read_off_their_shapes(family: str) ->
     with _Empty():
         net = kind_of(family)()
     layout = ORIGINALS[family]
-    assert isinstance(layout, Original)
+    assert isinstance(layout, OriginalTransformer)
     found = layout.sizes({key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}, {})
     assert found == {key: net.config[key] for key in found}
 

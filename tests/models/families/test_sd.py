@@ -132,11 +132,12 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="unet must hold safetensors weights: pickles can run code"):
         opened(model)
-    shutil.rmtree(model / "unet")
-    with pytest.raises(ValueError, match="must hold unet/ to be a Stable Diffusion model"):
-        opened(model)
+    shutil.copy(BASE / "unet" / weights.name, weights)
     shutil.rmtree(model / "scheduler")
     with pytest.raises(ValueError, match="cannot read .*scheduler/scheduler_config.json"):
+        opened(model)
+    shutil.rmtree(model / "unet")
+    with pytest.raises(ValueError, match="must hold unet/, but it does not"):
         opened(model)
 
 
@@ -146,7 +147,7 @@ def test_a_tokenizer_that_is_not_the_text_encoders_is_refused(tmp_path: Path) ->
     tokenizer = json.loads((model / "tokenizer" / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"].popitem()
     (model / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="must know the same words, got 2047 and 2048|cannot load .*tokenizer"):
+    with pytest.raises(ValueError, match="must know the same words, got 2047 and 2048|cannot load .*/tokenizer"):
         opened(model).codec(torch.device("cpu"))
     (model / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="tokenizer must hold tokenizer.json or vocab.json"):
@@ -159,6 +160,7 @@ def test_missing_tensors_and_strange_configs_are_named(tmp_path: Path) -> None:
     save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.weight"}, weights)
     with pytest.raises(ValueError, match="unet: 1 tensor is missing, such as conv_in.weight"):
         opened(model)
+    shutil.copy(BASE / "unet" / weights.name, weights)
     (model / "scheduler" / "scheduler_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"scheduler_config.json must be a table, got \[\]"):
         opened(model)

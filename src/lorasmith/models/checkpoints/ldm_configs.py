@@ -166,16 +166,23 @@ def stated_prediction(header: Header) -> str | None:
 
 
 def _prediction(header: Header) -> str:
-    """As the file states it, else by diffusers' rule, which is logged for SD 2."""
+    """As the file states it, else by diffusers' rule."""
     stated = stated_prediction(header)
     if stated is not None or version_of(header) == 1:
         return stated or "epsilon"
-    base = _global_step(header) == STEPS_2_BASE or _resolution(header) == SIDE_EPS * 8
+    is_base = _global_step(header) == STEPS_2_BASE or _resolution(header) == SIDE_EPS * 8
+    return "epsilon" if is_base else "v_prediction"
+
+
+def warn_of_guessed_prediction(header: Header) -> None:
+    """Logs what is assumed of an SD 2 file that does not say what it predicts."""
+    if stated_prediction(header) is not None or version_of(header) == 1:
+        return
+    is_base = _prediction(header) == "epsilon"
     log.warning(
         "%s does not say what it predicts: %s is assumed; a metadata entry modelspec.prediction_type, epsilon or v, "
-        "says it", header.path.name, "the noise, as of SD 2 base," if base else "v, as of SD 2 for 768 pixels,",
+        "says it", header.path.name, "the noise, as of SD 2 base," if is_base else "v, as of SD 2 for 768 pixels,",
     )  # fmt: skip
-    return "epsilon" if base else "v_prediction"
 
 
 def _global_step(header: Header) -> int | None:

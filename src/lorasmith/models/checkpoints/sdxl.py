@@ -58,21 +58,16 @@ class OriginalSDXL:
 
     pipelines: tuple[str, ...] = ("StableDiffusionXLPipeline",)
     part: str = "unet"
+    scheduler_kind: str = "EulerDiscreteScheduler"
     vae: Config | None = field(default_factory=lambda: {"scaling_factor": 0.13025})
 
     def net(self, header: Header, keys: Mapping[str, str], base: Config) -> nn.Module:
-        """The UNet with the tensors {name: key in the file}, in the dtype that they are stored in.
-
-        base: a config whose values hold where no shape says otherwise. ValueError where a tensor is missing or has no
-        place, or where it is the refiner.
-        """
         _refuse_others(header)
         if "down_blocks.0.resnets.0.conv1.weight" in keys:
             return self._of_diffusers(header, keys, base)
         return ldm_unet(header, keys, self._config(header, keys, base))
 
     def shaped(self, header: Header, keys: Mapping[str, str], base: Config) -> Any:
-        """The same without weights, on the meta device: no tensor is read."""
         from diffusers import UNet2DConditionModel
 
         _refuse_others(header)
@@ -97,7 +92,6 @@ class OriginalSDXL:
         return fitted(UNet2DConditionModel, base, state, dtype_in(header, keys.values()), path=header.path)
 
     def scheduler(self, header: Header, base: Config | None) -> Config:
-        """The noise that it was trained with: what the file states, then the base's, then as published."""
         prediction = stated_prediction(header)
         return {
             **(base or {**BETAS, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}),
@@ -109,7 +103,6 @@ class OriginalSDXL:
         return header.holds(CLIP) and header.holds(OPEN_CLIP)
 
     def encoders(self, header: Header, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Both text encoders and their tokenizers, where the file holds them; dtype None: as they are stored."""
         if not self.holds_encoders(header):
             return {}
         dtype = dtype or dtype_in(header, below(header, OPEN_CLIP).values())
@@ -127,7 +120,6 @@ class OriginalSDXL:
         }
 
     def shaped_encoders(self, header: Header) -> dict[str, Any]:
-        """Both text encoders without weights, on the meta device, where the file holds them."""
         if not self.holds_encoders(header):
             return {}
         first, second = _text_configs(header)

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.formats.detect import UNETS
 from lorasmith.models.checkpoints.clip import shaped_encoders
 from lorasmith.models.checkpoints.load import UNFIT, dtype_in, fitted, line, shaped, tensors
+from lorasmith.models.checkpoints.original import Original
+from lorasmith.models.checkpoints.sd import OriginalSD
 from lorasmith.models.checkpoints.sdxl import OriginalSDXL
 from lorasmith.models.checkpoints.transformer_configs import (
     Config,
@@ -71,7 +74,7 @@ def _flux_scheduler(shapes: Shapes) -> Config:
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalTransformer:
     """A family's transformer in single files."""
 
     kind: str  # its class in diffusers
@@ -84,20 +87,15 @@ class Original:
     vae: Config | None = None  # what no shape shows of an AutoencoderKL's config; None: it is of another class
     texts: Mapping[str, str] = field(default_factory=dict)  # {a text encoder: how its tensors' names begin}
     part: str = "transformer"
+    scheduler_kind: str = "FlowMatchEulerDiscreteScheduler"
 
     def net(self, header: Header, keys: Mapping[str, str], base: Config) -> nn.Module:
-        """The transformer with the tensors {name: key in the file}, in the dtype that they are stored in.
-
-        base: a config whose values hold where no shape says otherwise. ValueError where a tensor is missing or has no
-        place.
-        """
         dtype = dtype_in(header, keys.values())
         read = tensors(header, keys.values())
         state = self._converted({name: read.pop(key) for name, key in keys.items()}, header)
         return fitted(self._class, self._config(header, state, base), state, dtype, path=header.path)
 
     def shaped(self, header: Header, keys: Mapping[str, str], base: Config) -> Any:
-        """The same without weights, on the meta device: no tensor is read."""
         dtype_in(header, keys.values())
         empty = {name: torch.empty(header.shapes[key], device="meta") for name, key in keys.items()}
         return shaped(self._class, self._config(header, self._converted(empty, header), base), path=header.path)
@@ -120,7 +118,7 @@ class Original:
         return {}
 
     def shaped_encoders(self, header: Header) -> dict[str, Any]:
-        """The text encoders that the file holds, without weights: enough to find a LoRA's layers."""
+        """Those in such files are enough to find a LoRA's layers."""
         return shaped_encoders(header, self.texts)
 
     @property
@@ -168,39 +166,42 @@ class Original:
 AXES = "axes_dims_rope"
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-ORIGINALS: dict[str, Original | OriginalSDXL] = {
-    "Stable Diffusion 3": Original(
+ORIGINALS: dict[str, Original] = {
+    "Stable Diffusion 1.x": OriginalSD(),
+    "Stable Diffusion 2.x": OriginalSD(),
+    UNETS: OriginalSD(),
+    "Stable Diffusion 3": OriginalTransformer(
         "SD3Transformer2DModel", ("StableDiffusion3Pipeline",), sd3, "joint_blocks.",
         published=lambda _: {"shift": 3.0}, vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
         texts={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
     ),
-    "Flux": Original(
+    "Flux": OriginalTransformer(
         "FluxTransformer2DModel", ("FluxPipeline",), flux, "double_blocks.", _any_width, AXES, _flux_scheduler,
         FLUX_VAE, {"text_encoder": CLIP_L, "text_encoder_2": T5},
     ),
-    "Chroma": Original(
+    "Chroma": OriginalTransformer(
         "ChromaTransformer2DModel", ("ChromaPipeline",), chroma, "double_blocks.", _any_width, AXES,
         vae=FLUX_VAE,
     ),
-    "Flux.2": Original(
+    "Flux.2": OriginalTransformer(
         "Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), flux2, "double_blocks.", axes=AXES
     ),
-    "Qwen-Image": Original(
+    "Qwen-Image": OriginalTransformer(
         "QwenImageTransformer2DModel", ("QwenImagePipeline",), qwen_image, "\0", axes=AXES,
         published=lambda _: {
             "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02,
         },
     ),
-    "Z-Image": Original(
+    "Z-Image": OriginalTransformer(
         "ZImageTransformer2DModel", ("ZImagePipeline",), z_image, "attention.qkv.", axes="axes_dims",
         vae=FLUX_VAE,
     ),
-    "Lumina 2": Original(
+    "Lumina 2": OriginalTransformer(
         "Lumina2Transformer2DModel", ("Lumina2Pipeline",), lumina2, "attention.qkv.", _grouped,
         "axes_dim_rope", lambda _: {"shift": 6.0}, FLUX_VAE,
     ),
-    "Wan": Original("WanTransformer3DModel", ("WanPipeline",), wan, "head.modulation"),
+    "Wan": OriginalTransformer("WanTransformer3DModel", ("WanPipeline",), wan, "head.modulation"),
     "SDXL": OriginalSDXL(),
 }  # fmt: skip
-"""{family, as `looks.MODEL_SIGNS` calls it: its files}."""
+"""{family, as `detect.MODEL_SIGNS` calls it: its files}."""

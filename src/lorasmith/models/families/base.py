@@ -26,6 +26,8 @@ class PipelineFamily:
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     """The parts that pictures and captions cannot be encoded without."""
+    IN_FLOAT32: ClassVar[tuple[str, ...]] = ("vae",)
+    """Those of them that encode in float32, however they are stored."""
     TEXTS: ClassVar[Texts | None] = None
     """How its text encoders are trained; None: not at all."""
 
@@ -41,13 +43,14 @@ class PipelineFamily:
         raise NotImplementedError
 
     def codec(self, device: torch.device) -> Codec:
-        """The encoders on this device, the autoencoder in float32; those of an open pipeline as it holds them."""
+        """The encoders on this device, IN_FLOAT32 in float32; those of an open pipeline as it holds them."""
         pipe = self.components.pipeline(self.denoiser.nets)
         missing = [name for name in self.ENCODERS if getattr(pipe, name, None) is None]
         if missing:
             raise ValueError(self.components.lacking(missing))
         if not isinstance(self.components, OpenComponents):
-            pipe.vae.float()
+            for name in self.IN_FLOAT32:
+                getattr(pipe, name).float()
             for name in MODULES:
                 if name not in self.denoiser.nets and getattr(pipe, name, None) is not None:
                     getattr(pipe, name).to(device)
@@ -64,6 +67,11 @@ class PipelineFamily:
         raise NotImplementedError
 
 
+def factor_of(vae: Any) -> int:
+    """Pixels along the side of a latent pixel of an AutoencoderKL."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
 class PictureCodec:
     """The encoders of a pipeline whose autoencoder is an AutoencoderKL."""
 
@@ -74,7 +82,7 @@ class PictureCodec:
     def __init__(self, pipe: Any, resolution: int | None = None) -> None:
         """resolution: the side of the pictures that the model was made for, where the pipeline does not state it."""
         self.pipe, self.vae = pipe, pipe.vae
-        self.factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        self.factor = factor_of(self.vae)
         self.multiple = self.factor * self.PATCH
         self.resolution: int = resolution or pipe.default_sample_size * self.factor
 

@@ -17,6 +17,7 @@ from lorasmith.models.families.base import (
     PipelineFamily,
     check_inputs,
     dtype_of,
+    factor_of,
     flow_of,
     num_chat_tokens,
     warn_of_counts,
@@ -86,7 +87,7 @@ class Flux2Codec:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.vae = pipe, pipe.vae
-        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        factor = factor_of(self.vae)
         self.multiple = 2 * factor
         self.resolution: int = pipe.default_sample_size * factor
 

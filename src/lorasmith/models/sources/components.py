@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 from lorasmith.models.checkpoints.load import line
-from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES
+from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES, TOKENIZER
 from lorasmith.models.sources.parts import UNREADABLE, loaded
 from lorasmith.storage.json_files import json_table
+
+WORDS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+"""What a tokenizer's words are in, of one kind or another."""
+CHECKER, EXTRACTOR, NEEDS_CHECKER = "safety_checker", "feature_extractor", "requires_safety_checker"
 
 
 class Components(Protocol):
@@ -63,11 +67,13 @@ class FolderComponents:
         return self.part(name, None)
 
     def pipeline(self, nets: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> Any:
-        parts = {name: self.part(name, dtype) for name in MODULES if name not in nets and self.has(name)}
-        absent = {name: None for name, entry in self.index.items() if entry == [None, None]}  # which must be said
+        given: dict[str, Any] = {name: None for name, entry in self.index.items() if entry == [None, None]}
+        given |= {name: self.part(name, dtype) for name in MODULES if name not in nets and self.has(name)}
+        given |= {name: self._tokenizer(name) for name in self.index if TOKENIZER.fullmatch(name) and name not in nets}
+        given |= self._safety_checker(dtype) | dict(nets)
         try:
             kind = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
-            return kind.from_pretrained(self.path, **absent, **nets, **parts, local_files_only=True)
+            return kind.from_pretrained(self.path, **given, local_files_only=True)
         except UNREADABLE as error:  # some processors of captions need packages of their own
             raise ValueError(f"cannot load {self.path}: {line(error)}") from error
 
@@ -84,12 +90,37 @@ class FolderComponents:
         folder = self.path / name
         if not self.has(name) or not folder.is_dir():
             raise ValueError(f"{self.path} must hold {name}/, but it does not")
+        return loaded(self._class(name), folder, dtype)
+
+    def _class(self, name: str) -> Any:
+        """Of a part, by the pipeline's index: of a library, or of diffusers' own modules of pipelines."""
         library, kind = self.index[name]
         try:
-            found = getattr(importlib.import_module(library), kind)
+            is_library = library in ("diffusers", "transformers")
+            return getattr(importlib.import_module(library if is_library else f"diffusers.pipelines.{library}"), kind)
         except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot load {self.path / name}: {line(error)}") from error
+
+    def _tokenizer(self, name: str) -> Any:
+        """None where there is none; ValueError where its words are missing, as the library would take it for empty."""
+        folder = self.path / name
+        if not self.has(name):
+            return None
+        if not any((folder / words).is_file() for words in WORDS):
+            raise ValueError(f"{folder} must hold {' or '.join(WORDS)}, but it does not")
+        try:
+            return self._class(name).from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the library raises nothing more exact
             raise ValueError(f"cannot load {folder}: {line(error)}") from error
-        return loaded(found, folder, dtype)
+
+    def _safety_checker(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """What pictures are checked with, or that they are not, as where a model is fetched from the hub."""
+        if CHECKER not in self.index:
+            return {}
+        here = [name for name in (CHECKER, EXTRACTOR) if self.has(name) and (self.path / name).is_dir()]
+        if here == [CHECKER, EXTRACTOR]:  # the one needs the other
+            return {CHECKER: self.part(CHECKER, dtype)}
+        return {CHECKER: None, NEEDS_CHECKER: False, **({} if EXTRACTOR in here else {EXTRACTOR: None})}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 MODULES = ("transformer", "transformer_2", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of pipelines that hold weights."""
+TOKENIZER = re.compile(r"tokenizer(_\d)?")
+"""The parts that are tokenizers."""
 MODEL_INDEX = "model_index.json"
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.safetensors")
 SHARD_INDEX = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")

@@ -4,7 +4,6 @@ No torch: an id that names no model is refused before anything is loaded.
 """
 
 import logging
-import re
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -19,13 +18,12 @@ from huggingface_hub.errors import (
 )
 from tqdm.auto import tqdm
 
-from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES, WEIGHTS, variant_of
+from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES, TOKENIZER, WEIGHTS, variant_of
 from lorasmith.reporting.progress import SILENT, Advance, Progress, megabytes
 from lorasmith.storage.json_files import json_table
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = re.compile(r"tokenizer(_\d)?")
 WORDS = (".json", ".txt", ".model", ".jinja")  # what tokenizers are kept in
 
 

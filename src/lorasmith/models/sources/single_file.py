@@ -13,10 +13,9 @@ from torch import nn
 
 from lorasmith.models.checkpoints.ldm import below, ldm_vae
 from lorasmith.models.checkpoints.ldm_configs import vae_config
-from lorasmith.models.checkpoints.sdxl import OriginalSDXL
+from lorasmith.models.checkpoints.original import Original
 from lorasmith.models.checkpoints.transformer_configs import Config
-from lorasmith.models.checkpoints.transformers import Original
-from lorasmith.models.sources.components import FolderComponents
+from lorasmith.models.sources.components import NEEDS_CHECKER, FolderComponents
 from lorasmith.reporting.pace import counted
 from lorasmith.storage.json_files import json_table
 from lorasmith.storage.safetensors_header import Header
@@ -27,7 +26,7 @@ DENOISER, VAES = "model.diffusion_model.", ("first_stage_model.", "vae.")
 TEXTS = ("conditioner.", "text_encoders.", "cond_stage_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 OF_TRAINING = (
     "model_ema.", "betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "denoiser.",
-    "global_step", "v_pred", "ztsnr", "edm_", "logvar",
+    "global_step", "embedding_manager.", "v_pred", "ztsnr", "edm_", "logvar",
 )  # fmt: skip
 
 
@@ -36,7 +35,7 @@ class FileComponents:
     """A single file, and a folder that holds what the file does not."""
 
     header: Header
-    original: Original | OriginalSDXL
+    original: Original
     pipeline_name: str  # its class in diffusers
     folder: FolderComponents | None = None
 
@@ -67,10 +66,12 @@ class FileComponents:
             return pipe
         diffusers = importlib.import_module("diffusers")
         kind = getattr(diffusers, self.pipeline_name)
-        needed = [n for n, p in inspect.signature(kind.__init__).parameters.items() if p.default is p.empty]
-        scheduler = diffusers.EulerDiscreteScheduler if "unet" in needed else diffusers.FlowMatchEulerDiscreteScheduler
-        parts["scheduler"] = scheduler.from_config(dict(self.scheduler))
-        return kind(**{**dict.fromkeys(name for name in needed if name != "self"), **parts})
+        arguments = inspect.signature(kind.__init__).parameters
+        needed = [name for name, argument in arguments.items() if argument.default is argument.empty and name != "self"]
+        parts["scheduler"] = getattr(diffusers, self.original.scheduler_kind).from_config(dict(self.scheduler))
+        if NEEDS_CHECKER in arguments:
+            parts[NEEDS_CHECKER] = False
+        return kind(**{**dict.fromkeys(needed), **parts})
 
     def lacking(self, names: Sequence[str]) -> str:
         return (
