@@ -55,7 +55,7 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.targets import Targets
-from lorasmith.models.families.base import packed
+from lorasmith.models.families.denoisers import packed
 
 ALL = Targets(preset="all")
 PROMPTS = ("a cat", "two green birds on a wire", "dog", "a red house")

@@ -1,24 +1,13 @@
 """Chroma (Lodestone Rock 2025), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    mask_of,
-    packed,
-    unpacked,
-    warn_of_cuts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, mask_of, packed, unpacked
 from lorasmith.models.families.flux import grid
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
@@ -26,37 +15,24 @@ from lorasmith.types import Cond
 NUM_TOKENS = 512  # of T5, at most
 
 
-@dataclass(frozen=True)
-class ChromaDenoiser:
-    """The transformer and its flow."""
+class ChromaDenoiser(TransformerDenoiser):
+    """A ChromaTransformer2DModel; conditioning is {"text": [B,L,D], "mask": [B,L]}."""
 
-    transformer: Any  # a ChromaTransformer2DModel
-    process: Flow
+    SQUARE = 2
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32."""
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        widths = {"text": config["joint_attention_dim"]}
-        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
-        tokens, mask = packed(x_t.to(dtype)), mask_of(cond)
+        tokens, mask = packed(x_t), mask_of(cond)
         out = self.transformer(
             hidden_states=tokens,
-            timestep=t.to(dtype),
-            encoder_hidden_states=cond["text"].to(dtype),
-            txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x_t.device, dtype=dtype),
-            img_ids=grid(height // 2, width // 2).to(x_t.device, dtype),
+            timestep=t.to(x_t.dtype),
+            encoder_hidden_states=cond["text"],
+            txt_ids=x_t.new_zeros(cond["text"].shape[1], 3),
+            img_ids=grid(height // 2, width // 2).to(x_t),
             # true or false: numbers would be added to the attention's scores, which hides nothing
             attention_mask=None if mask is None else torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
         ).sample
-        return unpacked(out, height, width).float()
-
-    def file_key(self, path: str) -> str:
-        return path
+        return unpacked(out, height, width)
 
 
 class ChromaCodec(PictureCodec):

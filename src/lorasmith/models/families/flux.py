@@ -1,23 +1,13 @@
 """Flux.1 (Black Forest Labs 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    packed,
-    unpacked,
-    warn_of_cuts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, packed, unpacked
 from lorasmith.models.sources.components import Components
 from lorasmith.models.text_encoders import Texts, output_of, tokens, tokens_of
 from lorasmith.types import Cond
@@ -26,40 +16,28 @@ NUM_TOKENS = 512  # of T5, all of which are read, padding too
 GUIDANCE = 1.0  # that a net that is told it trains with
 
 
-@dataclass(frozen=True)
-class FluxDenoiser:
-    """The transformer and its flow."""
+class FluxDenoiser(TransformerDenoiser):
+    """A FluxTransformer2DModel; conditioning is {"text": [B,L,D], "pooled": [B,D]}."""
 
-    transformer: Any  # a FluxTransformer2DModel
-    process: Flow
+    WIDTHS = {"text": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+    SQUARE = 2
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "pooled": [B,D]} -> eps - x0 [B,C,h,w], float32."""
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        widths = {"text": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
-        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         guidance = cond["guidance"][:, 0] if "guidance" in cond else t.new_full(t.shape, GUIDANCE)
         out = self.transformer(
-            hidden_states=packed(x_t.to(dtype)),
-            timestep=t.to(dtype),
-            guidance=guidance if config["guidance_embeds"] else None,
-            pooled_projections=cond["pooled"].to(dtype),
-            encoder_hidden_states=cond["text"].to(dtype),
-            txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x_t.device, dtype=dtype),
-            img_ids=grid(height // 2, width // 2).to(x_t.device, dtype),
+            hidden_states=packed(x_t),
+            timestep=t.to(x_t.dtype),
+            guidance=guidance if self.transformer.config["guidance_embeds"] else None,
+            pooled_projections=cond["pooled"],
+            encoder_hidden_states=cond["text"],
+            txt_ids=x_t.new_zeros(cond["text"].shape[1], 3),
+            img_ids=grid(height // 2, width // 2).to(x_t),
         ).sample
-        return unpacked(out, height, width).float()
+        return unpacked(out, height, width)
 
     def guided(self, cond: Cond, guidance: float) -> Cond:
         return cond | {"guidance": cond["pooled"].new_full((len(cond["pooled"]), 1), guidance)}
-
-    def file_key(self, path: str) -> str:
-        return path
 
 
 def grid(height: int, width: int) -> Tensor:

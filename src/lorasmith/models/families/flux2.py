@@ -5,23 +5,15 @@ B batch, C channels, L tokens, D width, h w latent sides: a sixteenth of the pic
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    factor_of,
-    flow_of,
-    num_chat_tokens,
-    warn_of_counts,
-)
+from lorasmith.models.families.base import PipelineFamily, factor_of, num_chat_tokens, warn_of_counts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of
 from lorasmith.models.families.flux import GUIDANCE, NUM_TOKENS, grid
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
@@ -30,35 +22,21 @@ NUM_STEPS = 50  # the pipelines' default
 QWEN = {"add_generation_prompt": True, "enable_thinking": False}  # how klein's captions are put into a conversation
 
 
-@dataclass(frozen=True)
-class Flux2Denoiser:
-    """The transformer and its flow."""
+class Flux2Denoiser(TransformerDenoiser):
+    """A Flux2Transformer2DModel; conditioning is {"text": [B,L,D]}."""
 
-    transformer: Any  # a Flux2Transformer2DModel
-    process: Flow
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D]} -> eps - x0 [B,C,h,w], float32."""
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        check_inputs(x_t, cond, channels=config["in_channels"], widths={"text": config["joint_attention_dim"]})
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         guidance = cond["guidance"][:, 0] if "guidance" in cond else t.new_full(t.shape, GUIDANCE)
         out = self.transformer(
-            hidden_states=x_t.to(dtype).flatten(2).transpose(1, 2),
+            hidden_states=x_t.flatten(2).transpose(1, 2),
             timestep=t,
-            guidance=guidance if config["guidance_embeds"] else None,
-            encoder_hidden_states=cond["text"].to(dtype),
+            guidance=guidance if self.transformer.config["guidance_embeds"] else None,
+            encoder_hidden_states=cond["text"],
             txt_ids=F.pad(torch.arange(cond["text"].shape[1])[:, None], (3, 0)).to(x_t.device),
             img_ids=F.pad(grid(height, width), (0, 1)).to(x_t.device),
         ).sample
-        return out.transpose(1, 2).unflatten(2, (height, width)).float()
-
-    def file_key(self, path: str) -> str:
-        return path
+        return out.transpose(1, 2).unflatten(2, (height, width))
 
 
 class DistilledFlux2(Flux2Denoiser):

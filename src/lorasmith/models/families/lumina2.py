@@ -1,23 +1,12 @@
 """Lumina-Image 2.0 (Qin et al. 2025), through diffusers. B batch, C channels, L tokens, D width, h w latent sides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn, no_grad
+from torch import Tensor, no_grad
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    masked,
-    read_tokens,
-    refuse_odd,
-    warn_of_counts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, masked, warn_of_counts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, read_tokens, refuse_odd
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -25,35 +14,23 @@ NUM_TOKENS = 256  # that are read of a caption after the system prompt
 PROMPT_START = " <Prompt Start> "  # between the two
 
 
-@dataclass(frozen=True)
-class Lumina2Denoiser:
-    """The transformer and its flow. Guidance is plain: the pipeline's is with cfg_normalization=False."""
+class Lumina2Denoiser(TransformerDenoiser):
+    """A Lumina2Transformer2DModel; conditioning is {"text": [B,L,D], "mask": [B,L]}.
 
-    transformer: Any  # a Lumina2Transformer2DModel
-    process: Flow
+    Guidance is plain: the pipeline's is with cfg_normalization=False.
+    """
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
+    WIDTHS = {"text": "cap_feat_dim"}
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32.
-
-        The net's own time is 1 - t and it predicts x0 - eps.
-        """
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        check_inputs(x_t, cond, channels=config["in_channels"], widths={"text": config["cap_feat_dim"]})
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The net's own time is 1 - t and it predicts x0 - eps."""
         refuse_odd(x_t)
-        out = self.transformer(
-            hidden_states=x_t.to(dtype),
+        return -self.transformer(
+            hidden_states=x_t,
             timestep=1 - t,
-            encoder_hidden_states=cond["text"].to(dtype),
+            encoder_hidden_states=cond["text"],
             encoder_attention_mask=read_tokens(cond),
         ).sample
-        return -out.float()
-
-    def file_key(self, path: str) -> str:
-        return path
 
 
 class Lumina2Codec(PictureCodec):

@@ -1,24 +1,13 @@
 """Qwen-Image (Wu et al. 2025), through diffusers. B batch, L tokens, D width, h w latent sides, H W pixels."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PipelineFamily,
-    VideoAutoencoder,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    mask_of,
-    packed,
-    unpacked,
-    warn_of_cuts,
-)
+from lorasmith.models.families.base import PipelineFamily, VideoAutoencoder, warn_of_cuts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, mask_of, packed, unpacked
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -26,39 +15,26 @@ NUM_TOKENS = 512  # of the caption and the template's end
 UNREAD = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
-@dataclass(frozen=True)
-class QwenImageDenoiser:
-    """The transformer and its flow."""
+class QwenImageDenoiser(TransformerDenoiser):
+    """A QwenImageTransformer2DModel; conditioning is {"text": [B,L,D], "mask": [B,L]}."""
 
-    transformer: Any  # a QwenImageTransformer2DModel
-    process: Flow
+    SQUARE = 2
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32."""
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        widths = {"text": config["joint_attention_dim"]}
-        check_inputs(x_t, cond, channels=config["in_channels"] // 4, widths=widths)
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         out = self.transformer(
-            hidden_states=packed(x_t.to(dtype)),
-            timestep=t.to(dtype),
-            encoder_hidden_states=cond["text"].to(dtype),
+            hidden_states=packed(x_t),
+            timestep=t.to(x_t.dtype),
+            encoder_hidden_states=cond["text"],
             encoder_hidden_states_mask=mask_of(cond),
             img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
         ).sample
-        return unpacked(out, height, width).float()
+        return unpacked(out, height, width)
 
     def unread(self) -> Collection[str]:
         """What the last block makes of the text, which nothing comes after."""
         last = len(self.transformer.transformer_blocks) - 1
         return {f"transformer.transformer_blocks.{last}.{name}" for name in UNREAD}
-
-    def file_key(self, path: str) -> str:
-        return path
 
 
 class QwenImageCodec:

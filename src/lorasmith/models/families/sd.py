@@ -1,22 +1,15 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al. 2022), through diffusers. B batch, L tokens, D width, H W pixels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasmith.diffusion.process import Diffusion
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    factor_of,
-    warn_of_cuts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, factor_of, warn_of_cuts
+from lorasmith.models.families.denoisers import UNetDenoiser, check_inputs, dtype_of
 from lorasmith.models.sources.components import Components
 from lorasmith.models.text_encoders import Texts, tokens
 from lorasmith.types import Cond
@@ -39,26 +32,14 @@ def diffusion(scheduler: Mapping[str, Any]) -> Diffusion:
         raise ValueError(f"the scheduler's config must describe betas, got {given}: {error}") from error
 
 
-@dataclass(frozen=True)
-class StableDiffusionDenoiser:
-    """The UNet and its process."""
-
-    unet: Any  # a UNet2DConditionModel
-    process: Diffusion
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet}
+class StableDiffusionDenoiser(UNetDenoiser):
+    """Conditioning is {"text": [B,L,D]}."""
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B,4,h,w], t [B], cond {"text": [B,L,D]} -> the UNet's output [B,4,h,w], float32."""
         config, dtype = self.unet.config, dtype_of(self.unet)
         check_inputs(x_t, cond, channels=config["in_channels"], widths={"text": config["cross_attention_dim"]})
         return self.unet(x_t.to(dtype), t, cond["text"].to(dtype)).sample.float()
-
-    def file_key(self, path: str) -> str:
-        """unet.down_blocks.0… -> lora_unet_down_blocks_0…: kohya's names."""
-        return f"lora_{path}".replace(".", "_")
 
 
 def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:

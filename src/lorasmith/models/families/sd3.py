@@ -1,23 +1,14 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    refuse_odd,
-    warn_of_cuts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, refuse_odd
 from lorasmith.models.sources.components import Components
 from lorasmith.models.text_encoders import Texts, output_of, tokens, tokens_of
 from lorasmith.types import Cond
@@ -26,37 +17,24 @@ NUM_TOKENS = 256  # of T5, which come after those of CLIP
 NUM_TIMES = 1000.0  # what the net takes the end of time for
 
 
-@dataclass(frozen=True)
-class SD3Denoiser:
-    """The transformer and its flow."""
+class SD3Denoiser(TransformerDenoiser):
+    """An SD3Transformer2DModel; conditioning is {"text": [B,L,D], "pooled": [B,P]}."""
 
-    transformer: Any  # an SD3Transformer2DModel
-    process: Flow
+    WIDTHS = {"text": "joint_attention_dim", "pooled": "pooled_projection_dim"}
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "pooled": [B,P]} -> eps - x0 [B,C,h,w], float32."""
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        widths = {"text": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
-        check_inputs(x_t, cond, channels=config["in_channels"], widths=widths)
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         refuse_odd(x_t)
         return self.transformer(
-            hidden_states=x_t.to(dtype),
+            hidden_states=x_t,
             timestep=t * NUM_TIMES,
-            encoder_hidden_states=cond["text"].to(dtype),
-            pooled_projections=cond["pooled"].to(dtype),
-        ).sample.float()
+            encoder_hidden_states=cond["text"],
+            pooled_projections=cond["pooled"],
+        ).sample
 
     def unread(self) -> Collection[str]:
         """The queries of the text in the last block, which passes no text on."""
         blocks = enumerate(self.transformer.transformer_blocks)
         return {f"transformer.transformer_blocks.{n}.attn.add_q_proj" for n, block in blocks if block.context_pre_only}
-
-    def file_key(self, path: str) -> str:
-        return path
 
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"

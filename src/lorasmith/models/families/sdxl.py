@@ -1,14 +1,13 @@
 """Stable Diffusion XL (Podell et al. 2023), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.diffusion.process import Diffusion
-from lorasmith.models.families.base import PictureCodec, PipelineFamily, check_inputs, dtype_of, warn_of_cuts
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
+from lorasmith.models.families.denoisers import UNetDenoiser, check_inputs, dtype_of
 from lorasmith.models.families.sd import PREDICTION_NAMES, diffusion
 from lorasmith.models.sources.components import Components
 from lorasmith.models.text_encoders import Texts, tokens
@@ -17,16 +16,8 @@ from lorasmith.types import Cond
 FACTOR = 8  # pixels along the side of a latent pixel
 
 
-@dataclass(frozen=True)
-class SDXLDenoiser:
-    """The UNet and its process."""
-
-    unet: Any  # a UNet2DConditionModel
-    process: Diffusion
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet}
+class SDXLDenoiser(UNetDenoiser):
+    """Conditioning is {"text": [B,L,D], "pooled": [B,P]}, and "sizes" [B,6] where they are known."""
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B,4,h,w], t [B], cond {"text": [B,L,D], "pooled": [B,P]} -> the UNet's output [B,4,h,w], float32.
@@ -42,10 +33,6 @@ class SDXLDenoiser:
         sizes = cond.get("sizes", torch.tensor([*size, 0, 0, *size], device=x_t.device).expand(len(x_t), 6))
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": sizes.to(dtype)}
         return self.unet(x_t.to(dtype), t, cond["text"].to(dtype), added_cond_kwargs=added).sample.float()
-
-    def file_key(self, path: str) -> str:
-        """unet.down_blocks.1… -> lora_unet_down_blocks_1…: kohya's names."""
-        return f"lora_{path}".replace(".", "_")
 
 
 def text_of(encoders: Mapping[str, Any], cond: Cond) -> Cond:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import PipelineFamily, VideoAutoencoder, check_inputs, flow_of, warn_of_cuts
+from lorasmith.models.families.base import PipelineFamily, VideoAutoencoder, warn_of_cuts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -21,23 +22,17 @@ RESOLUTION = 640  # a square about as large as 832 x 480, which all of them were
 
 
 @dataclass(frozen=True)
-class WanDenoiser:
-    """A transformer and its flow."""
+class WanDenoiser(TransformerDenoiser):
+    """A WanTransformer3DModel, for latents [B,C,f,h,w]; conditioning is {"text": [B,L,D]}."""
 
-    transformer: Any  # a WanTransformer3DModel
-    process: Flow
     num_times: int  # what the end of time is for the transformer
     is_told_tokens: bool  # whether it is told the time of each token (2.2's 5B)
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
+    WIDTHS = {"text": "text_dim"}
+    AXES = "f,h,w"
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,f,h,w], t [B], cond {"text": [B,L,D]} -> eps - x0 [B,C,f,h,w], float32."""
-        config = self.transformer.config
-        check_inputs(x_t, cond, channels=config["in_channels"], widths={"text": config["text_dim"]}, axes="f,h,w")
-        sides, patch = x_t.shape[2:], config["patch_size"]
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        sides, patch = x_t.shape[2:], self.transformer.config["patch_size"]
         if any(side % along for side, along in zip(sides, patch, strict=True)):
             raise ValueError(f"latents' f, h, w must be multiples of {list(patch)} for this model, got {list(sides)}")
         dtype = self.transformer.patch_embedding.weight.dtype  # others may stay in float32
@@ -47,10 +42,7 @@ class WanDenoiser:
         out = self.transformer(
             hidden_states=x_t.to(dtype), timestep=times, encoder_hidden_states=cond["text"].to(dtype)
         )
-        return out.sample.float()
-
-    def file_key(self, path: str) -> str:
-        return path
+        return out.sample
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,13 @@
 """Z-Image (Tongyi Lab 2025), through diffusers. B batch, C channels, L tokens, D width, h w latent sides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.diffusion.process import Flow
-from lorasmith.models.families.base import (
-    PictureCodec,
-    PipelineFamily,
-    check_inputs,
-    dtype_of,
-    flow_of,
-    masked,
-    num_chat_tokens,
-    read_tokens,
-    refuse_odd,
-    warn_of_counts,
-)
+from lorasmith.models.families.base import PictureCodec, PipelineFamily, masked, num_chat_tokens, warn_of_counts
+from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, read_tokens, refuse_odd
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -28,31 +16,20 @@ RESOLUTION = 1024  # the pipeline's default side, in pixels
 QWEN = {"add_generation_prompt": True, "enable_thinking": True}  # how captions are put into a conversation
 
 
-@dataclass(frozen=True)
-class ZImageDenoiser:
-    """The transformer and its flow. The pipeline's guidance_scale counts from 0: it is one less than guidance here."""
+class ZImageDenoiser(TransformerDenoiser):
+    """A ZImageTransformer2DModel; conditioning is {"text": [B,L,D], "mask": [B,L]}.
 
-    transformer: Any  # a ZImageTransformer2DModel
-    process: Flow
+    The pipeline's guidance_scale counts from 0: it is one less than guidance here.
+    """
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer}
+    WIDTHS = {"text": "cap_feat_dim"}
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B,C,h,w], t [B], cond {"text": [B,L,D], "mask": [B,L]} -> eps - x0 [B,C,h,w], float32.
-
-        The net's own time is 1 - t and it predicts x0 - eps; it takes texts without padding.
-        """
-        config, dtype = self.transformer.config, dtype_of(self.transformer)
-        check_inputs(x_t, cond, channels=config["in_channels"], widths={"text": config["cap_feat_dim"]})
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The net's own time is 1 - t and it predicts x0 - eps; it takes texts without padding."""
         refuse_odd(x_t)
-        texts = [text[read] for text, read in zip(cond["text"].to(dtype), read_tokens(cond), strict=True)]
-        frames = list(x_t.to(dtype).unsqueeze(2))  # each [C,1,h,w]
-        return -torch.stack(self.transformer(frames, 1 - t, texts).sample).squeeze(2).float()
-
-    def file_key(self, path: str) -> str:
-        return path
+        texts = [text[read] for text, read in zip(cond["text"], read_tokens(cond), strict=True)]
+        frames = list(x_t.unsqueeze(2))  # each [C,1,h,w]
+        return -torch.stack(self.transformer(frames, 1 - t, texts).sample).squeeze(2)
 
 
 class ZImageCodec(PictureCodec):
