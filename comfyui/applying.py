@@ -7,6 +7,9 @@ import comfy.lora_convert
 import comfy.sd
 from torch import Tensor
 
+from lorasmith.adapters.registry import ADAPTERS, kind_of
+from lorasmith.formats.keys import by_layer
+
 
 class Read(dict[str, Tensor]):
     """A LoRA that notes which of its keys are read."""
@@ -43,9 +46,10 @@ def with_lora(model: Any, lora: dict[str, Tensor], strength: float, *, beside: b
 
 def _refuse_beside(lora: dict[str, Tensor]) -> None:
     """ValueError for algorithms that ComfyUI fails on, or gets wrong, when it computes them beside the weights."""
-    for algorithm, part in (("LoKr", ".lokr_"), ("OFT", ".oft_"), ("DoRA", ".dora_scale")):
-        if any(part in key for key in lora):
-            raise ValueError(f"bypass must be off for {algorithm}, which ComfyUI cannot compute beside all layers")
+    kinds = {kind_of(parts) for parts in by_layer(lora).values()}
+    for kind in ADAPTERS:
+        if kind in kinds and not kind.COMFYUI_BYPASS:
+            raise ValueError(f"bypass must be off for {kind.algorithm}, which ComfyUI cannot compute beside all layers")
 
 
 def keys_left(model: Any, lora: dict[str, Tensor]) -> list[str]:

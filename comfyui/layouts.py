@@ -7,12 +7,12 @@ import comfy.lora
 import comfy.utils
 from torch import Tensor
 
-from lorasmith.adapters.dora import SCALE, VECTOR
+from lorasmith.adapters.parts import SCALE
+from lorasmith.adapters.registry import kind_of
 from lorasmith.formats.keys import DOWN, UP, by_layer
 
 LAYOUTS = ("ComfyUI", "kohya", "diffusers")
 PREFIX = "diffusion_model."
-DIFFUSERS_PARTS = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 
 
 def in_layout(lora: Mapping[str, Tensor], layout: str, model: Any) -> dict[str, Tensor]:
@@ -42,18 +42,13 @@ def _diffusers(layer: str, parts: Mapping[str, Tensor], model: Any) -> dict[str,
     """As diffusers names it; a layer that diffusers has in parts gets a part of the rows each."""
     if not {DOWN, UP} <= parts.keys() <= {DOWN, UP, "alpha", SCALE}:
         raise ValueError(f"the layout diffusers is for LoRA and DoRA, got {', '.join(sorted(parts))} for {layer}")
-    down, up = parts[DOWN], parts[UP]
-    scale = float(parts["alpha"]) / len(down) if "alpha" in parts else 1.0
+    kind = kind_of(parts)
+    assert kind is not None
     root = "unet" if "model_channels" in model.model_config.unet_config else "transformer"
     state = {}
     for name, rows in _other_names(layer, model):
-        part = up if rows is None else up[rows]
-        state[f"{root}.{name}.{DIFFUSERS_PARTS[DOWN]}"] = down
-        state[f"{root}.{name}.{DIFFUSERS_PARTS[UP]}"] = (part.float() * scale).to(part.dtype)
-        if SCALE in parts:
-            lengths = parts[SCALE] if rows is None else parts[SCALE][rows]
-            is_conv = lengths.ndim > 2
-            state[f"{root}.{name}.{VECTOR}"] = lengths.transpose(0, 1) if is_conv else lengths.flatten()
+        own = {part: t if rows is None or part not in kind.BY_OUTPUT else t[rows] for part, t in parts.items()}
+        state |= {f"{root}.{name}.{part}": tensor for part, tensor in (kind.to_peft(own) or {}).items()}
     return state
 
 

@@ -19,7 +19,7 @@ import torch
 from comfy_api.latest import ComfyAPISync
 from torch import Tensor
 
-from lorasmith.adapters.dora import SCALE
+from lorasmith.adapters.parts import SCALE
 from lorasmith.config.schema import Config
 from lorasmith.data.dataset import Dataset
 from lorasmith.errors import is_out_of_memory

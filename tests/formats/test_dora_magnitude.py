@@ -184,7 +184,7 @@ def test_the_steps_that_were_done_are_not_made_again(
 def test_differences_of_the_same_weight_are_refused(denoiser: Any, lora: Any) -> None:
     layer = next(iter(by_layer(lora)))
     diff = {f"{layer}.diff": torch.zeros_like(weights(denoiser)[layer])}
-    message = r"does not fit the model: 1 of its .*: diff changes the weight that DoRA takes the lengths of"
+    message = r"does not fit the model: 1 of its .*: diff changes the weight that DoRA reads, which cannot be trained"
     with pytest.raises(ValueError, match=message):
         adapters_from({**lora, **diff}, denoiser)
     elsewhere = {"lora_unet_conv_in.diff": torch.zeros_like(weights(denoiser)["lora_unet_conv_in"])}

@@ -199,4 +199,4 @@ def test_the_limit_of_oft_stays(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"lorasmith.config": json.dumps(config)})
     rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", changes={}, strip=True)
     metadata = Header.of(tmp_path / "b.safetensors").metadata
-    assert lora_file.stated_constraint(metadata) == 0.5 and "anna" not in json.dumps(metadata)
+    assert lora_file.stated_settings(metadata) == config["adapter"] and "anna" not in json.dumps(metadata)

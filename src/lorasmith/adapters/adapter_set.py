@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.algorithms import Algorithm
-from lorasmith.adapters.base import OFFSETS, Adapter, Layer, normal
+from lorasmith.adapters.base import Adapter, Layer, normal
+from lorasmith.adapters.parts import OFFSETS
 from lorasmith.adapters.targets import Targets, adaptable_layers
 from lorasmith.types import Denoiser, unread
 
@@ -71,9 +72,24 @@ class AdapterSet:
         return cls(adapters)
 
     @property
+    def kinds(self) -> list[type[Adapter]]:
+        """The classes of its adapters, each once, by the names of their algorithms."""
+        return sorted({type(adapter) for adapter in self.adapters.values()}, key=lambda kind: kind.algorithm)
+
+    @property
     def algorithms(self) -> list[str]:
         """The names of its adapters' algorithms, each once, sorted; ranks and alphas likewise."""
-        return sorted({adapter.algorithm for adapter in self.adapters.values()})
+        return sorted({kind.algorithm for kind in self.kinds})
+
+    @property
+    def needing_weights(self) -> list[str]:
+        """Those of the algorithms that read their layers' weights."""
+        return sorted({kind.algorithm for kind in self.kinds if kind.NEEDS_WEIGHT})
+
+    @property
+    def needing_biases(self) -> list[str]:
+        """Those that read their layers' biases."""
+        return sorted({kind.algorithm for kind in self.kinds if kind.NEEDS_BIAS})
 
     @property
     def ranks(self) -> list[int]:

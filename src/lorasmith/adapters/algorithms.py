@@ -1,9 +1,11 @@
-"""The algorithms as settings. No torch: settings are read and refused before it is imported.
+"""The algorithms as settings, and the list of them. No torch: settings are read and refused before it is imported.
 
-What each of them builds is in `adapters/`.
+What each of them computes, and all else that is known of it, is its adapter's class.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -12,7 +14,7 @@ from lorasmith.component import Component, named
 if TYPE_CHECKING:  # torch, which takes seconds
     from torch import nn
 
-    from lorasmith.adapters.base import Layer
+    from lorasmith.adapters.base import Adapter, Layer
     from lorasmith.adapters.dora import DoRAAdapter
     from lorasmith.adapters.loha import LoHaAdapter
     from lorasmith.adapters.lokr import LoKrAdapter
@@ -31,39 +33,72 @@ Constraint = Annotated[
         gt=0, le=1e6, allow_inf_nan=False, description="limit of Q's norm, times the layer's outputs; none: no limit"
     ),
 ]
+KOHYA_MODELS = ("flux", "wan", "sd3", "qwen_image", "zimage", "flux_2", "lumina")
+"""The models that kohya's tools have a module of LoRAs of their own for."""
 
 
-class LoRA(Component):
+class AdapterSettings(Component, ABC):
+    """What is set of an algorithm."""
+
+    OTHER_NAMES: ClassVar[Mapping[str, str]]
+    """{what other trainers call it, in lower case: what is typed here, its name or whole settings}."""
+
+    @classmethod
+    @abstractmethod
+    def adapter(cls) -> "type[Adapter]":
+        """The class of its adapters, which imports torch."""
+
+    @abstractmethod
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "Adapter":
+        """A new adapter, the identity; ValueError where there can be none. base: the layer itself."""
+
+
+class LoRA(AdapterSettings):
     """Low-rank adapters: y + (alpha / rank) up(down(x))."""
 
+    OTHER_NAMES = {
+        **dict.fromkeys(("networks.lora", "standard", "kohya dylora"), "LoRA"),
+        **dict.fromkeys((f"networks.lora_{model}" for model in KOHYA_MODELS), "LoRA"),
+        **dict.fromkeys(("locon", "lycoris/locon", "kohya locon"), "--adapter LoRA --targets.preset all"),
+    }
     name: Literal["LoRA"] = "LoRA"
     rank: Rank = 8
     alpha: Alpha = None
 
-    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoRAAdapter":
-        """A new adapter, the identity."""
+    @classmethod
+    def adapter(cls) -> "type[LoRAAdapter]":
         from lorasmith.adapters.lora import LoRAAdapter
 
-        return LoRAAdapter.new(layer, self.rank, self.alpha, path, seed)
+        return LoRAAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoRAAdapter":
+        """A new adapter, the identity."""
+        return self.adapter().new(layer, self.rank, self.alpha, path, seed)
 
 
-class LoHa(Component):
+class LoHa(AdapterSettings):
     """Hadamard products of two low-rank matrices: y + (alpha / rank) ((w1_a w1_b) * (w2_a w2_b)) x."""
 
+    OTHER_NAMES = {"lycoris/loha": "LoHa"}
     name: Literal["LoHa"] = "LoHa"
     rank: Rank = 8
     alpha: Alpha = None
 
-    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoHaAdapter":
-        """A new adapter, the identity."""
+    @classmethod
+    def adapter(cls) -> "type[LoHaAdapter]":
         from lorasmith.adapters.loha import LoHaAdapter
 
-        return LoHaAdapter.new(layer, self.rank, self.alpha, path, seed)
+        return LoHaAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoHaAdapter":
+        """A new adapter, the identity."""
+        return self.adapter().new(layer, self.rank, self.alpha, path, seed)
 
 
-class LoKr(Component):
+class LoKr(AdapterSettings):
     """Kronecker products: y + scale (w1 (x) w2) x."""
 
+    OTHER_NAMES = {"lycoris/lokr": "LoKr"}
     name: Literal["LoKr"] = "LoKr"
     rank: Rank = 8
     alpha: Alpha = None
@@ -71,42 +106,56 @@ class LoKr(Component):
         default=None, ge=1, le=65536, description="rows and columns of the smaller Kronecker factor; none: near square"
     )
 
-    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoKrAdapter":
-        """A new adapter, the identity."""
+    @classmethod
+    def adapter(cls) -> "type[LoKrAdapter]":
         from lorasmith.adapters.lokr import LoKrAdapter
 
-        return LoKrAdapter.new(layer, self.rank, self.alpha, path, seed, factor=self.factor)
+        return LoKrAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "LoKrAdapter":
+        """A new adapter, the identity."""
+        return self.adapter().new(layer, self.rank, self.alpha, path, seed, factor=self.factor)
 
 
-class OFT(Component):
+class OFT(AdapterSettings):
     """Orthogonal adapters: y + (R^T - I)(y - bias) in blocks."""
 
+    OTHER_NAMES = dict.fromkeys(("networks.oft", "diag-oft", "boft", "oft_2", "lycoris/diag-oft"), "OFT")
     name: Literal["OFT"] = "OFT"
     rank: BlockSize = 8
     alpha: Constraint = None
 
-    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "OFTAdapter":
-        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
+    @classmethod
+    def adapter(cls) -> "type[OFTAdapter]":
         from lorasmith.adapters.oft import OFTAdapter
 
-        return OFTAdapter.new(layer, self.rank, self.alpha)
+        return OFTAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "OFTAdapter":
+        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
+        return self.adapter().new(layer, self.rank, self.alpha)
 
 
-class DoRA(Component):
+class DoRA(AdapterSettings):
     """Low-rank adapters and a length for each output: m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|."""
 
+    OTHER_NAMES = {}
     name: Literal["DoRA"] = "DoRA"
     rank: Rank = 8
     alpha: Alpha = None
 
-    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "DoRAAdapter":
-        """A new adapter, the identity."""
+    @classmethod
+    def adapter(cls) -> "type[DoRAAdapter]":
         from lorasmith.adapters.dora import DoRAAdapter
 
+        return DoRAAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "DoRAAdapter":
+        """A new adapter, the identity."""
         assert base is not None
-        return DoRAAdapter.new(layer, self.rank, self.alpha, path, seed, base=base)
+        return self.adapter().new(layer, self.rank, self.alpha, path, seed, base=base)
 
 
-Algorithm = Annotated[
-    LoRA | LoHa | LoKr | OFT | DoRA, Field(discriminator="name", description="the kind of adapter"), named("LoRA")
-]
+AnyAlgorithm = LoRA | LoHa | LoKr | OFT | DoRA
+ALGORITHMS: tuple[type[AdapterSettings], ...] = get_args(AnyAlgorithm)
+Algorithm = Annotated[AnyAlgorithm, Field(discriminator="name", description="the kind of adapter"), named("LoRA")]

@@ -1,13 +1,15 @@
-"""What adapters know of the layers they hang on: sizes; of a weight, what `frozen_weight.py` says."""
+"""A layer as adapters see it, and what an adapter is; what they may ask of a weight is in `frozen_weight.py`."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.parts import OFFSETS, Parts
 from lorasmith.ops.conv import ConvShape
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,96 +66,155 @@ def _padding(path: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int,
     return tuple(r // 2 for r in reach)
 
 
-class Adapter(Protocol):
-    """What hangs on one layer; a torch module, its parameters being what is trained."""
+@dataclass(frozen=True)
+class Member:
+    """A linear layer that is part of another in the original code, and what a file holds for it."""
+
+    base: nn.Module
+    parts: Parts = field(default_factory=dict)
 
     @property
-    def algorithm(self) -> str: ...
+    def rows(self) -> int:
+        assert isinstance(self.base.weight, Tensor)
+        return self.base.weight.shape[0]
+
+    def zeros(self, part: str) -> Tensor:
+        """An offset that changes nothing; ValueError where there is no such parameter."""
+        parameter = dict(self.base.named_parameters(recurse=False)).get(OFFSETS[part])
+        if parameter is None:
+            raise ValueError(f"{part} must hold rows for each part of a layer, but one has no {OFFSETS[part]}")
+        return torch.zeros(parameter.shape, dtype=torch.float32)
+
+
+class Adapter(nn.Module, ABC):
+    """An adapter of one layer, whose parameters are what is trained.
+
+    Its class is an algorithm and states all that the program knows of it; what most of them are is stated here.
+    """
+
+    algorithm: ClassVar[str]
+    MARKS: ClassVar[frozenset[str]]
+    """The parts in a file that show the algorithm."""
+    SUFFIXES: ClassVar[frozenset[str]]
+    """All parts that it reads."""
+    EXTENDS: ClassVar["type[Adapter] | None"] = None
+    """The algorithm whose parts stand beside its own."""
+
+    RANKED: ClassVar[Mapping[str, int]] = {}
+    """{a part: its axis that is as long as the rank}."""
+    RANK_WORDS: ClassVar[str] = ""
+    """What stands before the rank where a file is described."""
+    SCALED_BY_RANK: ClassVar[bool] = True
+    """Whether alpha / rank scales it, so that a file without an alpha leaves a question open."""
+    PEFT_SCALES: ClassVar[str | None] = None
+    """The part that PEFT's scale belongs to where nothing has a rank."""
+    CORES: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """{a core of Tucker's form: the factors that it stands between, up and down}."""
+    BY_OUTPUT: ClassVar[frozenset[str]]
+    """The parts whose rows are in the order of the layer's outputs."""
+    IN_FLOAT32: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    """The parts that are stored in float32, whatever dtype is asked for."""
+
+    IS_ADDITIVE: ClassVar[bool] = True
+    """Whether it adds a delta that does not depend on the weight."""
+    IS_LOW_RANK: ClassVar[bool] = False
+    """Whether its factors are one lora_up and lora_down, which can be cut to a smaller rank."""
+    NEEDS_WEIGHT: ClassVar[bool] = False
+    """Whether it reads the layer's weight."""
+    NEEDS_BIAS: ClassVar[bool] = False
+    """Whether it reads the layer's bias, without running the layer."""
+
+    KOHYA_MODULE: ClassVar[str | None] = None
+    """kohya's own code that trains it; None: LyCORIS's."""
+    LYCORIS_ARGS: ClassVar[Mapping[str, str]]
+    """The arguments that LyCORIS's users give for it."""
+    DIFFUSERS_READS: ClassVar[bool | frozenset[str]] = False
+    """Whether diffusers reads it, or for which of its classes."""
+    DEPENDS_ON_LAYOUT: ClassVar[bool] = False
+    """Whether its numbers, not its names alone, are others for ComfyUI."""
+    CAN_FUSE: ClassVar[bool] = True
+    """Whether those of several layers can be one of the layer that they are in the original code."""
+    COMFYUI_BYPASS: ClassVar[bool] = True
+    """Whether ComfyUI computes it beside the weights, of every kind of layer."""
+
+    takes_base: ClassVar[bool]
+    """Whether it may be given a layer that is yet to run instead of its output: it only adds to that."""
 
     @property
+    @abstractmethod
     def rank(self) -> int | None:
         """The rank that its tensors show; None where nothing is decomposed."""
-        ...
 
     @property
+    @abstractmethod
     def alpha(self) -> float | None:
         """None where the algorithm has none that counts."""
-        ...
 
-    @property
-    def takes_base(self) -> bool:
-        """Whether it may be given a layer that is yet to run instead of its output: it only adds to that."""
-        ...
+    @classmethod
+    @abstractmethod
+    def from_file(cls, layer: Layer, tensors: Parts, base: nn.Module | None = None) -> "Adapter":
+        """The adapter that a file holds for this layer; ValueError where it does not fit.
 
-    def __call__(self, x: Tensor, y: Any, bias: Tensor | None, base: nn.Module | None = None) -> Tensor:
+        base: the layer's module, for those that need its weight.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Any, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x, the layer's input, y, its output, its bias, and itself -> adapted y, in y's shape and dtype.
 
-        base is for those that ask the layer's weight (`adapters/base.py`); the others may be run without.
+        base is for those that ask the layer's weight (`adapters/frozen_weight.py`); the others may be run without.
         """
-        ...
 
+    @abstractmethod
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's weight [n_out, n_in / g, k…], which DoRA was made with -> with the adapter in it, float32."""
-        ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    @abstractmethod
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{part in a file: tensor}, weights in this dtype."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def restore(self, stated: Mapping[str, Any]) -> None:
+        """Takes back from the settings that a file states what its tensors do not say; most say everything."""
 
-    def to(self, device: torch.device) -> Any:
-        """Moves the parameters, as a module does."""
-        ...
+    @classmethod
+    @abstractmethod
+    def delta_norm(cls, parts: Parts) -> float:
+        """The Frobenius norm of what the parts add; KeyError, ValueError and others where they do not fit together."""
 
-    def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """{suffix in the file: tensor}, weights in this dtype."""
-        ...
+    @classmethod
+    @abstractmethod
+    def layer_sizes(cls, parts: Parts) -> tuple[int, int, tuple[int, ...] | None] | None:
+        """The outputs, inputs and kernel of the layer that the parts are for; None where they do not say.
 
+        Where the kernel is None, which the parts do not say either, the inputs are times its numbers.
+        """
 
-def size_of(tensors: Mapping[str, Tensor], suffix: str, axis: int) -> int:
-    """How long a file's tensor is along an axis; 1 where it is not there or has no such axis."""
-    shape = tensors[suffix].shape if suffix in tensors else ()
-    return shape[axis] if -len(shape) <= axis < len(shape) else 1
+    @classmethod
+    @abstractmethod
+    def fuse(cls, members: Sequence[Member]) -> dict[str, Tensor]:
+        """The parts of the layer that several make, of which one has some at least; ValueError where none can be."""
 
+    @classmethod
+    @abstractmethod
+    def split(cls, parts: Parts, members: Sequence[Member]) -> list[dict[str, Tensor]]:
+        """What each of several layers has of the whole's parts, nothing where that changes nothing; ValueError."""
 
-def fitting(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...]) -> Tensor:
-    """A copy of a file's tensor; ValueError unless it is there, has this shape and holds numbers, all finite."""
-    if suffix not in tensors:
-        raise ValueError(f"{suffix} is missing beside {', '.join(sorted(tensors))}")
-    if tuple(tensors[suffix].shape) != shape:
-        raise ValueError(f"{suffix} must have the shape {list(shape)}, got {list(tensors[suffix].shape)}")
-    if not tensors[suffix].numel():
-        raise ValueError(f"{suffix} must not be empty, got {list(shape)}")
-    if not tensors[suffix].is_floating_point():
-        raise ValueError(f"{suffix} must hold floating-point numbers, got {tensors[suffix].dtype}")
-    if not tensors[suffix].float().isfinite().all():
-        raise ValueError(f"{suffix} must be finite, got NaN or infinity")
-    return tensors[suffix].clone()
+    @classmethod
+    @abstractmethod
+    def to_peft(cls, parts: Parts) -> dict[str, Tensor] | None:
+        """The parts under PEFT's names, with what they are scaled by in them; None where PEFT has no such thing."""
 
+    @classmethod
+    def is_read_by_diffusers(cls, classes: Collection[str]) -> bool:
+        """Whether diffusers reads it for a model of one of its classes."""
+        reads = cls.DIFFUSERS_READS
+        return reads if isinstance(reads, bool) else not reads.isdisjoint(classes)
 
-def for_file(tensors: Mapping[str, Tensor], alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights on the CPU in this dtype, and alpha in float32."""
-    plain = {suffix: tensor.detach().to("cpu", dtype) for suffix, tensor in tensors.items()}
-    return {**plain, "alpha": torch.tensor(alpha, dtype=torch.float32)}
-
-
-def alpha_of(tensors: Mapping[str, Tensor], default: float, *, also: float | None = None) -> float:
-    """A file's alpha; without one, the default; ValueError where it is not one finite number (or `also`)."""
-    alpha = tensors.get("alpha", torch.tensor(default, dtype=torch.float32))
-    if alpha.numel() != 1 or alpha.is_complex() or not (math.isfinite(float(alpha)) or float(alpha) == also):
-        raise ValueError(f"alpha must be one finite number, got {alpha.tolist()}")
-    return float(alpha)
-
-
-def idle_alpha(tensors: Mapping[str, Tensor]) -> float:
-    """A file's alpha where it scales nothing, so that its value does not matter; 1 where it is no finite number."""
-    try:
-        return alpha_of(tensors, 1.0)
-    except ValueError:
-        return 1.0
-
-
-OFFSETS = {"diff": "weight", "diff_b": "bias"}
-"""The parts that are added to a parameter of the layer, and its name."""
+    @classmethod
+    def rank_of(cls, parts: Parts) -> int | None:
+        """The rank that parts of a file show."""
+        axes = ((parts[part], axis) for part, axis in cls.RANKED.items() if part in parts)
+        return next((tensor.shape[axis] for tensor, axis in axes if tensor.ndim), None)
 
 
 def normal(name: str) -> str:

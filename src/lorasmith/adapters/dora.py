@@ -10,23 +10,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.dora_base import AnyDoRAAdapter
+from lorasmith.adapters.dora_inputs import InputDoRAAdapter, is_over_inputs
 from lorasmith.adapters.frozen_weight import row_products, row_squares
-from lorasmith.adapters.lora import LoRAAdapter, new_factors, product, read_factors
+from lorasmith.adapters.lora import new_factors, product, read_factors
+from lorasmith.adapters.parts import DOWN, SCALE, UP, VECTOR, alpha_of, fitting, for_file
 from lorasmith.ops.additive import Base, Operation
 from lorasmith.ops.dora import SMALLEST, decomposed, lengths_of, row_norms
 from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
-SCALE, VECTOR = "dora_scale", "lora_magnitude_vector"
-"""m in files: LyCORIS's name, [n_out, 1…]; PEFT's, [n_out], or [1, n_out, 1…] of a convolution."""
 
-
-class DoRAAdapter(nn.Module):
+class DoRAAdapter(AnyDoRAAdapter):
     """The adapter of one layer. r rank, g the layer's groups, k… its kernel."""
 
-    MARKS = frozenset({SCALE, VECTOR})
-    SUFFIXES = LoRAAdapter.SUFFIXES | MARKS
-    algorithm = "DoRA"
     takes_base = True
 
     def __init__(self, layer: Layer, factors: tuple[Tensor, Tensor, Tensor], squares: Tensor, alpha: float) -> None:
@@ -37,7 +34,7 @@ class DoRAAdapter(nn.Module):
         super().__init__()
         self.down, self.up, self.change = (nn.Parameter(factor) for factor in factors)
         self.squares = squares
-        self.alpha = alpha
+        self._alpha = alpha
         self.operation: Operation = LowRankLinear() if layer.conv is None else LowRankConv(layer.conv)
 
     @classmethod
@@ -50,8 +47,10 @@ class DoRAAdapter(nn.Module):
         return cls(layer, (down, up, torch.zeros_like(squares)), squares, float(rank) if alpha is None else alpha)
 
     @classmethod
-    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> "DoRAAdapter":
+    def from_file(cls, layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> AnyDoRAAdapter:
         """The adapter that a file holds for this layer, its dora_scale being m; ValueError where it does not fit."""
+        if is_over_inputs(layer, tensors):
+            return InputDoRAAdapter.from_file(layer, tensors, base)
         assert base is not None
         squares = row_squares(base)
         down, up = read_factors(layer, tensors)
@@ -61,6 +60,10 @@ class DoRAAdapter(nn.Module):
     @property
     def rank(self) -> int:
         return len(self.down)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
 
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
@@ -88,7 +91,7 @@ class DoRAAdapter(nn.Module):
 
         m is in float32: its change is small beside it, and 16 bits would hide that.
         """
-        tensors = for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
+        tensors = for_file({DOWN: self.down, UP: self.up}, self.alpha, dtype)
         shape = (-1, *[1] * (self.up.ndim - 1))
         return {**tensors, SCALE: self.magnitudes().to("cpu", torch.float32).view(shape)}
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file
-from lorasmith.adapters.dora import SCALE
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.dora_base import AnyDoRAAdapter
 from lorasmith.adapters.frozen_weight import column_lengths
-from lorasmith.adapters.lora import LoRAAdapter, product, read_factors, way
+from lorasmith.adapters.lora import product, read_factors, way
+from lorasmith.adapters.parts import DOWN, SCALE, UP, alpha_of, fitting, for_file
 from lorasmith.ops.additive import updated
 
 
@@ -23,11 +24,10 @@ def is_over_inputs(layer: Layer, tensors: Mapping[str, Tensor]) -> bool:
     return len(found) > 1 and found != _like(layer, layer.n_out, 1) and found[:2] == (1, layer.weight_shape[1])
 
 
-class InputDoRAAdapter(nn.Module):
+class InputDoRAAdapter(AnyDoRAAdapter):
     """The adapter of one layer."""
 
-    SUFFIXES = LoRAAdapter.SUFFIXES | {SCALE}
-    algorithm = "DoRA"
+    LYCORIS_ARGS = {**AnyDoRAAdapter.LYCORIS_ARGS, "wd_on_output": "False"}
     takes_base = False
 
     def __init__(self, layer: Layer, factors: tuple[Tensor, Tensor, Tensor], lengths: Tensor, alpha: float) -> None:
@@ -38,7 +38,7 @@ class InputDoRAAdapter(nn.Module):
         super().__init__()
         self.down, self.up, self.change = (nn.Parameter(factor) for factor in factors)
         self.lengths = lengths
-        self.alpha = alpha
+        self._alpha = alpha
         self.layer = layer
         self.operation, self.build = way(layer, len(self.down))
 
@@ -58,6 +58,10 @@ class InputDoRAAdapter(nn.Module):
     @property
     def rank(self) -> int:
         return len(self.down)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
 
     def forward(self, x: Tensor, y: Tensor, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …], bias [n_out] -> adapted y, in y's dtype."""
@@ -80,7 +84,7 @@ class InputDoRAAdapter(nn.Module):
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names, m in float32 under LyCORIS's."""
-        tensors = for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
+        tensors = for_file({DOWN: self.down, UP: self.up}, self.alpha, dtype)
         magnitudes = self._magnitudes().detach().to("cpu", torch.float32)
         return {**tensors, SCALE: magnitudes.view(1, -1, *[1] * (self.up.ndim - 2))}
 

@@ -3,13 +3,15 @@
 r rank, K the numbers in the kernel, g the layer's groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.base import Adapter, Layer, Member
+from lorasmith.adapters.low_rank import fuse_pairs, scale_of, split_pairs
+from lorasmith.adapters.parts import Parts, alpha_of, fitting, for_file, size_of
 from lorasmith.ops.additive import Base, Build, Operation, Weights, updated
 from lorasmith.ops.dense import DenseConv, DenseLinear
 from lorasmith.ops.face_splitting import pairs
@@ -17,14 +19,19 @@ from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 from lorasmith.rng import Purpose, normal, path_number
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+PAIRS = (FACTORS[:2], FACTORS[2:])
 
 
-class LoHaAdapter(nn.Module):
+class LoHaAdapter(Adapter):
     """The adapter of one layer."""
 
+    algorithm = "LoHa"
     MARKS = frozenset(FACTORS)
     SUFFIXES = MARKS | {"alpha"}
-    algorithm = "LoHa"
+    RANKED = {"hada_w1_b": 0, "hada_w2_b": 0}
+    CORES = {"hada_t1": PAIRS[0], "hada_t2": PAIRS[1]}
+    BY_OUTPUT = frozenset({"hada_w1_a", "hada_w2_a"})
+    LYCORIS_ARGS = {"algo": "loha"}
     takes_base = True
 
     def __init__(self, layer: Layer, factors: list[Tensor], alpha: float) -> None:
@@ -32,7 +39,7 @@ class LoHaAdapter(nn.Module):
         super().__init__()
         self.layer = layer
         self.factors = nn.ParameterList(factors)
-        self.alpha = alpha
+        self._alpha = alpha
         self.operation, self.build = _way(layer, factors[0].shape[1])
 
     @classmethod
@@ -59,6 +66,10 @@ class LoHaAdapter(nn.Module):
     def rank(self) -> int:
         return self.factors[0].shape[1]
 
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, tuple(self.factors), self.alpha / self.rank, self.build)
@@ -71,6 +82,34 @@ class LoHaAdapter(nn.Module):
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The four factors and alpha under LyCORIS's names."""
         return for_file(dict(zip(FACTORS, self.factors, strict=True)), self.alpha, dtype)
+
+    @classmethod
+    def delta_norm(cls, parts: Parts) -> float:
+        """Of the delta itself."""
+        delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+        return float(delta.norm()) * abs(scale_of(parts, len(parts["hada_w1_b"])))
+
+    @classmethod
+    def layer_sizes(cls, parts: Parts) -> tuple[int, int, tuple[int, ...] | None] | None:
+        """Without the kernel."""
+        if "hada_w1_b" not in parts or parts["hada_w1_b"].ndim < 2:
+            return None
+        return size_of(parts, "hada_w1_a", 0), parts["hada_w1_b"].shape[1], None
+
+    @classmethod
+    def fuse(cls, members: Sequence[Member]) -> dict[str, Tensor]:
+        """A diagonal of blocks of each product."""
+        return fuse_pairs(members, PAIRS)
+
+    @classmethod
+    def split(cls, parts: Parts, members: Sequence[Member]) -> list[dict[str, Tensor]]:
+        """A member's rows, and its blocks where there are diagonals of them."""
+        return split_pairs(parts, members, PAIRS)
+
+    @classmethod
+    def to_peft(cls, parts: Parts) -> dict[str, Tensor] | None:
+        """None: diffusers loads no LoHa."""
+        return None
 
 
 def _shapes(layer: Layer, rank: int) -> tuple[tuple[int, int], ...]:

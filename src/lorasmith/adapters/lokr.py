@@ -4,18 +4,23 @@ w1 [a, b], w2 [c, d, k…] with n_out = a c and n_in / g = b d; g the layer's gr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, idle_alpha, size_of
+from lorasmith.adapters.base import Adapter, Layer, Member
+from lorasmith.adapters.low_rank import scale_of, scaled
+from lorasmith.adapters.parts import Parts, alpha_of, fitting, for_file, idle_alpha, size_of
 from lorasmith.ops.additive import Base, Build, Operation, Weights, as_they_are, updated
 from lorasmith.ops.dense import DenseConv
 from lorasmith.ops.kronecker import Kronecker
 from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 from lorasmith.rng import kaiming
+
+LEFT, RIGHT = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")
+"""The parts with the rows of w1, and of w2."""
 
 
 def factorized(size: int, factor: int | None) -> tuple[int, int]:
@@ -31,12 +36,20 @@ def factorized(size: int, factor: int | None) -> tuple[int, int]:
     return m, size // m
 
 
-class LoKrAdapter(nn.Module):
+class LoKrAdapter(Adapter):
     """The adapter of one layer: w1 and w2 each whole or as a product of two factors."""
 
+    algorithm = "LoKr"
     MARKS = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     SUFFIXES = MARKS | {"alpha"}
-    algorithm = "LoKr"
+    RANKED = {"lokr_w1_b": 0, "lokr_w2_b": 0}
+    PEFT_SCALES = "lokr_w1"
+    CORES = {"lokr_t2": ("lokr_w2_a", "lokr_w2_b")}
+    BY_OUTPUT = frozenset(LEFT)
+    LYCORIS_ARGS = {"algo": "lokr"}
+    DIFFUSERS_READS = frozenset({"Flux2Transformer2DModel", "ZImageTransformer2DModel"})
+    CAN_FUSE = False
+    COMFYUI_BYPASS = False
     takes_base = True
 
     def __init__(self, layer: Layer, factors: Mapping[str, Tensor], alpha: float) -> None:
@@ -46,7 +59,7 @@ class LoKrAdapter(nn.Module):
         self.names = tuple(factors)
         self.factors = nn.ParameterList(list(factors.values()))
         self._alpha = alpha
-        self.rank = _rank(factors)
+        self._rank = _rank(factors)
         self.operation, self.build = _way(layer, factors)
 
     @classmethod
@@ -94,6 +107,10 @@ class LoKrAdapter(nn.Module):
         return cls(layer, factors, alpha_of(tensors, rank) if rank else idle_alpha(tensors))
 
     @property
+    def rank(self) -> int | None:
+        return self._rank
+
+    @property
     def alpha(self) -> float | None:
         """Only of decomposed factors: two whole ones are used as they are."""
         return self._alpha if self.rank else None
@@ -114,6 +131,58 @@ class LoKrAdapter(nn.Module):
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors and alpha under LyCORIS's names."""
         return for_file(dict(zip(self.names, self.factors, strict=True)), self._alpha, dtype)
+
+    @classmethod
+    def delta_norm(cls, parts: Parts) -> float:
+        """|w1 (x) w2| = |w1| |w2|."""
+        halves = [
+            parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"].flatten(1)
+            for half in ("lokr_w1", "lokr_w2")
+        ]
+        rank = cls.rank_of(parts)
+        return math.prod(float(half.norm()) for half in halves) * (1.0 if rank is None else abs(scale_of(parts, rank)))
+
+    @classmethod
+    def layer_sizes(cls, parts: Parts) -> tuple[int, int, tuple[int, ...] | None] | None:
+        """With the kernel where w2 is whole."""
+        halves = []
+        for half in ("lokr_w1", "lokr_w2"):
+            columns = parts.get(half, parts.get(f"{half}_b"))
+            if columns is None or columns.ndim < 2:
+                return None
+            halves.append((size_of(parts, half if half in parts else f"{half}_a", 0), columns.shape[1]))
+        n_out, n_in = (one * other for one, other in zip(*halves, strict=True))
+        return n_out, n_in, tuple(parts["lokr_w2"].shape[2:]) if "lokr_w2" in parts else None
+
+    @classmethod
+    def fuse(cls, members: Sequence[Member]) -> dict[str, Tensor]:
+        """ValueError."""
+        raise ValueError(
+            "Kronecker products of several layers make no Kronecker product of the one that they are there"
+        )
+
+    @classmethod
+    def split(cls, parts: Parts, members: Sequence[Member]) -> list[dict[str, Tensor]]:
+        """Each member has its rows of w1, where w2 is not cut."""
+        rows = [member.rows for member in members]
+        left = next((name for name in LEFT if name in parts), None)
+        height = next((len(parts[name]) for name in RIGHT if name in parts and parts[name].ndim), 0)
+        if left is None or not height or len(parts[left]) * height != sum(rows) or any(n % height for n in rows):
+            raise ValueError(
+                f"lokr_w2, of {height} rows, must fit into each of the layers of {list(rows)} rows it is for"
+            )
+        pieces = parts[left].split([n // height for n in rows])
+        return [{**parts, left: piece.clone()} for piece in pieces]
+
+    @classmethod
+    def to_peft(cls, parts: Parts) -> dict[str, Tensor]:
+        """Whole factors are used as they are."""
+        rank = cls.rank_of(parts)
+        found = {part: tensor for part, tensor in parts.items() if part != "alpha"}
+        if rank is not None:
+            right = next(part for part in RIGHT if part in parts)
+            found[right] = scaled(parts[right], scale_of(parts, rank))
+        return found
 
 
 def _rank(factors: Mapping[str, Tensor]) -> int | None:

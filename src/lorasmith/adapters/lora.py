@@ -1,25 +1,30 @@
 """LoRA (Hu et al. 2022, eq. 3): W x + (alpha / rank) B A x, with A and B of the given rank and B = 0 at the start."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting, for_file, size_of
+from lorasmith.adapters.base import Layer, Member
+from lorasmith.adapters.low_rank import LORA_PAIR, LowRankAdapter, fuse_pairs, lora_to_peft, split_pairs
+from lorasmith.adapters.parts import DOWN, UP, Parts, alpha_of, fitting, for_file, size_of
 from lorasmith.ops.additive import Base, Build, Operation, Weights, as_they_are, updated
 from lorasmith.ops.dense import DenseConv, DenseLinear
 from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 from lorasmith.rng import kaiming
 
 
-class LoRAAdapter(nn.Module):
+class LoRAAdapter(LowRankAdapter):
     """The adapter of one layer. r rank, g the layer's groups, k… its kernel."""
 
-    MARKS = frozenset({"lora_down.weight", "lora_up.weight"})
-    SUFFIXES = MARKS | {"alpha"}
     algorithm = "LoRA"
+    MARKS = frozenset({DOWN, UP})
+    SUFFIXES = MARKS | {"alpha"}
+    BY_OUTPUT = frozenset({UP})
+    KOHYA_MODULE = "networks.lora"
+    LYCORIS_ARGS = {"algo": "locon"}
     takes_base = True
 
     def __init__(self, layer: Layer, down: Tensor, up: Tensor, alpha: float) -> None:
@@ -27,7 +32,7 @@ class LoRAAdapter(nn.Module):
         super().__init__()
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
-        self.alpha = alpha
+        self._alpha = alpha
         self.operation, self.build = way(layer, len(down))
 
     @classmethod
@@ -49,6 +54,10 @@ class LoRAAdapter(nn.Module):
     def rank(self) -> int:
         return len(self.down)
 
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
     def forward(self, x: Tensor, y: Tensor | Base, bias: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
         """x [..., n_in] or [B, n_in, …], y [..., n_out] or [B, n_out, …] -> adapted y, in y's dtype."""
         return updated(x, y, self.operation, (self.down, self.up), self.alpha / self.rank, self.build)
@@ -59,7 +68,22 @@ class LoRAAdapter(nn.Module):
 
     def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """down, up and alpha under kohya's names."""
-        return for_file({"lora_down.weight": self.down, "lora_up.weight": self.up}, self.alpha, dtype)
+        return for_file({DOWN: self.down, UP: self.up}, self.alpha, dtype)
+
+    @classmethod
+    def fuse(cls, members: Sequence[Member]) -> dict[str, Tensor]:
+        """A diagonal of blocks."""
+        return fuse_pairs(members, LORA_PAIR)
+
+    @classmethod
+    def split(cls, parts: Parts, members: Sequence[Member]) -> list[dict[str, Tensor]]:
+        """A member's rows of B, and its block where there is a diagonal of them."""
+        return split_pairs(parts, members, LORA_PAIR)
+
+    @classmethod
+    def to_peft(cls, parts: Parts) -> dict[str, Tensor]:
+        """A, and B times alpha / rank."""
+        return lora_to_peft(parts)
 
 
 def new_factors(layer: Layer, rank: int, path: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -73,14 +97,14 @@ def read_factors(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, T
 
     Convolutions with a kernel of 1 may be stored as matrices.
     """
-    down, up = (tensors.get(suffix, torch.empty(1)) for suffix in ("lora_down.weight", "lora_up.weight"))
-    rank = size_of(tensors, "lora_down.weight", 0)
+    down, up = (tensors.get(suffix, torch.empty(1)) for suffix in (DOWN, UP))
+    rank = size_of(tensors, DOWN, 0)
     stored = dict(tensors)
     if layer.conv is not None and math.prod(layer.kernel) == 1 and down.ndim == up.ndim == 2:
         ones = [1] * len(layer.kernel)
-        stored |= {"lora_down.weight": down.view(*down.shape, *ones), "lora_up.weight": up.view(*up.shape, *ones)}
-    down = fitting(stored, "lora_down.weight", _down_shape(layer, rank))
-    return down, fitting(stored, "lora_up.weight", _up_shape(layer, rank))
+        stored |= {DOWN: down.view(*down.shape, *ones), UP: up.view(*up.shape, *ones)}
+    down = fitting(stored, DOWN, _down_shape(layer, rank))
+    return down, fitting(stored, UP, _up_shape(layer, rank))
 
 
 def way(layer: Layer, rank: int) -> tuple[Operation, Build]:

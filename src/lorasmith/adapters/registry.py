@@ -1,20 +1,19 @@
 """The algorithms, one a file, and what they share."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lorasmith.adapters.algorithms import ALGORITHMS
 from lorasmith.adapters.base import Adapter, Layer
-from lorasmith.adapters.dora import DoRAAdapter
-from lorasmith.adapters.dora_inputs import InputDoRAAdapter, is_over_inputs
-from lorasmith.adapters.loha import LoHaAdapter
-from lorasmith.adapters.lokr import LoKrAdapter
-from lorasmith.adapters.lora import LoRAAdapter
-from lorasmith.adapters.oft import OFTAdapter
 
-Kind = type[LoRAAdapter | LoHaAdapter | LoKrAdapter | OFTAdapter | DoRAAdapter]
-ADAPTERS: tuple[Kind, ...] = (LoRAAdapter, LoHaAdapter, LoKrAdapter, OFTAdapter, DoRAAdapter)
-
+Kind = type[Adapter]
+ADAPTERS: tuple[Kind, ...] = tuple(algorithm.adapter() for algorithm in ALGORITHMS)
+MARKS = frozenset[str]().union(*(kind.MARKS for kind in ADAPTERS))
+CORES = {core: factors for kind in ADAPTERS for core, factors in kind.CORES.items()}
+"""As an adapter's class has them, of all of them."""
+IN_FLOAT32 = frozenset[str]().union(*(kind.IN_FLOAT32 for kind in ADAPTERS))
+"""The parts of all that are stored in float32."""
 
 UNREAD = {
     "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
@@ -56,19 +55,24 @@ def refuse_unread(parts: Mapping[str, Tensor], known: Collection[str]) -> None:
 
 
 def kind_of(parts: Collection[str]) -> Kind | None:
-    """The kind of adapter that has parts of these names in a file; a LoRA with lengths is a DoRA."""
-    kind = next((kind for kind in ADAPTERS if not kind.MARKS.isdisjoint(parts)), None)
-    return DoRAAdapter if kind is LoRAAdapter and not DoRAAdapter.MARKS.isdisjoint(parts) else kind
+    """The kind of adapter that has parts of these names in a file; one that extends another is told by its own."""
+    found = [kind for kind in ADAPTERS if not kind.MARKS.isdisjoint(parts)]
+    first = found[0] if found else None
+    return next((kind for kind in found if kind.EXTENDS is first), first)
+
+
+def needs_weight(parts: Iterable[str]) -> bool:
+    """Whether parts of these names are read by an algorithm that needs the layer's weight."""
+    names = set(parts)
+    return any(kind.NEEDS_WEIGHT and not kind.MARKS.isdisjoint(names) for kind in ADAPTERS)
 
 
 def adapter_from_file(layer: Layer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> Adapter:
     """The adapter that a file's {suffix: tensor} make for a layer; ValueError where none does, or not all are used.
 
-    base: the layer's module, which DoRA needs.
+    base: the layer's module, for those that need its weight.
     """
     kind = kind_of(tensors)
     refuse_unread(tensors, kind.SUFFIXES if kind else ())
     assert kind is not None
-    if kind is DoRAAdapter and is_over_inputs(layer, tensors):
-        return InputDoRAAdapter.from_file(layer, tensors, base)
     return kind.from_file(layer, tensors, base)

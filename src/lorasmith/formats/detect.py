@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from lorasmith.adapters.parts import UP
+from lorasmith.adapters.registry import MARKS, kind_of
 from lorasmith.formats.text_encoder_names import text_layer
 
-UP = "lora_up.weight"
 Layers = Mapping[str, Mapping[str, Tensor]]
 """{layer as a file calls it: {part: tensor}}."""
 TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
@@ -60,16 +61,17 @@ MODEL_SIGNS = (
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )
 LORA = re.compile(
-    r"lora[12]?[._]|hada_w|lokr_w|oft_|dora_scale|ia3_l|vera_lambda|hra_u"
+    r"lora[12]?[._]|oft_|ia3_l|vera_lambda|hra_u"
     r"|\.([ab][12]\.weight|diff(_[bm])?|[wb]_norm|on_input|set_weight|reshape_weight)$"
 )
+"""Parts of LoRAs whose last word is no mark of an algorithm that is known here."""
 UNET = re.compile(r"(down|up|input|output|mid|middle)_blocks?_")
 TEXT = re.compile(r"attn2_to_[kv]$")
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether these are the names of a LoRA's tensors."""
-    return any(LORA.search(key) for key in keys)
+    return any(key.rpartition(".")[2] in MARKS or LORA.search(key) for key in keys)
 
 
 def model_family(keys: Iterable[str]) -> str:
@@ -123,13 +125,6 @@ def _by_size(names: Layers, shown: str) -> str | None:
 
 def n_in(parts: Mapping[str, Tensor]) -> int | None:
     """The inputs of the layer that these parts of an adapter fit; None where they do not say."""
-    for part in ("lora_down.weight", "hada_w1_b"):
-        if part in parts:
-            return _columns(parts[part])
-    halves = [_columns(parts.get(half, parts.get(f"{half}_b"))) for half in ("lokr_w1", "lokr_w2")]
-    first, second = halves
-    return None if first is None or second is None else first * second
-
-
-def _columns(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.ndim < 2 else tensor.shape[1]
+    kind = kind_of(parts)
+    sizes = kind.layer_sizes(parts) if kind else None
+    return sizes[1] if sizes else None

@@ -6,11 +6,12 @@ So a file for ComfyUI holds m |W| / |W + s B A| as its dora_scale, and says so i
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorasmith.adapters.base import Layer
-from lorasmith.adapters.dora import SCALE, DoRAAdapter
+from lorasmith.adapters.base import Adapter, Layer
+from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.frozen_weight import loaded
+from lorasmith.adapters.parts import SCALE
 from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.formats.keys import by_layer
 from lorasmith.formats.module_names import ModuleNames
@@ -44,6 +45,13 @@ def for_comfyui(lora: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Ten
     return _changed(lora, denoiser, lambda own, updated: own / updated)
 
 
+def take_papers_lengths(adapter: Adapter, base: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Gives an adapter of a layer that was read from a file of ComfyUI's the paper's lengths."""
+    if isinstance(adapter, DoRAAdapter) and metadata.get(KEY) == COMFYUI[KEY]:
+        lengths = adapter.squares.sqrt()  # of W, by which ComfyUI divides, where the paper has those of W + s B A
+        adapter.change = nn.Parameter(adapter.magnitudes() / lengths * adapter.norms(base) - lengths)
+
+
 def _changed(
     lora: Mapping[str, Tensor], denoiser: Denoiser, factor: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
@@ -57,6 +65,8 @@ def _changed(
         try:
             adapter = DoRAAdapter.from_file(Layer.of(path, adaptable[path]), parts, base)
         except ValueError:  # which whoever makes adapters of them says, with all the others
+            continue
+        if not isinstance(adapter, DoRAAdapter):  # lengths of the inputs, which are the same in all programs
             continue
         adapter.to(next(base.parameters()).device)
         norms = adapter.norms(base).cpu()

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import OFFSETS, alpha_of, fitting
-from lorasmith.adapters.dora import SCALE, VECTOR
+from lorasmith.adapters.parts import OFFSETS, SCALE, VECTOR, alpha_of, fitting
 from lorasmith.formats.keys import DOWN, DOWN_BIAS, UP, UP_BIAS, by_layer, split
 from lorasmith.reporting.pace import counted
 from lorasmith.storage.safetensors_header import Header

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-DOWN, UP = "lora_down.weight", "lora_up.weight"
+from lorasmith.adapters.parts import DOWN, UP
+
 DOWN_BIAS, UP_BIAS = "lora_down.bias", "lora_up.bias"
 SPELLINGS = (
     (r"\.lora_(A|down)(\.\w+)*\.bias", DOWN_BIAS),
@@ -34,8 +35,6 @@ SPELLINGS = (
 """How a key may end, and what that part of an adapter is called here, by kohya and LyCORIS; None: as it is spelt."""
 LAYOUT = "lorasmith.file_layout"
 """The key in a file's metadata that says which layout its names are of, where they are not the denoiser's own."""
-RANKED = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")
-"""The parts that have as many rows as the rank."""
 XLABS = re.compile(
     r"((?:.*\.)?(?P<block>double|single)_blocks\.\d+)\.processor\.(?P<layer>\w+_lora[12]?)\.(?P<part>down|up)\.weight"
 )

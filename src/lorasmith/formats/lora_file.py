@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,13 +93,12 @@ def stated_number(metadata: Mapping[str, str], key: str) -> int | None:
     return int(text) if re.fullmatch(NUMBER, text) else None
 
 
-def stated_constraint(metadata: Mapping[str, str]) -> float | None:
-    """The limit of OFT's rotation that one of our own files was trained with, which its tensors may state greater."""
+def stated_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """The settings of the adapters that one of our own files was trained with; none where it states none."""
     try:
-        adapter = json.loads(metadata.get("lorasmith.config", "{}")).get("adapter", {})
-        return float(adapter["alpha"]) if adapter.get("name") == "OFT" and adapter.get("alpha") else None
+        return {**json.loads(metadata.get("lorasmith.config", "{}")).get("adapter", {})}
     except (ValueError, TypeError, AttributeError):
-        return None
+        return {}
 
 
 def base_hash(denoiser: Denoiser, advance: Advance = unwatched) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.formats.keys import LAYOUT, RANKED, by_layer
+from lorasmith.adapters.registry import kind_of
+from lorasmith.formats.keys import LAYOUT, by_layer
 from lorasmith.reporting.pace import counted
 from lorasmith.storage.not_safetensors import refuse_pointer
 from lorasmith.storage.safetensors_header import PEFT_CONFIG
@@ -53,17 +54,18 @@ def _scaled(
     for layer, parts in layers.items():
         net, _, module = layer.partition(".")
         config, name = (configs[net], module) if net in configs else (configs.get(""), layer.removeprefix(WRAPPER))
-        ranks = [len(parts[part]) for part in RANKED if part in parts and parts[part].ndim]
-        if "alpha" in parts:
+        kind = kind_of(parts)
+        if "alpha" in parts or kind is None or not kind.SCALED_BY_RANK:
             continue
+        rank = kind.rank_of(parts)
         if config is None:
-            silent += bool(ranks)
-        elif ranks:
-            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, name, ranks[0]), dtype=torch.float32)
-        elif "lokr_w1" in parts:
+            silent += rank is not None
+        elif rank is not None:
+            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, name, rank), dtype=torch.float32)
+        elif (whole := kind.PEFT_SCALES) and whole in parts:
             # PEFT scales whole factors too, which every other reader uses as they are.
             rank = _by_pattern(config, "rank_pattern", name, config.get("r", 1))
-            scaled[f"{layer}.lokr_w1"] = parts["lokr_w1"] * (_alpha(config, name, rank) / rank)
+            scaled[f"{layer}.{whole}"] = parts[whole] * (_alpha(config, name, rank) / rank)
     return scaled, silent
 
 

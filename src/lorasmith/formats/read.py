@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.adapters.base import OFFSETS, Adapter, Layer, fitting
+from lorasmith.adapters.base import Adapter, Layer
+from lorasmith.adapters.parts import OFFSETS, fitting
 from lorasmith.adapters.registry import adapter_from_file, kind_of, refuse_unread
 from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.formats.detect import Layers, lora_family
@@ -86,8 +87,8 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
         except ValueError as error:
             misfits.append(f"{key}: {error}")
     for path, adapter in adapters.items():
-        if adapter.algorithm == "DoRA" and f"{path}.weight" in offsets:
-            misfits.append(f"{path}: diff changes the weight that DoRA takes the lengths of, which cannot be trained")
+        if adapter.NEEDS_WEIGHT and f"{path}.weight" in offsets:
+            misfits.append(f"{path}: diff changes the weight that {adapter.algorithm} reads, which cannot be trained")
     return Found(AdapterSet(adapters, offsets), misfits, unknown)
 
 

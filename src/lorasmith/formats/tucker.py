@@ -1,23 +1,17 @@
 """LoRAs of convolutions in Tucker's form, LyCORIS's use_tucker (Hyeon-Woo et al. 2022, "FedPara", proposition 3).
 
 A core stands between two factors, delta[o,i,k…] = sum of up[o,p] core[p,q,k…] down[q,i], and is one more of their
-numbers: core and down make a down [p, i, k…] of the plain form with the same delta.
+numbers: core and down make a down [p, i, k…] of the plain form with the same delta. LoRA has
+up as [o, p] and down in the plain form as [p, i, k…], all others as [p, o] and [p, i K].
 """
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.frozen_weight import PLAIN
-from lorasmith.formats.keys import DOWN, UP, by_layer, split
-
-Parts = Mapping[str, Tensor]
-CORES = {
-    "lora_mid.weight": (UP, DOWN), "hada_t1": ("hada_w1_a", "hada_w1_b"), "hada_t2": ("hada_w2_a", "hada_w2_b"),
-    "lokr_t2": ("lokr_w2_a", "lokr_w2_b"),
-}  # fmt: skip
-"""{a core: its up and down}; all but LoRA's have up as [p, o], and down of the plain form as [p, i K]."""
+from lorasmith.adapters.parts import UP, Parts
+from lorasmith.adapters.registry import CORES
+from lorasmith.formats.keys import by_layer, split
 
 
 def without_cores(state: Parts) -> dict[str, Tensor]:

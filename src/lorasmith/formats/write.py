@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.adapters.base import OFFSETS, alpha_of
-from lorasmith.adapters.dora import SCALE, VECTOR
-from lorasmith.adapters.registry import kind_of
+from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.parts import OFFSETS
+from lorasmith.adapters.registry import ADAPTERS, kind_of
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.formats.dora_magnitude import COMFYUI, PAPER, for_comfyui
 from lorasmith.formats.experts import experts
-from lorasmith.formats.fused_qkv import RIGHT, Member, Parts, joined
-from lorasmith.formats.keys import DOWN, LAYOUT, RANKED, UP, by_layer
+from lorasmith.formats.fused_qkv import Member, Parts, joined
+from lorasmith.formats.keys import LAYOUT, by_layer
 from lorasmith.formats.module_names import UNETS, ModuleNames, class_in_diffusers, originals
 from lorasmith.formats.text_encoder_names import text_layer
 from lorasmith.formats.transformer_names import TRANSFORMERS
@@ -21,22 +21,10 @@ from lorasmith.types import Aliased, Denoiser, LayoutName
 
 State = dict[str, Tensor]
 """{key in a LoRA file: tensor}."""
-A, B = "lora_A.weight", "lora_B.weight"
-LOKR_IN_DIFFUSERS = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
-"""The classes that diffusers reads LoKr for."""
-
-
-BEST: Mapping[str, LayoutName] = {
-    "LoRA": "diffusers", "DoRA": "diffusers", "LoHa": "lycoris", "LoKr": "lycoris", "OFT": "lycoris",
-}  # fmt: skip
-"""{algorithm: the layout that most programs read of a transformer's}."""
-BEST_OF: Mapping[str, Mapping[str, LayoutName]] = {
-    "WanTransformer3DModel": {"LoRA": "comfyui", "LoHa": "comfyui", "LoKr": "comfyui", "OFT": "comfyui"},
-    "Lumina2Transformer2DModel": {"LoHa": "comfyui", "OFT": "comfyui"},
-    "Flux2Transformer2DModel": {"LoKr": "diffusers"},
-    "ZImageTransformer2DModel": {"LoKr": "diffusers"},
-}
-"""{class in diffusers: what is otherwise for it}."""
+BY_ORIGINAL_NAMES = ("WanTransformer3DModel",)
+"""The classes in diffusers whose LoRAs most programs read by the original code's names alone."""
+OTHERS_BY_ORIGINAL_NAMES = ("Lumina2Transformer2DModel",)
+"""Those where this holds for what diffusers does not read."""
 
 
 def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
@@ -49,14 +37,23 @@ def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
     is_plain = all(denoiser.file_key(path) == path or path.startswith(TEXT_NETS) for path in adapters.adapters)
     if not is_plain or not kinds or experts(denoiser):
         return None
-    own = BEST_OF.get(kinds[0], {}) if len(adapters.algorithms) == 1 else {}
-    wanted: set[LayoutName] = {own.get(algorithm) or BEST[algorithm] for algorithm in adapters.algorithms}
+    model = kinds[0] if len(adapters.algorithms) == 1 else ""
+    wanted: set[LayoutName] = {_best(kind, model) for kind in adapters.kinds}
     layout: LayoutName = wanted.pop() if len(wanted) == 1 else "lycoris"
     if layout == "diffusers" and any(_is_of_t5(denoiser.file_key(path)) for path in adapters.adapters):
         layout = "kohya"
     if (layout == "diffusers" and adapters.offsets) or (layout == "comfyui" and not _are_joined(adapters, denoiser)):
         return "lycoris"
     return layout
+
+
+def _best(kind: type[Adapter], model: str) -> LayoutName:
+    """That which most programs read of one algorithm for a class of diffusers."""
+    if model in BY_ORIGINAL_NAMES and not kind.DEPENDS_ON_LAYOUT:
+        return "comfyui"
+    if kind.is_read_by_diffusers([model]):
+        return "diffusers"
+    return "comfyui" if model in OTHERS_BY_ORIGINAL_NAMES and kind.CAN_FUSE else "lycoris"
 
 
 def _is_of_t5(layer: str) -> bool:
@@ -93,12 +90,13 @@ def refuse_impossible(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutNa
 
 def metadata_of(adapters: AdapterSet, denoiser: Denoiser, layout: LayoutName | None) -> dict[str, str]:
     """What a file in a layout says of its names, and of its lengths of DoRA."""
-    return metadata_in(layout or best_layout(adapters, denoiser), adapters.algorithms)
+    return metadata_in(layout or best_layout(adapters, denoiser), adapters.kinds)
 
 
-def metadata_in(layout: LayoutName | None, algorithms: Collection[str]) -> dict[str, str]:
+def metadata_in(layout: LayoutName | None, kinds: Collection[type[Adapter]]) -> dict[str, str]:
     """The same; None: the denoiser's own names."""
-    lengths = (COMFYUI if layout == "comfyui" else PAPER) if "DoRA" in algorithms else {}
+    depends = any(kind.DEPENDS_ON_LAYOUT for kind in kinds)
+    lengths = (COMFYUI if layout == "comfyui" else PAPER) if depends else {}
     return {**lengths, **({LAYOUT: layout} if layout else {})}
 
 
@@ -184,47 +182,25 @@ def _wholes(layers: Mapping[str, Parts], denoiser: Denoiser, name: str) -> list[
 
 def _diffusers(layers: Mapping[str, Parts], denoiser: Denoiser) -> State:
     """By diffusers' names and PEFT's, which have no alpha: what it scales by is in the weights."""
-    reads_lokr = any(class_in_diffusers(net) in LOKR_IN_DIFFUSERS for net in denoiser.nets.values())
+    classes = {class_in_diffusers(net) for net in denoiser.nets.values()}
+    read = [kind for kind in ADAPTERS if kind.is_read_by_diffusers(classes)]
+    read.sort(key=lambda kind: kind.DIFFUSERS_READS is not True)  # those that it reads for all models first
     state: State = {}
     for path, parts in layers.items():
         kind = kind_of(parts)
         if offsets := sorted(parts.keys() & OFFSETS.keys()):
             raise ValueError(f"diffusers reads no {', '.join(offsets)}, which {path} has")
-        if kind is None or kind.algorithm not in OF_PEFT or (kind.algorithm == "LoKr" and not reads_lokr):
-            also = ", DoRA and LoKr" if reads_lokr else " and DoRA"
-            raise ValueError(f"diffusers reads LoRA{also} for this model, got {kind.algorithm if kind else 'none'}")
-        state |= {f"{path}.{part}": tensor for part, tensor in OF_PEFT[kind.algorithm](parts).items()}
+        of_peft = kind.to_peft(parts) if kind and kind in read else None
+        if of_peft is None:
+            names = [one.algorithm for one in read]
+            raise ValueError(
+                f"diffusers reads {', '.join(names[:-1])} and {names[-1]} for this model, "
+                f"got {kind.algorithm if kind else 'none'}"
+            )
+        state |= {f"{path}.{part}": tensor for part, tensor in of_peft.items()}
     return state
-
-
-def _lora_of_peft(parts: Parts) -> State:
-    rank = len(parts[DOWN])
-    state = {A: parts[DOWN], B: _scaled(parts[UP], alpha_of(parts, rank) / rank)}
-    if SCALE in parts:
-        lengths = parts[SCALE]
-        if len(lengths) != len(parts[UP]):
-            raise ValueError(f"diffusers reads no {SCALE} of a number for each input: use another file_layout")
-        state[VECTOR] = lengths.transpose(0, 1) if lengths.ndim > 2 else lengths.flatten()
-    return state
-
-
-def _lokr_of_peft(parts: Parts) -> State:
-    """Whole factors are used as they are."""
-    ranks = [len(parts[part]) for part in RANKED if part in parts]
-    state = {part: tensor for part, tensor in parts.items() if part != "alpha"}
-    if ranks:
-        right = next(part for part in RIGHT if part in parts)
-        state[right] = _scaled(parts[right], alpha_of(parts, ranks[0]) / ranks[0])
-    return state
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1 else (tensor.float() * scale).to(tensor.dtype)
 
 
 WRITERS: Mapping[LayoutName, Callable[[Mapping[str, Parts], Denoiser], State]] = {
     "kohya": _kohya, "diffusers": _diffusers, "comfyui": _comfyui, "lycoris": _lycoris,
-}  # fmt: skip
-OF_PEFT: Mapping[str, Callable[[Parts], State]] = {
-    "LoRA": _lora_of_peft, "DoRA": _lora_of_peft, "LoKr": _lokr_of_peft,
 }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lorasmith.adapters.dora import SCALE, VECTOR
+from lorasmith.adapters.registry import needs_weight
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import split
@@ -62,7 +62,7 @@ def skeleton_for(
     Also returns where its weights are, if the LoRA cannot be understood without them. ValueError where text encoders
     are asked for and cannot be trained.
     """
-    needs_weights = lora is not None and any(split(key)[1] in (SCALE, VECTOR) for key in lora.shapes)
+    needs_weights = lora is not None and needs_weight(split(key)[1] for key in lora.shapes)
     needs_names = with_texts or lora is not None
     denoiser, path = skeleton(model, with_texts=needs_names, with_weights=needs_weights, encoders=encoders)
     if with_texts and not isinstance(denoiser, TextDenoiser):

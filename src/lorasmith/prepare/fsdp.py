@@ -18,7 +18,7 @@ def refuse_useless_sharding(config: Config, adapters: AdapterSet, world: World) 
         (config.offloading, "with offloading: the weights wait on the CPU already"),
         (config.memory_ladder, "with memory_ladder: where one process runs out, the others would wait for its share"),
         (config.text_encoder.train, "with text_encoder.train: text encoders are not shared out yet"),
-        ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is in parts"),
+        *((True, f"with {name}: it reads each layer's weight, which is in parts") for name in adapters.needing_weights),
         (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are in parts"),
     )
     for broken, why in rules:

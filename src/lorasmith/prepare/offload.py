@@ -18,8 +18,14 @@ def refuse_useless_offloading(
     rules = (
         (home.type == device.type, f"on {device.type}: the weights are there already"),
         (not checkpointing, "without gradient_checkpointing: every weight would stay for the backward pass"),
-        ("OFT" in adapters.algorithms, "with OFT: it reads each layer's bias, which is away by then"),
-        ("DoRA" in adapters.algorithms, "with DoRA: it reads each layer's weight, which is away by then"),
+        *(
+            (True, f"with {name}: it reads each layer's bias, which is away by then")
+            for name in adapters.needing_biases
+        ),
+        *(
+            (True, f"with {name}: it reads each layer's weight, which is away by then")
+            for name in adapters.needing_weights
+        ),
         (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are away"),
     )
     for broken, why in rules:

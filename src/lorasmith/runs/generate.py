@@ -57,7 +57,7 @@ def draw_comparison(
         family = opened(model, encoders, with_texts=isinstance(outline, Encoding))
         family = with_adapted_texts(family, adapters.nets if adapters else ())
         codec = family.codec(device)
-        if lora is not None and adapters is not None and "DoRA" in adapters.algorithms:  # whose weights it needs
+        if lora is not None and adapters is not None and adapters.needing_weights:
             adapters = _adapters(lora, family.denoiser, config)
     with megabytes("preparing the weights", num_bytes(family.denoiser), progress) as advance:
         dtype = model_dtype(config.training_dtype, device)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.adapters.dora import SCALE, VECTOR
 from lorasmith.adapters.frozen_weight import NoWeights
+from lorasmith.adapters.registry import IN_FLOAT32, kind_of, needs_weight
 from lorasmith.formats.detect import lora_family
 from lorasmith.formats.dora_magnitude import KEY, warn_of_doubt
 from lorasmith.formats.experts import named_part
@@ -31,8 +31,6 @@ from lorasmith.types import Denoiser, LayoutName
 
 log = logging.getLogger(__name__)
 
-LENGTHS = ("alpha", SCALE, VECTOR)
-"""What is kept in float32 in a file of 16 bits."""
 BATCH = 2**26  # bytes of the file
 
 
@@ -106,11 +104,11 @@ class Fitted:
         metadata = self.lora.metadata
         warn_of_doubt(self.lora.stored, metadata)
         kept = {key: value for key, value in metadata.items() if key not in (KEY, LAYOUT)}
-        algorithms = {algorithm for layer in self.lora.layers if (algorithm := self.lora.algorithm(layer))}
+        kinds = {kind for parts in self.lora.layers.values() if (kind := kind_of(parts))}
         of_t5 = [layer for layer in self.lora.layers if (text := text_layer(layer)) and text.encoder == "t5"]
         if layout == "diffusers" and of_t5:
             log.warning("diffusers reads no LoRA of T5, and will leave out: %s", listed(of_t5))
-        said = {**derived(kept, f"convert to {layout}'s names"), **metadata_in(layout, algorithms)}
+        said = {**derived(kept, f"convert to {layout}'s names"), **metadata_in(layout, kinds)}
         write_streamed(output, self.tensors(layout), lambda: said)
 
     @cached_property
@@ -126,7 +124,9 @@ class Fitted:
     def tensors(self, layout: LayoutName) -> Iterator[Named]:
         """{key: tensor} in a layout, in the widest dtype of its weights; ValueError where it has no way to say it."""
         refuse_several(itertools.chain(*self.paths.values()), layout)
-        kept = (tensor for parts in self.lora.layers.values() for part, tensor in parts.items() if part not in LENGTHS)
+        kept = (
+            tensor for parts in self.lora.layers.values() for part, tensor in parts.items() if part not in IN_FLOAT32
+        )
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in kept))
         for found in self.found("converting layers"):
             yield from in_layout(found.adapters, self.denoiser, dtype, layout).items()
@@ -159,8 +159,8 @@ class Fitted:
 
 def denoiser_for(lora: LoRAFile, model: str | Path) -> Denoiser:
     """The denoiser of a diffusers folder, a single file or a hub id, with text encoders where the LoRA is for some."""
-    has_lengths = any(part in parts for parts in lora.layers.values() for part in (SCALE, VECTOR))
-    return with_stored_weights(*skeleton(model, with_texts=has_text_layers(lora.layers), with_weights=has_lengths))
+    with_weights = any(needs_weight(parts) for parts in lora.layers.values())
+    return with_stored_weights(*skeleton(model, with_texts=has_text_layers(lora.layers), with_weights=with_weights))
 
 
 def fitted_to_published(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__
-from lorasmith.adapters.base import OFFSETS
+from lorasmith.adapters.parts import OFFSETS
 from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import DOWN, UP
 from lorasmith.formats.read import listed

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import OFFSETS, alpha_of, normal, size_of
-from lorasmith.adapters.oft import constraint_of, turn_of
+from lorasmith.adapters.base import normal
+from lorasmith.adapters.parts import OFFSETS
 from lorasmith.adapters.registry import ADAPTERS, kind_of, unread
 from lorasmith.formats import lora_file
 from lorasmith.formats.detect import Layers, is_lora, lora_family, model_family
-from lorasmith.formats.keys import RANKED, by_layer
+from lorasmith.formats.keys import by_layer
 from lorasmith.models.checkpoints.scaled import Quantisation
 from lorasmith.models.sources.kind import local_header
 from lorasmith.reporting.layer_norms_plot import LayerNorm
@@ -197,15 +197,15 @@ def _number(tensor: Tensor) -> str:
 
 def _is_scaled(parts: Mapping[str, Tensor]) -> bool:
     """Whether an alpha counts."""
-    return "oft_blocks" in parts or not parts.keys().isdisjoint(RANKED)
+    kind = kind_of(parts)
+    return kind is not None and not kind.RANKED.keys().isdisjoint(parts)
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int | str | None:
-    """The rank, or OFT's block, that the shapes show."""
-    if "oft_blocks" in parts:
-        return f"blocks of {size_of(parts, 'oft_blocks', -1)}"
-    factor = next((parts[part] for part in RANKED if part in parts), None)
-    return None if factor is None or not factor.ndim else len(factor)
+    """The rank that the shapes show, in words where it is none of factors."""
+    kind = kind_of(parts)
+    rank = kind.rank_of(parts) if kind else None
+    return f"{kind.RANK_WORDS}{rank}" if kind and kind.RANK_WORDS and rank else rank
 
 
 def _blocks(layers: Layers, norms: Mapping[str, float]) -> list[Row]:
@@ -252,46 +252,10 @@ def _measured(parts: Mapping[str, Tensor]) -> tuple[float, str]:
     kind = kind_of(parts)
     assert kind is not None
     try:
-        return NORMS[kind.algorithm](parts), ""
+        return kind.delta_norm(parts), ""
     except KeyError as error:
         return math.nan, f"{kind.algorithm} without {error.args[0]}"
     except ValueError as error:
         return math.nan, str(error)
     except (IndexError, RuntimeError, ZeroDivisionError):
         return math.nan, f"{kind.algorithm} of shapes that do not fit together"
-
-
-def _scale(parts: Mapping[str, Tensor], rank: int) -> float:
-    return alpha_of(parts, rank) / rank
-
-
-def _lora_norm(parts: Mapping[str, Tensor]) -> float:
-    """Of up down, by the r x r products: |U D|^2 is the trace of U^T U D D^T."""
-    up, down = parts["lora_up.weight"].flatten(1), parts["lora_down.weight"].flatten(1)
-    square = ((up.T @ up) * (down @ down.T)).sum()
-    return float(square.clamp(min=0).sqrt()) * abs(_scale(parts, len(down)))
-
-
-def _loha_norm(parts: Mapping[str, Tensor]) -> float:
-    delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-    return float(delta.norm()) * abs(_scale(parts, len(parts["hada_w1_b"])))
-
-
-def _lokr_norm(parts: Mapping[str, Tensor]) -> float:
-    """|w1 (x) w2| = |w1| |w2|."""
-    halves = [
-        parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"].flatten(1)
-        for half in ("lokr_w1", "lokr_w2")
-    ]
-    ranks = [len(parts[part]) for part in RANKED if part in parts]
-    return math.prod(float(half.norm()) for half in halves) * (abs(_scale(parts, ranks[0])) if ranks else 1.0)
-
-
-def _oft_norm(parts: Mapping[str, Tensor]) -> float:
-    blocks = parts["oft_blocks"]
-    return float(turn_of(blocks, constraint_of(parts) * blocks.shape[0] * blocks.shape[1]).norm())
-
-
-NORMS: Mapping[str, Callable[[Mapping[str, Tensor]], float]] = {
-    "LoRA": _lora_norm, "LoHa": _loha_norm, "LoKr": _lokr_norm, "OFT": _oft_norm, "DoRA": _lora_norm,
-}  # fmt: skip

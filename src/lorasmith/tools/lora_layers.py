@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lorasmith.adapters.base import Layer, alpha_of, fitting
-from lorasmith.adapters.registry import kind_of
+from lorasmith.adapters.base import Layer
+from lorasmith.adapters.parts import alpha_of, fitting
 from lorasmith.formats import lora_file
 from lorasmith.formats.detect import lora_family
 from lorasmith.formats.folding import metadata_of
@@ -56,11 +56,6 @@ class LoRAFile:
     @property
     def family(self) -> str:
         return lora_family(self.layers)
-
-    def algorithm(self, layer: str) -> str | None:
-        """None where it only adds differences."""
-        kind = kind_of(self.layers[layer])
-        return kind.algorithm if kind else None
 
     def of(self, layers: Collection[str]) -> "LoRAFile":
         """The same with these layers alone."""

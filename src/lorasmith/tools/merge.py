@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import OFFSETS, Layer, normal, size_of
-from lorasmith.adapters.registry import adapter_from_file
+from lorasmith.adapters.base import Adapter, Layer, normal
+from lorasmith.adapters.parts import OFFSETS
+from lorasmith.adapters.registry import adapter_from_file, kind_of
 from lorasmith.formats.detect import lora_family, transformer_width
 from lorasmith.formats.experts import EXPERT
 from lorasmith.formats.keys import DOWN, UP
@@ -53,8 +54,8 @@ class _Share:
     layer: str
 
     @property
-    def algorithm(self) -> str | None:
-        return self.source.lora.algorithm(self.layer)
+    def kind(self) -> type[Adapter] | None:
+        return kind_of(self.parts)
 
     @property
     def parts(self) -> Mapping[str, Tensor]:
@@ -178,15 +179,16 @@ def _look(lora: LoRAFile) -> tuple[str, int | None]:
 def _refuse_what_cannot_be_added(sources: Sequence[Source], rank: int | None) -> None:
     for source in sources:
         source.lora.refuse_strange_parts()
-        for algorithm in sorted({source.lora.algorithm(layer) or "LoRA" for layer in source.lora.layers}):
-            if algorithm in ("DoRA", "OFT"):
+        kinds = {kind for parts in source.lora.layers.values() if (kind := kind_of(parts))}
+        for kind in sorted(kinds, key=lambda kind: kind.algorithm):
+            if not kind.IS_ADDITIVE:
                 raise ValueError(
-                    f"{source.lora.path} holds {algorithm}, which depends on the model's weights: "
+                    f"{source.lora.path} holds {kind.algorithm}, which depends on the model's weights: "
                     "merge it into the model, with --model"
                 )
-            if algorithm != "LoRA" and rank is None:
+            if not kind.IS_LOW_RANK and rank is None:
                 raise ValueError(
-                    f"{source.lora.path} holds {algorithm}, which adds to others only through its delta: "
+                    f"{source.lora.path} holds {kind.algorithm}, which adds to others only through its delta: "
                     "give --rank, at which the sum is cut off"
                 )
 
@@ -197,7 +199,7 @@ def _added(
     """The tensors of the sum, under the first source's names; the scale is 1."""
     first = shares[0]
     own = dtype or _widest(shares)
-    trained = [share for share in shares if share.algorithm is not None]
+    trained = [share for share in shares if share.kind is not None]
     try:
         if trained:
             up, down = _sum(trained, cut, own, losses, first.layer)
@@ -226,7 +228,7 @@ def _sum(
     shares: Sequence[_Share], cut: Cut | None, dtype: torch.dtype, losses: Losses, layer: str
 ) -> tuple[Tensor, Tensor]:
     """up [n_out, R] or [n_out, R, 1…], down [R, n_in] or [R, n_in, k…] of the weighted sum, in this dtype."""
-    if all(share.algorithm == "LoRA" for share in shares):
+    if all(share.kind and share.kind.IS_LOW_RANK for share in shares):
         whole = _side_by_side(shares)
         up, down = whole
         if cut is not None and cut.rank is not None and len(down) > cut.rank:
@@ -270,7 +272,7 @@ def _refuse_other_shapes(found: Sequence[tuple[_Share, tuple[int, ...]]]) -> Non
 
 def _delta(shares: Sequence[_Share]) -> Tensor:
     """The weighted sum of what all add to the weight [n_out, n_in, k…], float32."""
-    kernels = {tuple(share.parts[DOWN].shape[2:]) for share in shares if share.algorithm == "LoRA"}
+    kernels = {tuple(share.parts[DOWN].shape[2:]) for share in shares if share.kind and share.kind.IS_LOW_RANK}
     kernel = kernels.pop() if len(kernels) == 1 else None
     found = [(share, share.delta(kernel)) for share in shares]
     _refuse_other_shapes([(share, tuple(delta.shape)) for share, delta in found])
@@ -285,38 +287,22 @@ def _own_delta(share: _Share, kernel: tuple[int, ...] | None) -> Tensor:
 
 
 def _sizes(share: _Share, kernel: tuple[int, ...] | None) -> Layer:
-    """The layer that the parts are for; ValueError for a LoHa or LoKr that does not say whether it has a kernel."""
-    parts = share.parts
-    if share.algorithm == "LoRA":
-        up, down, _ = read_factors(parts)
-        return layer_of(len(up), down.shape[1], tuple(down.shape[2:]))
-    if "lokr_w2" in parts:
-        kernel = tuple(parts["lokr_w2"].shape[2:])
+    """The layer that the parts are for; ValueError where they do not say whether it has a kernel."""
+    kind, parts = share.kind, share.parts
+    assert kind is not None
+    if kind.IS_LOW_RANK:
+        read_factors(parts)  # which fit together, or it is said why not
+    sizes = kind.layer_sizes(parts)
+    if sizes is None:
+        raise ValueError(f"{', '.join(sorted(parts))} must show the sizes of a layer, which they do not")
+    n_out, n_in, own = sizes
+    if own is not None:
+        return layer_of(n_out, n_in, own)
     if kernel is None and CONVOLUTION.search(normal(share.layer)):
         raise ValueError(
-            f"the file does not say the kernel of this layer's {share.algorithm}: merge it into the model, with --model"
+            f"the file does not say the kernel of this layer's {kind.algorithm}: merge it into the model, with --model"
         )
-    kernel = kernel or ()
-    if "lokr_w2" in parts:
-        return layer_of(*_sizes_of_product(parts), kernel)
-    n_out, columns = (
-        (size_of(parts, "hada_w1_a", 0), size_of(parts, "hada_w1_b", -1))
-        if share.algorithm == "LoHa"
-        else _sizes_of_product(parts)
-    )
-    return layer_of(n_out, columns // max(1, math.prod(kernel)), kernel)
-
-
-def _sizes_of_product(parts: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Outputs and inputs of a LoKr, the inputs times the kernel where its second half is decomposed."""
-    sizes = [
-        (
-            size_of(parts, half if half in parts else f"{half}_a", 0),
-            size_of(parts, half if half in parts else f"{half}_b", 1),
-        )
-        for half in ("lokr_w1", "lokr_w2")
-    ]
-    return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
+    return layer_of(n_out, n_in // max(1, math.prod(kernel or ())), kernel or ())
 
 
 def _offset(shares: Sequence[_Share], part: str) -> Tensor:

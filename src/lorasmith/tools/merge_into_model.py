@@ -10,13 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.adapters.base import OFFSETS, Adapter, fitting
-from lorasmith.adapters.dora import SCALE, DoRAAdapter
+from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.frozen_weight import Weighted
-from lorasmith.adapters.registry import adapter_from_file
-from lorasmith.formats.dora_magnitude import COMFYUI, KEY
+from lorasmith.adapters.parts import OFFSETS, fitting
+from lorasmith.adapters.registry import adapter_from_file, kind_of
+from lorasmith.formats.dora_magnitude import take_papers_lengths
 from lorasmith.formats.experts import NET
 from lorasmith.formats.fused_qkv import Member, parted
 from lorasmith.formats.read import absent, misfitting, warn_of_left_out
@@ -227,8 +227,8 @@ def _check(model: Model, place: Place, share: _Share) -> None:
                 share.offset(part, shape)
             else:
                 _adapter(share, torch.zeros(1).expand(shape))
-    if "diff" in parts and SCALE in parts:
-        raise ValueError(f"diff changes the weight that {SCALE} was made for")
+    if "diff" in parts and (kind := kind_of(parts)) and kind.NEEDS_WEIGHT:
+        raise ValueError(f"diff changes the weight that {kind.algorithm} was made for")
 
 
 def _adapter(share: _Share, weight: Tensor) -> Adapter:
@@ -238,9 +238,7 @@ def _adapter(share: _Share, weight: Tensor) -> Adapter:
     base = Weighted(weight)
     n_out, n_in, *kernel = weight.shape
     adapter = adapter_from_file(layer_of(n_out, n_in, tuple(kernel)), share.trained, base)
-    if isinstance(adapter, DoRAAdapter) and share.source.lora.metadata.get(KEY) == COMFYUI[KEY]:
-        lengths = adapter.squares.sqrt()  # of W, by which ComfyUI divides, where the paper has those of W + s B A
-        adapter.change = nn.Parameter(adapter.magnitudes() / lengths * adapter.norms(base) - lengths)
+    take_papers_lengths(adapter, base, share.source.lora.metadata)
     return adapter
 
 

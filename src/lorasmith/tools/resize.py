@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorasmith.adapters.base import size_of
+from lorasmith.adapters.parts import size_of
+from lorasmith.adapters.registry import ADAPTERS, kind_of
 from lorasmith.formats.dora_magnitude import COMFYUI, KEY
 from lorasmith.formats.keys import DOWN, UP
 from lorasmith.reporting.progress import SILENT, Progress, tracked
@@ -13,8 +14,6 @@ from lorasmith.storage.safetensors import Named, write_streamed
 from lorasmith.tools.lora_layers import LoRAFile
 from lorasmith.tools.outputs import derived, network_dim, refuse_output
 from lorasmith.tools.svd import Cut, Decomposition, Losses, squared_error
-
-RESIZABLE = ("LoRA", "DoRA", None)
 
 
 def resize(source: Path, output: Path, cut: Cut, *, overwrite: bool = False, progress: Progress = SILENT) -> Losses:
@@ -45,10 +44,11 @@ def resize(source: Path, output: Path, cut: Cut, *, overwrite: bool = False, pro
 def _refuse_what_has_no_rank(lora: LoRAFile) -> None:
     lora.refuse_strange_parts()
     for layer in lora.layers:
-        algorithm = lora.algorithm(layer)
-        if algorithm not in RESIZABLE:
-            raise ValueError(f"{lora.path} must hold LoRA or DoRA alone to be resized, got {algorithm} in {layer}")
-        if algorithm == "DoRA" and lora.metadata.get(KEY) == COMFYUI[KEY]:
+        kind = kind_of(lora.layers[layer])
+        if kind is not None and not kind.IS_LOW_RANK:
+            names = " or ".join(one.algorithm for one in ADAPTERS if one.IS_LOW_RANK)
+            raise ValueError(f"{lora.path} must hold {names} alone to be resized, got {kind.algorithm} in {layer}")
+        if kind is not None and kind.DEPENDS_ON_LAYOUT and lora.metadata.get(KEY) == COMFYUI[KEY]:
             raise ValueError(
                 f"{lora.path} must hold the paper's dora_scale, got ComfyUI's, which depends on the factors"
             )
@@ -57,7 +57,7 @@ def _refuse_what_has_no_rank(lora: LoRAFile) -> None:
 def _resized(lora: LoRAFile, layer: str, cut: Cut, losses: Losses) -> Iterator[Named]:
     """A layer's tensors under the file's own names; where the file states no alpha, the scale is 1."""
     parts = dict(lora.layers[layer])
-    if lora.algorithm(layer) is not None:
+    if kind_of(parts) is not None:
         before_up, before_down, scale = lora.factors(layer)
         parts[UP], parts[DOWN], rank = _smaller(before_up, before_down, cut)
         before = before_up.flatten(1).double(), before_down.flatten(1).double() * scale

@@ -14,7 +14,6 @@ from torch import Tensor
 from lorasmith import __version__
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import Algorithm
-from lorasmith.adapters.dora_inputs import InputDoRAAdapter
 from lorasmith.adapters.hooks import attached
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.config.schema import Config
@@ -46,8 +45,6 @@ from lorasmith.training.state import State
 from lorasmith.types import Denoiser, LayoutName, Step
 
 log = logging.getLogger(__name__)
-
-LYCORIS_NAMES = {"LoRA": "locon", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "DoRA": "locon"}
 
 
 @dataclass
@@ -232,19 +229,20 @@ def _network(adapters: AdapterSet, asked: Algorithm | None) -> dict[str, str]:
         f"ss_network_{name}": str(values[0]) if len(values) == 1 else "Dynamic" if values else "None"
         for name, values in (("dim", ranks), ("alpha", alphas))
     }
-    if adapters.algorithms == ["LoRA"]:
-        return {"ss_network_module": "networks.lora", **own}
-    algorithm = "+".join(dict.fromkeys(LYCORIS_NAMES[name] for name in adapters.algorithms))
-    args = {"algo": algorithm, **_lycoris_lengths(adapters)}
-    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args), **own}
+    modules = {kind.KOHYA_MODULE for kind in adapters.kinds}
+    if len(modules) == 1 and (module := modules.pop()):
+        return {"ss_network_module": module, **own}
+    args = json.dumps(_lycoris_args(adapters))
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": args, **own}
 
 
-def _lycoris_lengths(adapters: AdapterSet) -> dict[str, str]:
-    """What LyCORIS's users write for DoRA; nothing says that a file has lengths both of outputs and of inputs."""
-    dora = [adapter for adapter in adapters.adapters.values() if adapter.algorithm == "DoRA"]
-    over_outputs = {not isinstance(adapter, InputDoRAAdapter) for adapter in dora}
-    way = {"wd_on_output": str(*over_outputs)} if len(over_outputs) == 1 else {}
-    return {"dora_wd": "True", **way} if dora else {}
+def _lycoris_args(adapters: AdapterSet) -> dict[str, str]:
+    """The arguments that LyCORIS's users give for these algorithms, but for those that would differ."""
+    found: dict[str, dict[str, None]] = {}
+    for kind in adapters.kinds:
+        for name, value in kind.LYCORIS_ARGS.items():
+            found.setdefault(name, {})[value] = None
+    return {name: "+".join(values) for name, values in found.items() if name == "algo" or len(values) == 1}
 
 
 def _portable(config: Config) -> str:

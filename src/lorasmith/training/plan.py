@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.adapter_set import AdapterSet, targeted
-from lorasmith.adapters.algorithms import LoKr
-from lorasmith.adapters.base import OFFSETS
-from lorasmith.adapters.dora import SCALE, VECTOR
-from lorasmith.adapters.oft import OFTAdapter
+from lorasmith.adapters.parts import OFFSETS
+from lorasmith.adapters.registry import IN_FLOAT32
 from lorasmith.adapters.targets import TEXT_NETS, Targets, adaptable_layers
 from lorasmith.config.schema import Config
 from lorasmith.devices import DTYPES, model_dtype
@@ -35,7 +33,7 @@ from lorasmith.types import Denoiser
 
 log = logging.getLogger(__name__)
 
-KEPT = ("alpha", SCALE, VECTOR, *OFFSETS)
+KEPT = IN_FLOAT32 | OFFSETS.keys()
 """The parts of a LoRA file that lora_dtype does not round."""
 
 
@@ -43,7 +41,7 @@ KEPT = ("alpha", SCALE, VECTOR, *OFFSETS)
 class Plan:
     """Adapters for a denoiser, which need nothing of it but its layers: a skeleton serves as well.
 
-    Those of DoRA start from its weights.
+    Those of algorithms that need its weights start from these.
     """
 
     config: Config  # with steps set
@@ -86,10 +84,9 @@ class Plan:
             steps = lora_file.steps_of(path, metadata)
         except ValueError as error:
             raise ValueError(f"existing_lora: {error}") from error
-        constraint = lora_file.stated_constraint(metadata)
+        stated = lora_file.stated_settings(metadata)
         for adapter in adapters.adapters.values():
-            if isinstance(adapter, OFTAdapter) and constraint is not None:
-                adapter.constraint = constraint
+            adapter.restore(stated)
         _warn_of_differences(config, adapters, denoiser)
         _warn_of_rounding(state, DTYPES[config.lora_dtype])
         drawn = lora_file.stated_number(metadata, "lorasmith.samples")
@@ -99,7 +96,7 @@ class Plan:
     @property
     def needs_weights(self) -> bool:
         """Whether the adapters depend on the weights of the model that they were made for."""
-        return "DoRA" in self.adapters.algorithms
+        return bool(self.adapters.needing_weights)
 
     def refuse_misfit(self, checkpoint: Checkpoint) -> None:
         """ValueError where the run of this checkpoint cannot become this one."""
@@ -182,8 +179,9 @@ def _warn_of_differences(config: Config, adapters: AdapterSet, denoiser: Denoise
         )  # fmt: skip
     if config.text_encoder.train and not any(path.startswith(TEXT_NETS) for path in adapters.adapters):
         log.warning("text_encoder.train: the LoRA's own layers hold, none of which is one of a text encoder")
-    if isinstance(config.adapter, LoKr) and config.adapter.factor is not None:
-        log.warning("factor: the LoRA's own holds, not %d", config.adapter.factor)
+    others = config.adapter.model_dump(exclude={"name", "rank", "alpha"}, exclude_defaults=True)
+    for name, value in others.items():
+        log.warning("%s: the LoRA's own holds, not %s", name, value)
     asked = {"algorithm": config.adapter.name, "rank": config.adapter.rank, "alpha": config.adapter.alpha}
     held = {"algorithm": adapters.algorithms, "rank": adapters.ranks, "alpha": adapters.alphas}
     for name, value in asked.items():

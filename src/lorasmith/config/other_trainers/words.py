@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorasmith.adapters.algorithms import ALGORITHMS
+
 SIDES = re.compile(r"\s*[\[(]?\s*\d+(\s*[,x×*]\s*\d+)+\s*[\])]?\s*", re.IGNORECASE)
 
 
@@ -34,13 +36,7 @@ BITS = Words(
 )  # fmt: skip
 WORDS: Mapping[str, Words] = {
     "adapter": Words(
-        same={"networks.lora": "LoRA", "standard": "LoRA", "locon": "--adapter LoRA --targets.preset all",
-              "networks.oft": "OFT", "diag-oft": "OFT", "boft": "OFT", "oft_2": "OFT", "lycoris/loha": "LoHa",
-              "lycoris/lokr": "LoKr", "lycoris/locon": "--adapter LoRA --targets.preset all",
-              "kohya locon": "--adapter LoRA --targets.preset all", "lycoris/diag-oft": "OFT",
-              "kohya dylora": "LoRA", "networks.lora_flux": "LoRA", "networks.lora_wan": "LoRA",
-              "networks.lora_sd3": "LoRA", "networks.lora_qwen_image": "LoRA", "networks.lora_zimage": "LoRA",
-              "networks.lora_flux_2": "LoRA", "networks.lora_lumina": "LoRA"},
+        same={theirs: ours for algorithm in ALGORITHMS for theirs, ours in algorithm.OTHER_NAMES.items()},
         near={"lycoris": "LoKr", "lycoris.kohya": "LoHa", "networks.dylora": "LoRA", "networks.lora_fa": "LoRA",
               "networks.loha": "LoHa", "networks.lokr": "LoKr", "ia3": "LoRA", "full": "LoKr", "dylora": "LoRA",
               "glora": "LoRA", "lorm": "LoRA", "peft": "LoRA"},
