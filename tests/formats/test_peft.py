@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorasmith.formats import lora_file
-from lorasmith.formats.peft import CONFIG, with_alphas
+from lorasmith.formats import lora_file, peft
+from lorasmith.formats.lora_weights import LoRAWeights
+from lorasmith.formats.peft import CONFIG
 from lorasmith.storage.safetensors_header import PEFT_CONFIG
 
 
@@ -21,6 +22,10 @@ def lora(rank: int, names: tuple[str, str] = ("lora_A.weight", "lora_B.weight"))
 
 def header(**config: Any) -> dict[str, str]:
     return {PEFT_CONFIG: json.dumps({f"unet.{key}": value for key, value in config.items()})}
+
+
+def with_alphas(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> dict[str, Tensor]:
+    return peft.with_alphas(LoRAWeights.of(state, metadata, path)).state
 
 
 PATH = Path("a.safetensors")

@@ -12,8 +12,7 @@ from lorasmith.adapters.base import Adapter, Layer
 from lorasmith.adapters.dora import DoRAAdapter
 from lorasmith.adapters.frozen_weight import loaded
 from lorasmith.adapters.parts import SCALE
-from lorasmith.adapters.targets import adaptable_layers
-from lorasmith.formats.keys import by_layer
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.formats.module_names import ModuleNames
 from lorasmith.types import Denoiser
 
@@ -24,14 +23,14 @@ PAPER, COMFYUI = {KEY: "paper"}, {KEY: "ComfyUI"}
 """What a file's metadata say of its dora_scale."""
 
 
-def as_in_the_paper(lora: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """A file's LoRA with the paper's lengths, for this denoiser's weights; what fits no layer is left as it is.
+def as_in_the_paper(lora: LoRAWeights, names: ModuleNames) -> LoRAWeights:
+    """With the paper's lengths, for this model's weights; what fits no layer is left as it is.
 
     A file that does not say which it holds has the paper's.
     """
-    if metadata.get(KEY) == COMFYUI[KEY]:
-        return _changed(lora, denoiser, lambda own, updated: updated / own)
-    return dict(lora)
+    if lora.metadata.get(KEY) == COMFYUI[KEY]:
+        return _changed(lora, names, lambda own, updated: updated / own)
+    return lora
 
 
 def warn_of_doubt(keys: Iterable[str], metadata: Mapping[str, str]) -> None:
@@ -42,7 +41,7 @@ def warn_of_doubt(keys: Iterable[str], metadata: Mapping[str, str]) -> None:
 
 def for_comfyui(lora: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Tensor]:
     """A LoRA with the paper's lengths -> with ComfyUI's, for this denoiser's weights."""
-    return _changed(lora, denoiser, lambda own, updated: own / updated)
+    return _changed(LoRAWeights.of(lora), ModuleNames(denoiser), lambda own, updated: own / updated).state
 
 
 def take_papers_lengths(adapter: Adapter, base: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -52,18 +51,16 @@ def take_papers_lengths(adapter: Adapter, base: nn.Module, metadata: Mapping[str
         adapter.change = nn.Parameter(adapter.magnitudes() / lengths * adapter.norms(base) - lengths)
 
 
-def _changed(
-    lora: Mapping[str, Tensor], denoiser: Denoiser, factor: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
+def _changed(lora: LoRAWeights, names: ModuleNames, factor: Callable[[Tensor, Tensor], Tensor]) -> LoRAWeights:
     """Each dora_scale times what the lengths [n_out] of a layer's rows, without and with the update, make."""
-    names, adaptable, state = ModuleNames(denoiser), adaptable_layers(denoiser.nets), dict(lora)
-    for layer, parts in by_layer(lora).items():
+    found = {}
+    for layer, parts in lora.layers.items():
         path = names.path(layer)
-        if SCALE not in parts or path not in adaptable:
+        if SCALE not in parts or path not in names.adaptable:
             continue
-        base = loaded(adaptable[path])
+        base = loaded(names.adaptable[path])
         try:
-            adapter = DoRAAdapter.from_file(Layer.of(path, adaptable[path]), parts, base)
+            adapter = DoRAAdapter.from_file(Layer.of(path, names.adaptable[path]), parts, base)
         except ValueError:  # which whoever makes adapters of them says, with all the others
             continue
         if not isinstance(adapter, DoRAAdapter):  # lengths of the inputs, which are the same in all programs
@@ -72,5 +69,5 @@ def _changed(
         norms = adapter.norms(base).cpu()
         factors = factor(adapter.squares.cpu().sqrt(), norms)
         scale = parts[SCALE].to(factors.dtype)
-        state[f"{layer}.{SCALE}"] = scale * factors.view(-1, *[1] * (scale.ndim - 1))
-    return state
+        found[layer] = {**parts, SCALE: scale * factors.view(-1, *[1] * (scale.ndim - 1))}
+    return lora.changed(found)

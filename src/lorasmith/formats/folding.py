@@ -6,12 +6,14 @@ r rank, n a layer's outputs.
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.parts import OFFSETS, SCALE, VECTOR, alpha_of, fitting
-from lorasmith.formats.keys import DOWN, DOWN_BIAS, UP, UP_BIAS, by_layer, split
+from lorasmith.formats.keys import DOWN, DOWN_BIAS, UP, UP_BIAS
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.reporting.pace import counted
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.storage.scale_names import VAGUE_SCALE, scaled_by
@@ -68,41 +70,41 @@ def metadata_of(header: Header) -> dict[str, str]:
     return {name: text for name, text in header.metadata.items() if scaled_by(name, header.shapes) is None}
 
 
-def with_whole_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_whole_layers(lora: LoRAWeights) -> LoRAWeights:
     """XLabs' q, k and v of Flux.1's single blocks as adapters of linear1, whose rows of the MLP stay as they are.
 
     [3n, r] -> [3n + 4n, r].
     """
-    found = dict(state)
-    for key, up in state.items():
+    found, keys = {}, dict(lora.keys)
+    for (layer, part), key in lora.keys.items():
+        up = lora.layers[layer][part]
         if SINGLE_QKV.fullmatch(key) and up.ndim == 2:
-            layer, part = split(key)
-            found[f"{layer}.{part}"] = torch.cat([up, up.new_zeros(len(up) // 3 * MLP, up.shape[1])])
-            del found[key]
-    return found
+            rest = up.new_zeros(len(up) // 3 * MLP, up.shape[1])
+            found[layer] = {**lora.layers[layer], part: torch.cat([up, rest])}
+            del keys[layer, part]
+    return replace(lora.changed(found), keys=keys)
 
 
-def with_differences(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_differences(lora: LoRAWeights) -> LoRAWeights:
     """The biases of a LoRA's factors, which are scaled as they are, as a difference of the layer's bias.
 
     s (B (A x + a) + b) = s B A x + s (B a + b). Those beside dora_scale stay. ValueError where they do not fit.
     """
-    found, layers = dict(state), by_layer(state)
-    keys = {split(key): key for key in state}
-    for layer, parts in layers.items():
+    found = {}
+    for layer, parts in lora.layers.items():
         biases = parts.keys() & {DOWN_BIAS, UP_BIAS}
         if not biases or not parts.keys().isdisjoint({SCALE, VECTOR}):
             continue
+        own = {part: tensor for part, tensor in parts.items() if part not in biases}
         try:
             difference = _difference(parts)
+            if difference.any():
+                size = tuple(difference.shape)
+                own[DIFFERENCE] = difference + fitting(parts, DIFFERENCE, size) if DIFFERENCE in parts else difference
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        for part in biases:
-            del found[keys[layer, part]]
-        if difference.any():
-            key = keys.get((layer, DIFFERENCE), f"{layer}.{DIFFERENCE}")
-            found[key] = difference + fitting(found, key, tuple(difference.shape)) if key in found else difference
-    return found
+        found[layer] = own
+    return lora.changed(found)
 
 
 def _difference(parts: Mapping[str, Tensor]) -> Tensor:
@@ -122,12 +124,14 @@ def _difference(parts: Mapping[str, Tensor]) -> Tensor:
     return sums * (alpha_of(parts, rank) / rank)
 
 
-def without_idle_alphas(state: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+def without_idle_alphas(lora: LoRAWeights) -> LoRAWeights:
     """Without the alphas of layers that have no factors to be scaled, which are counted in a warning."""
-    idle = {layer for layer, parts in by_layer(state).items() if parts.keys() - OFFSETS.keys() == {"alpha"}}
+    idle = {layer for layer, parts in lora.layers.items() if parts.keys() - OFFSETS.keys() == {"alpha"}}
     if idle:
         log.warning(
-            "%s: %s without factors %s an alpha, which is ignored, such as %s", header.path.name,
+            "%s: %s without factors %s an alpha, which is ignored, such as %s", lora.path.name,
             counted(len(idle), "layer"), "has" if len(idle) == 1 else "have", min(idle),
         )  # fmt: skip
-    return {key: tensor for key, tensor in state.items() if split(key)[0] not in idle or split(key)[1] != "alpha"}
+    kept = {layer: {p: t for p, t in lora.layers[layer].items() if p != "alpha"} for layer in idle}
+    layers = {layer: kept.get(layer, parts) for layer, parts in lora.layers.items()}
+    return replace(lora, layers={layer: parts for layer, parts in layers.items() if parts})

@@ -3,7 +3,8 @@
 How that goes is each algorithm's own (`Adapter.fuse`, `Adapter.split`); differences of weights and biases go by rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,9 +13,8 @@ from lorasmith.adapters.base import Member
 from lorasmith.adapters.low_rank import split_rows
 from lorasmith.adapters.parts import OFFSETS, Parts
 from lorasmith.adapters.registry import kind_of, refuse_unread
-from lorasmith.formats.keys import by_layer, split
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.formats.module_names import ModuleNames
-from lorasmith.types import Denoiser
 
 
 def joined(members: Sequence[Member], *, swapped: bool = False) -> dict[str, Tensor]:
@@ -68,28 +68,28 @@ def _halves_swapped(parts: Parts) -> dict[str, Tensor]:
     return turned
 
 
-def by_modules(state: Mapping[str, Tensor], denoiser: Denoiser) -> tuple[dict[str, Tensor], list[str]]:
-    """A file's LoRA, whose layers that are several modules here are cut into theirs, and what cannot be cut.
+def split_fused(lora: LoRAWeights, names: ModuleNames) -> LoRAWeights:
+    """The layers that are several modules of this model, cut into theirs and named by them; the rest as it is.
 
-    What is cut is named by the modules; the rest stays as it is.
+    What cannot be cut is told as a misfit.
     """
-    names = ModuleNames(denoiser)
-    modules = {f"{name}.{path}": m for name, net in denoiser.nets.items() for path, m in net.named_modules()}
-    cut: dict[str, Tensor] = {}
+    cut: dict[str, Parts] = {}
     wholes: set[str] = set()
     misfits: list[str] = []
-    for key, parts in by_layer(state).items():
-        whole = names.whole(key)
+    for layer, parts in lora.layers.items():
+        whole = names.whole(layer)
         if whole is None:
             continue
-        wholes.add(key)
+        wholes.add(layer)
         try:
-            members = parted(parts, [Member(modules[path]) for path in whole.paths], swapped=whole.swapped)
-            own = {f"{path}.{part}": t for path, m in zip(whole.paths, members, strict=True) for part, t in m.items()}
-            if own.keys() & (cut.keys() | state.keys()):
+            members = [Member(names.modules[path]) for path in whole.paths]
+            own = dict(zip(whole.paths, parted(parts, members, swapped=whole.swapped), strict=True))
+            before = {path: {**lora.layers.get(path, {}), **cut.get(path, {})} for path in own}
+            if any(own[path].keys() & before[path].keys() for path in own):
                 raise ValueError("another key means the same layer")
         except ValueError as error:
-            misfits.append(f"{key}: {error}")
+            misfits.append(f"{layer}: {error}")
             continue
-        cut |= own
-    return {key: tensor for key, tensor in state.items() if split(key)[0] not in wholes} | cut, misfits
+        cut |= {path: {**before[path], **own[path]} for path in own if own[path]}
+    kept = {layer: parts for layer, parts in lora.layers.items() if layer not in wholes}
+    return replace(lora, layers={**kept, **cut}, misfits=(*lora.misfits, *misfits))

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorasmith.formats.folding import in_float32, metadata_of, with_differences, with_whole_layers, without_idle_alphas
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.formats.peft import with_alphas
 from lorasmith.formats.tucker import without_cores
 from lorasmith.reporting.progress import Advance, unwatched
@@ -23,6 +24,10 @@ from lorasmith.types import Denoiser
 log = logging.getLogger(__name__)
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PASSES: tuple[Callable[[LoRAWeights], LoRAWeights], ...] = (
+    with_whole_layers, with_alphas, without_cores, with_differences, without_idle_alphas,
+)  # fmt: skip
+"""What makes plain parts of what programs write, in this order."""
 STEPS_KEYS = ("lorasmith.steps", "ss_steps")
 NUMBER = r"\d{1,12}"
 STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
@@ -50,12 +55,12 @@ def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """A file's tensors as plain parts (`completed`), and its metadata.
+    """A file's tensors as plain parts (`PASSES`), and its metadata.
 
     ValueError where it is not sound.
     """
-    state, header = stored(Path(path))
-    return completed(state, header), metadata_of(header)
+    lora = completed(*stored(Path(path)))
+    return lora.state, lora.metadata
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
@@ -68,14 +73,15 @@ def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
         raise ValueError(f"{path} must hold tensors that can be read, but: {error}") from error
 
 
-def completed(state: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+def completed(state: Mapping[str, Tensor], header: Header) -> LoRAWeights:
     """A file's tensors as plain parts that every tool knows, times every scale that is kept elsewhere.
 
     A tensor that stays as it is is the same object. ValueError where a scale or a bias does not fit.
     """
-    plain = with_whole_layers(in_float32(state, header))
-    scaled = with_differences(without_cores(with_alphas(plain, header.metadata, header.path)))
-    return without_idle_alphas(scaled, header)
+    lora = LoRAWeights.of(in_float32(state, header), metadata_of(header), header.path)
+    for simplify in PASSES:
+        lora = simplify(lora)
+    return lora
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:

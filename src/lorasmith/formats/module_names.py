@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lorasmith.adapters.base import normal
+from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.formats.keys import Found, without_prefixes
 from lorasmith.formats.text_encoder_names import text_layer
 from lorasmith.formats.transformer_names import TRANSFORMERS, Original, original_layers
@@ -20,6 +21,9 @@ class ModuleNames:
     """Finds the modules of a denoiser that a file's layer name means."""
 
     def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.modules = {f"{name}.{path}": m for name, net in denoiser.nets.items() for path, m in net.named_modules()}
+        self.adaptable = adaptable_layers(denoiser.nets)
         self.written: dict[str, str] = {}
         self.known: dict[str, set[str]] = {}
         self.composed: dict[str, set[Original]] = {}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lorasmith.adapters.parts import Parts
 from lorasmith.adapters.registry import kind_of
-from lorasmith.formats.keys import LAYOUT, by_layer
+from lorasmith.formats.keys import LAYOUT
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.reporting.pace import counted
 from lorasmith.storage.not_safetensors import refuse_pointer
 from lorasmith.storage.safetensors_header import PEFT_CONFIG
@@ -27,30 +28,28 @@ OWNERS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weight
 WRAPPER = "base_model.model."  # what PEFT's files have before a module's name, and its patterns have not
 
 
-def with_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
-    """A LoRA file's tensors with an alpha for every layer that PEFT's configuration scales; ValueError if it is broken.
+def with_alphas(lora: LoRAWeights) -> LoRAWeights:
+    """With an alpha for every layer that PEFT's configuration scales; ValueError if it is broken.
 
     The configuration is the header's or that of adapter_config.json beside the file; without one, nothing is added.
     """
-    layers = by_layer(state)
     try:
-        configs = _configs(metadata, path)
-        scaled, silent = _scaled(layers, configs)
+        configs = _configs(lora.metadata, lora.path)
+        scaled, silent = _scaled(lora.layers, configs)
     except BROKEN as error:
-        raise ValueError(f"cannot read the PEFT configuration of {path}: {error}") from error
+        raise ValueError(f"cannot read the PEFT configuration of {lora.path}: {error}") from error
     for config in configs.values():
-        _refuse_changed_base(config, path)
-    if silent and metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
+        _refuse_changed_base(config, lora.path)
+    if silent and lora.metadata.get(LAYOUT) != "diffusers":  # where this program wrote the scale into the weights
         what = f"{counted(silent, 'layer')} without an alpha"
-        log.warning("%s: %s: taken to be the rank, so that the scale is 1", path.name, what)
-    return {**state, **scaled}
+        log.warning("%s: %s: taken to be the rank, so that the scale is 1", lora.path.name, what)
+    return lora.changed(scaled)
 
 
-def _scaled(
-    layers: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, Tensor], int]:
-    """What the configurations add or change, and how many layers with a rank nothing says the alpha of."""
-    scaled, silent = {}, 0
+def _scaled(layers: Mapping[str, Parts], configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Parts], int]:
+    """The layers that the configurations scale, and how many layers with a rank nothing says the alpha of."""
+    scaled: dict[str, Parts] = {}
+    silent = 0
     for layer, parts in layers.items():
         net, _, module = layer.partition(".")
         config, name = (configs[net], module) if net in configs else (configs.get(""), layer.removeprefix(WRAPPER))
@@ -61,11 +60,12 @@ def _scaled(
         if config is None:
             silent += rank is not None
         elif rank is not None:
-            scaled[f"{layer}.alpha"] = torch.tensor(_alpha(config, name, rank), dtype=torch.float32)
+            alpha = torch.tensor(_alpha(config, name, rank), dtype=torch.float32)
+            scaled[layer] = {**parts, "alpha": alpha}
         elif (whole := kind.PEFT_SCALES) and whole in parts:
             # PEFT scales whole factors too, which every other reader uses as they are.
             rank = _by_pattern(config, "rank_pattern", name, config.get("r", 1))
-            scaled[f"{layer}.{whole}"] = parts[whole] * (_alpha(config, name, rank) / rank)
+            scaled[layer] = {**parts, whole: parts[whole] * (_alpha(config, name, rank) / rank)}
     return scaled, silent
 
 

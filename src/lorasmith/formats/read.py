@@ -1,7 +1,7 @@
 """A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -10,12 +10,11 @@ from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.base import Adapter, Layer
 from lorasmith.adapters.parts import OFFSETS, fitting
 from lorasmith.adapters.registry import adapter_from_file, kind_of, refuse_unread
-from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.formats.detect import Layers, lora_family
 from lorasmith.formats.dora_magnitude import as_in_the_paper, warn_of_doubt
 from lorasmith.formats.experts import stated_expert
-from lorasmith.formats.fused_qkv import by_modules
-from lorasmith.formats.keys import by_layer
+from lorasmith.formats.fused_qkv import split_fused
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.formats.module_names import ModuleNames
 from lorasmith.reporting.pace import counted
 from lorasmith.types import Denoiser
@@ -23,6 +22,8 @@ from lorasmith.types import Denoiser
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 10
+PASSES: tuple[Callable[[LoRAWeights, ModuleNames], LoRAWeights], ...] = (split_fused, as_in_the_paper)
+"""What makes a file's layers those of a model, in this order."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,30 @@ def adapters_from(
         alone = adapters_from(state, expert.denoiser, metadata, ignore_unknown=ignore_unknown)
         return alone.moved(expert.beside)
     warn_of_doubt(state, metadata or {})
-    found = found_in(state, denoiser, metadata or {})
+    lora = LoRAWeights.of(state, metadata)
+    found = found_in(lora, ModuleNames(denoiser))
     if found.unknown and ignore_unknown:
         warn_of_left_out(found.unknown)
         found = replace(found, unknown={})
-    refuse_misfits([found], by_layer(state))
+    refuse_misfits([found], lora.layers)
     return found.adapters
 
 
-def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[str, str]) -> Found:
+def found_in(lora: LoRAWeights, names: ModuleNames) -> Found:
     """What a LoRA, or whole layers of one, holds for a denoiser that has no experts, or for all of them."""
-    by_path, misfits = by_modules(state, denoiser)
-    layers = by_layer(as_in_the_paper(by_path, denoiser, metadata))
-    names, adaptable, modules = ModuleNames(denoiser), adaptable_layers(denoiser.nets), _modules(denoiser)
+    for fit in PASSES:
+        lora = fit(lora, names)
+    misfits = [*lora.misfits]
     adapters: dict[str, Adapter] = {}
     offsets: dict[str, Tensor] = {}
     unknown: dict[str, str] = {}
-    for key, parts in layers.items():
+    for key, parts in lora.layers.items():
         path = names.path(key)
         if path is None:
             unknown[key] = absent(key, parts)
             continue
         try:
-            found = _offsets(path, modules[path], parts)
+            found = _offsets(path, names.modules[path], parts)
             if found.keys() & offsets.keys():
                 raise ValueError("another key means the same parameter")
             offsets |= found
@@ -83,7 +85,7 @@ def found_in(state: Mapping[str, Tensor], denoiser: Denoiser, metadata: Mapping[
             if trained and path in adapters:
                 raise ValueError("another key means the same layer")
             if trained:
-                adapters[path] = _adapter(path, adaptable, trained)
+                adapters[path] = _adapter(path, names.adaptable, trained)
         except ValueError as error:
             misfits.append(f"{key}: {error}")
     for path, adapter in adapters.items():
@@ -128,10 +130,6 @@ def warn_of_left_out(unknown: Collection[str]) -> None:
         what = counted(len(unknown), "layer")
         verb = "is" if len(unknown) == 1 else "are"
         log.warning("%s that the model does not have %s left out: %s", what, verb, listed([*unknown]))
-
-
-def _modules(denoiser: Denoiser) -> dict[str, nn.Module]:
-    return {f"{name}.{path}": m for name, net in denoiser.nets.items() for path, m in net.named_modules()}
 
 
 def _offsets(path: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

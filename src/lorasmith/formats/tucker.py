@@ -11,20 +11,13 @@ from torch import Tensor
 from lorasmith.adapters.frozen_weight import PLAIN
 from lorasmith.adapters.parts import UP, Parts
 from lorasmith.adapters.registry import CORES
-from lorasmith.formats.keys import by_layer, split
+from lorasmith.formats.lora_weights import LoRAWeights
 
 
-def without_cores(state: Parts) -> dict[str, Tensor]:
-    """A LoRA file's tensors in the plain form, in float32 or wider where they were not; a core that fits nothing stays.
-
-    {layer.part: tensor} for the layers that change, the file's own keys for the others.
-    """
-    if not any(key.endswith(tuple(CORES)) for key in state):
-        return dict(state)
-    cored = {layer: parts for layer, parts in by_layer(state).items() if not CORES.keys().isdisjoint(parts)}
-    kept = {key: tensor for key, tensor in state.items() if split(key)[0] not in cored}
-    plain = ((layer, part, tensor) for layer, parts in cored.items() for part, tensor in _plain(parts).items())
-    return kept | {f"{layer}.{part}": tensor for layer, part, tensor in plain}
+def without_cores(lora: LoRAWeights) -> LoRAWeights:
+    """In the plain form, in float32 or wider where it was not; a core that fits nothing stays."""
+    cored = {layer: parts for layer, parts in lora.layers.items() if not CORES.keys().isdisjoint(parts)}
+    return lora.changed({layer: _plain(parts) for layer, parts in cored.items()})
 
 
 def _plain(parts: Parts) -> dict[str, Tensor]:

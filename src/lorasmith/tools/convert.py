@@ -15,6 +15,7 @@ from lorasmith.formats.detect import lora_family
 from lorasmith.formats.dora_magnitude import KEY, warn_of_doubt
 from lorasmith.formats.experts import named_part
 from lorasmith.formats.keys import LAYOUT
+from lorasmith.formats.lora_weights import LoRAWeights
 from lorasmith.formats.module_names import ModuleNames, known_originals
 from lorasmith.formats.read import Found, found_in, listed, refuse_misfits, warn_of_left_out
 from lorasmith.formats.text_encoder_names import has_text_layers, text_layer
@@ -112,12 +113,16 @@ class Fitted:
         write_streamed(output, self.tensors(layout), lambda: said)
 
     @cached_property
+    def names(self) -> ModuleNames:
+        """The denoiser's modules by their names in files."""
+        return ModuleNames(self.denoiser)
+
+    @cached_property
     def paths(self) -> dict[str, tuple[str, ...]]:
         """{layer as the file calls it: the modules that it means}."""
-        names = ModuleNames(self.denoiser)
         found = {}
         for layer in self.lora.layers:
-            path, whole = names.path(layer), names.whole(layer)
+            path, whole = self.names.path(layer), self.names.whole(layer)
             found[layer] = (path,) if path else whole.paths if whole else ()
         return found
 
@@ -135,7 +140,7 @@ class Fitted:
         """Of a batch of layers at a time. what: the name of the stage that is shown."""
         with self.progress.stage(what, len(self.lora.layers)) as advance:
             for layers in filter(None, self._batches()):
-                yield found_in(self.lora.read(layers), self.denoiser, self.lora.metadata)
+                yield found_in(LoRAWeights.of(self.lora.read(layers), self.lora.metadata), self.names)
                 advance(len(layers))
 
     def _batches(self) -> Iterator[list[str]]:

@@ -47,7 +47,7 @@ class LoRAFile:
         header = Header.of(path)
         refuse_no_lora(header)
         stored, header = lora_file.stored(path)
-        layers, keys = by_layer(lora_file.completed(stored, header)), _keys_by_layer(header)
+        layers, keys = lora_file.completed(stored, header).layers, _keys_by_layer(header)
         for layer, parts in layers.items():
             if "" in parts:
                 raise ValueError(f"{path}: {layer} must name a layer and a part of an adapter, which it does not")
