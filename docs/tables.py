@@ -44,10 +44,10 @@ WITHOUT_SETTING = {
 }
 """{input of train_lora: what the command line has in its place}."""
 WITHOUT_RANGE = (
-    "model", "encoders", "latents", "positive", "existing_lora", "optimizer", "targets", "checkpoint_folder",
-    "resume_from", "checkpoints", "non_finite", "text_encoder", "world",
+    "model", "encoders", "latents", "positive", "existing_lora", "algorithm", "optimizer", "targets",
+    "checkpoint_folder", "resume_from", "checkpoints", "non_finite", "text_encoder", "world",
 )  # fmt: skip
-KINDS = {"optimizer": "optimizers.md"}
+KINDS = {"adapter": "inputs/algorithm.md", "optimizer": "optimizers.md"}
 """{a setting that chooses one of a kind: the page that lists them}."""
 Say = Callable[[str], str]
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from lorasmith.adapters.algorithms import AlgorithmName
 from lorasmith.adapters.hooks import attach
 from lorasmith.adapters.targets import Targets
 from lorasmith.config.messages import explained
@@ -66,7 +67,7 @@ def train_lora(
     seed: int = 0,
     training_dtype: Literal["bf16", "fp32", "none"] | torch.dtype = "bf16",
     lora_dtype: Literal["bf16", "fp32"] | torch.dtype = "bf16",
-    algorithm: Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"] = "LoRA",
+    algorithm: AlgorithmName = "LoRA",
     gradient_checkpointing: bool = True,
     existing_lora: str | Path | None = NO_LORA,
     *,

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from stand_ins import entry, latents
 
+from lorasmith.adapters.algorithms import AlgorithmName
 from lorasmith.formats import lora_file
 from lorasmith.optim.optimizers import OptimizerName
 
@@ -30,7 +31,7 @@ CONTRACT = [
     ("seed", "IntInput", {"default": 0, "min": 0, "max": 18446744073709551615}),
     ("training_dtype", "ComboInput", {"default": "bf16", "options": ["bf16", "fp32", "none"]}),
     ("lora_dtype", "ComboInput", {"default": "bf16", "options": ["bf16", "fp32"]}),
-    ("algorithm", "ComboInput", {"default": "LoRA", "options": ["LoRA", "LoHa", "LoKr", "OFT", "DoRA"]}),
+    ("algorithm", "ComboInput", {"default": "LoRA", "options": list(get_args(AlgorithmName))}),
     ("gradient_checkpointing", "BooleanInput", {"default": True}),
     ("existing_lora", "ComboInput", {"default": "[None]", "options": ["[None]"]}),
 ]

@@ -258,7 +258,7 @@ STRANGE = {
     "set_weight": "set_weight .which replaces the layer's weight. is not read",
     "reshape_weight": "reshape_weight .* is not read",
     "diff_m": "diff_m .a change of a block's modulation, .* is not read",
-    "a1.weight": "a1.weight .of GLoRA. is not read",
+    "vera_lambda_b": "vera_lambda_b .of VeRA. is not read",
     "oft_diag": "oft_diag .of an OFT whose .* is not read",
     "oft_R.weight": "oft_R.weight .of PEFT's OFT, which turns inputs in a way that its .* is not read",
     "oft_R.default.weight": "oft_R.weight .of PEFT's OFT, .* is not read",

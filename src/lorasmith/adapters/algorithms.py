@@ -158,4 +158,24 @@ class DoRA(AdapterSettings):
 
 AnyAlgorithm = LoRA | LoHa | LoKr | OFT | DoRA
 ALGORITHMS: tuple[type[AdapterSettings], ...] = get_args(AnyAlgorithm)
+AlgorithmName = Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"]
 Algorithm = Annotated[AnyAlgorithm, Field(discriminator="name", description="the kind of adapter"), named("LoRA")]
+
+UNREAD = {
+    "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
+    "on_input": "of (IA)^3", "ia3_l": "of PEFT's (IA)^3",
+    "oft_R.weight": "of PEFT's OFT, which turns inputs in a way that its configuration alone states",
+    "oft_r": "of an OFT of PEFT before 0.15", "boft_R": "of PEFT's BOFT", "boft_s": "of PEFT's BOFT",
+    "vera_lambda_b": "of VeRA", "vera_lambda_d": "of VeRA", "hra_u": "of HRA", "lora_E": "of AdaLoRA",
+    "oft_diag": "of an OFT whose blocks are the rotations themselves",
+    "rescale": "of an OFT that scales too",
+    "scalar": "a factor of LyCORIS that its own files have multiplied in",
+    "lora_embedding_A": "of a table of embeddings", "lora_embedding_B": "of a table of embeddings",
+    "set_weight": "which replaces the layer's weight",
+    "reshape_weight": "which gives the layer's weight another shape",
+    "weight": "a whole weight, no change of one", "bias": "a whole bias, no change of one",
+    "scale": "a whole weight, no change of one",
+    "diff_m": "a change of a block's modulation, which is no layer's weight",
+    "lora_down.bias": "a bias beside dora_scale", "lora_up.bias": "a bias beside dora_scale",
+}  # fmt: skip
+"""{a part that other programs write and that is not read: what it is}."""

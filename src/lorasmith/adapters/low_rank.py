@@ -32,10 +32,8 @@ class LowRankAdapter(Adapter, ABC):
 
     @classmethod
     def delta_norm(cls, parts: Parts) -> float:
-        """Of up down, by the r x r products: |U D|^2 is the trace of U^T U D D^T."""
-        up, down = parts[UP].flatten(1), parts[DOWN].flatten(1)
-        square = ((up.T @ up) * (down @ down.T)).sum()
-        return float(square.clamp(min=0).sqrt()) * abs(scale_of(parts, len(down)))
+        """Of up down."""
+        return product_norm(parts[UP], parts[DOWN]) * abs(scale_of(parts, len(parts[DOWN])))
 
     @classmethod
     def layer_sizes(cls, parts: Parts) -> tuple[int, int, tuple[int, ...] | None] | None:
@@ -43,6 +41,13 @@ class LowRankAdapter(Adapter, ABC):
         if DOWN not in parts or parts[DOWN].ndim < 2:
             return None
         return size_of(parts, UP, 0), parts[DOWN].shape[1], tuple(parts[DOWN].shape[2:])
+
+
+def product_norm(up: Tensor, down: Tensor) -> float:
+    """|U D|, by the r x r products: its square is the trace of U^T U D D^T. up [n_out, r, 1…], down [r, n_in, k…]."""
+    up, down = up.flatten(1), down.flatten(1)
+    square = ((up.T @ up) * (down @ down.T)).sum()
+    return float(square.clamp(min=0).sqrt())
 
 
 def scale_of(parts: Parts, rank: int) -> float:

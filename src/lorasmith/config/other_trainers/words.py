@@ -39,7 +39,7 @@ WORDS: Mapping[str, Words] = {
         same={theirs: ours for algorithm in ALGORITHMS for theirs, ours in algorithm.OTHER_NAMES.items()},
         near={"lycoris": "LoKr", "lycoris.kohya": "LoHa", "networks.dylora": "LoRA", "networks.lora_fa": "LoRA",
               "networks.loha": "LoHa", "networks.lokr": "LoKr", "ia3": "LoRA", "full": "LoKr", "dylora": "LoRA",
-              "glora": "LoRA", "lorm": "LoRA", "peft": "LoRA"},
+              "lorm": "LoRA", "peft": "LoRA"},
     ),
     "optimizer": Words(near=dict.fromkeys(ADAMS, "AdamW") | {
         "adam8bit": "Adam", "sgdnesterov": "--optimizer SGD --optimizer.momentum 0.9", "sgd8bit": "SGD",
