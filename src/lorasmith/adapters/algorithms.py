@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # torch, which takes seconds
 
     from lorasmith.adapters.base import Adapter, Layer
     from lorasmith.adapters.dora import DoRAAdapter
+    from lorasmith.adapters.glora import GLoRAAdapter
     from lorasmith.adapters.loha import LoHaAdapter
     from lorasmith.adapters.lokr import LoKrAdapter
     from lorasmith.adapters.lora import LoRAAdapter
@@ -156,13 +157,31 @@ class DoRA(AdapterSettings):
         return self.adapter().new(layer, self.rank, self.alpha, path, seed, base=base)
 
 
-AnyAlgorithm = LoRA | LoHa | LoKr | OFT | DoRA
+class GLoRA(AdapterSettings):
+    """Low-rank changes of a layer's inputs and outputs: y + (alpha / rank) (W a1(a2(x)) + b1(b2(x)))."""
+
+    OTHER_NAMES = {"glora": "GLoRA", "lycoris/glora": "GLoRA"}
+    name: Literal["GLoRA"] = "GLoRA"
+    rank: Rank = 8
+    alpha: Alpha = None
+
+    @classmethod
+    def adapter(cls) -> "type[GLoRAAdapter]":
+        from lorasmith.adapters.glora import GLoRAAdapter
+
+        return GLoRAAdapter
+
+    def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "GLoRAAdapter":
+        """A new adapter, the identity."""
+        return self.adapter().new(layer, self.rank, self.alpha, path, seed)
+
+
+AnyAlgorithm = LoRA | LoHa | LoKr | OFT | DoRA | GLoRA
 ALGORITHMS: tuple[type[AdapterSettings], ...] = get_args(AnyAlgorithm)
-AlgorithmName = Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA"]
+AlgorithmName = Literal["LoRA", "LoHa", "LoKr", "OFT", "DoRA", "GLoRA"]
 Algorithm = Annotated[AnyAlgorithm, Field(discriminator="name", description="the kind of adapter"), named("LoRA")]
 
 UNREAD = {
-    "a1.weight": "of GLoRA", "a2.weight": "of GLoRA", "b1.weight": "of GLoRA", "b2.weight": "of GLoRA",
     "on_input": "of (IA)^3", "ia3_l": "of PEFT's (IA)^3",
     "oft_R.weight": "of PEFT's OFT, which turns inputs in a way that its configuration alone states",
     "oft_r": "of an OFT of PEFT before 0.15", "boft_R": "of PEFT's BOFT", "boft_s": "of PEFT's BOFT",
