@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.adapters.base import Adapter
-from lorasmith.adapters.parts import OFFSETS
+from lorasmith.adapters.base import Adapter, Member
+from lorasmith.adapters.parts import OFFSETS, Parts
 from lorasmith.adapters.registry import ADAPTERS, kind_of
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.formats.dora_magnitude import COMFYUI, PAPER, for_comfyui
 from lorasmith.formats.experts import experts
-from lorasmith.formats.fused_qkv import Member, Parts, joined
+from lorasmith.formats.fused_qkv import joined
 from lorasmith.formats.keys import LAYOUT, by_layer
 from lorasmith.formats.module_names import UNETS, ModuleNames, class_in_diffusers, originals
 from lorasmith.formats.text_encoder_names import text_layer

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from lorasmith.adapters.base import Layer
-from lorasmith.adapters.parts import alpha_of, fitting
+from lorasmith.adapters.parts import Parts, alpha_of, fitting
 from lorasmith.formats import lora_file
 from lorasmith.formats.detect import lora_family
 from lorasmith.formats.folding import metadata_of
@@ -23,8 +23,6 @@ from lorasmith.ops.conv import ConvShape
 from lorasmith.storage.safetensors import TensorFile
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.storage.scale_names import scaled_by
-
-Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

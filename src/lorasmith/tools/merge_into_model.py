@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.base import Adapter, Member
 from lorasmith.adapters.frozen_weight import Weighted
 from lorasmith.adapters.parts import OFFSETS, fitting
 from lorasmith.adapters.registry import adapter_from_file, kind_of
 from lorasmith.formats.dora_magnitude import take_papers_lengths
 from lorasmith.formats.experts import NET
-from lorasmith.formats.fused_qkv import Member, parted
+from lorasmith.formats.fused_qkv import parted
 from lorasmith.formats.read import absent, misfitting, warn_of_left_out
 from lorasmith.models.checkpoints.scaled import StoredWeight
 from lorasmith.reporting.pace import counted
