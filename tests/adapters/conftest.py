@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, GLoRA, LoHa, LoKr, LoRA
 from lorasmith.adapters.base import Adapter, Layer
 
 N_IN, N_OUT = 24, 30
@@ -39,6 +39,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "OFT_3_limited": OFT(rank=3, alpha=0.01),
     "DoRA_1": DoRA(rank=1),
     "DoRA_4": DoRA(rank=4, alpha=2.0),
+    "GLoRA_3": GLoRA(rank=3, alpha=2.0),
 }
 
 
