@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, GLoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import ALGORITHMS as KINDS
+from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
 from lorasmith.adapters.base import Adapter, Layer
 
 N_IN, N_OUT = 24, 30
@@ -39,8 +41,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "OFT_3_limited": OFT(rank=3, alpha=0.01),
     "DoRA_1": DoRA(rank=1),
     "DoRA_4": DoRA(rank=4, alpha=2.0),
-    "GLoRA_3": GLoRA(rank=3, alpha=2.0),
 }
+for _kind in KINDS:
+    if not any(isinstance(settings, _kind) for settings in ALGORITHMS.values()):
+        ALGORITHMS[f"{_kind.__name__}_3"] = TypeAdapter(Algorithm).validate_python(
+            {"name": _kind.__name__, "rank": 3, "alpha": 2.0}
+        )
 
 
 class Sample:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from lycoris.modules import get_module, make_module
 from lycoris.modules.diag_oft import DiagOFTModule
-from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
+from lycoris.wrapper import network_module_dict
 from torch import Tensor, nn
 
-from lorasmith.adapters.algorithms import DoRA, GLoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
 from lorasmith.adapters.base import Layer
 from lorasmith.adapters.registry import adapter_from_file
 
@@ -31,11 +31,12 @@ def counterpart(algorithm: Any, module: Any) -> Any:
     if isinstance(algorithm, LoKr):
         factor = -1 if algorithm.factor is None else algorithm.factor
         return LokrModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, factor=factor)
-    if isinstance(algorithm, GLoRA):
-        if module.weight.ndim > 2 and module.groups > 1:
-            pytest.skip("LyCORIS takes a convolution for one of a single group")
-        return GLoRAModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
-    return DiagOFTModule("layer", module, lora_dim=algorithm.rank, constraint=algorithm.alpha or 0)
+    if isinstance(algorithm, OFT):
+        return DiagOFTModule("layer", module, lora_dim=algorithm.rank, constraint=algorithm.alpha or 0)
+    if module.weight.ndim > 2 and module.groups > 1:
+        pytest.skip("LyCORIS takes a convolution for one of a single group")
+    kind = network_module_dict[algorithm.adapter().LYCORIS_ARGS["algo"]]
+    return kind("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
 
 
 def delta(theirs: Any, weight: Tensor) -> Tensor:
