@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lorasmith.adapters.adapter_set import AdapterSet as AdapterSet
     from lorasmith.adapters.algorithms import OFT as OFT
     from lorasmith.adapters.algorithms import DoRA as DoRA
+    from lorasmith.adapters.algorithms import GLoRA as GLoRA
     from lorasmith.adapters.algorithms import LoHa as LoHa
     from lorasmith.adapters.algorithms import LoKr as LoKr
     from lorasmith.adapters.algorithms import LoRA as LoRA
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    **dict.fromkeys(("LoRA", "LoHa", "LoKr", "OFT", "DoRA"), "adapters.algorithms"),
+    **dict.fromkeys(("LoRA", "LoHa", "LoKr", "OFT", "DoRA", "GLoRA"), "adapters.algorithms"),
     "AdapterSet": "adapters.adapter_set",
     "Config": "config.schema",
     "State": "training.state",

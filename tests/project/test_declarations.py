@@ -15,6 +15,7 @@ OTHERS_NAMES = ROOT / "src" / "lorasmith" / "config" / "other_trainers"
 NAMES = {kind.algorithm for kind in ADAPTERS} - {"LoRA"}  # which is also what all of them are called
 PARTS = frozenset[str]().union(*(kind.SUFFIXES for kind in ADAPTERS)) - IN_FLOAT32
 ALLOWED = {("keys.py", "lora_magnitude_vector")}  # as other programs spell it
+ALLOWED |= {("__init__.py", name) for name in NAMES}  # what `import lorasmith` offers
 
 
 def files() -> Iterator[Path]:
