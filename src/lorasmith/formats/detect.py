@@ -7,35 +7,40 @@ from torch import Tensor
 
 from lorasmith.adapters.parts import UP
 from lorasmith.adapters.registry import MARKS, kind_of
+from lorasmith.formats.architectures.architecture import (
+    DOUBLE,
+    LUMINA2_OR_Z_IMAGE,
+    SECOND_TEXTS,
+    T5_TEXTS,
+    TEXTS,
+    TRANSFORMER,
+    UNETS,
+)
+from lorasmith.formats.architectures.registry import ARCHITECTURES
+from lorasmith.formats.architectures.sd3 import SD3
 from lorasmith.formats.text_encoder_names import text_layer
 
 Layers = Mapping[str, Mapping[str, Tensor]]
 """{layer as a file calls it: {part: tensor}}."""
-TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-SD3, TRANSFORMER, DOUBLE = "Stable Diffusion 3", "a transformer of diffusers", "Flux, Chroma or Qwen-Image"
-UNETS = "a UNet of the Stable Diffusion kind"
-TEXTS, SECOND_TEXTS, T5_TEXTS = "a text encoder", "SDXL or Stable Diffusion 3", "Flux or Stable Diffusion 3"
+TEXT_WIDTHS = {a.text_width: a.name for a in ARCHITECTURES if a.text_width}
 UNKNOWN = "an unknown model"
 SIGNS = (
-    (r"add_embedding|label_emb", "SDXL"),
-    (r"distilled_guidance_layer", "Chroma"),
-    (r"to_qkv_mlp_proj|ff_(context_)?linear_(in|out)|stream_modulation|time_guidance_embed", "Flux.2"),
-    (r"single_transformer_blocks|single_blocks|double_blocks", "Flux"),
-    (r"joint_blocks|context_embedder|attn_add_q_proj.*joint", SD3),
-    (r"img_mlp|txt_mlp|img_mod", "Qwen-Image"),
-    (r"(layers|refiner)_\d+_attention_to_", "Z-Image"),
-    (r"(layers|refiner)_\d+_attn_|time_caption_embed|feed_forward_linear_\d", "Lumina 2"),
-    (r"(layers|refiner)_\d+_(attention|feed_forward)", "Lumina 2 or Z-Image"),
-    (r"(^transformer_|(?<!transformer_))blocks_\d+_(self_attn|cross_attn|ffn_\d|attn1_to|attn2_to|ffn_net)", "Wan"),
-    (r"transformer_blocks_\d+_(attn_add|ff_context|norm1_context)", SD3),
+    *((a.lora_signs, a.name) for a in ARCHITECTURES if a.lora_signs),
+    *((a.weak_lora_signs, a.name) for a in ARCHITECTURES if a.weak_lora_signs),
+    (r"(layers|refiner)_\d+_(attention|feed_forward)", LUMINA2_OR_Z_IMAGE),
     (r"(?<!\d_)transformer_blocks_\d+_(attn\d?|ff)_", TRANSFORMER),
 )
-WIDTHS = {
-    SD3: {3072: DOUBLE},
-    TRANSFORMER: {1536: SD3, 2432: SD3, 3072: DOUBLE},
-    "Flux": {4096: "Flux.2", 6144: "Flux.2"},
-    "Lumina 2 or Z-Image": {2304: "Lumina 2", 3840: "Z-Image"},
-}
+
+
+def _widths() -> dict[str, dict[int, str]]:
+    found = {SD3.name: {3072: DOUBLE}, TRANSFORMER: {3072: DOUBLE}}
+    for architecture in ARCHITECTURES:
+        for look, widths in architecture.widths.items():
+            found.setdefault(look, {}).update(dict.fromkeys(widths, architecture.name))
+    return found
+
+
+WIDTHS = _widths()
 """{a family by its names, which others share: {the inputs of its attention: the family}}."""
 ATTENTION = re.compile(r"(attn|attention)_(?!to_out)|linear1$")
 LINEAR1 = re.compile(r"single_blocks_\d+_linear1$")
@@ -43,20 +48,10 @@ ROWS_OF_FLUX2 = 9  # of this layer, times its inputs; Flux.1 and Chroma have 7
 FOLDER_PART = "a part of a diffusers folder"
 DENOISER = r"(model\.diffusion_model\.)?"
 MODEL_SIGNS = (
-    (r"conditioner\.|add_embedding\.", "SDXL"),
-    (DENOISER + r"(joint_blocks\.|pos_embed\.pos_embed$)", "Stable Diffusion 3"),
-    (DENOISER + r"distilled_guidance_layer\.", "Chroma"),
-    (DENOISER + r"single_stream_modulation\.", "Flux.2"),
     (DENOISER + r"txt_in\.individual_token_refiner\.", "HunyuanVideo"),
-    (DENOISER + r"(double_blocks|single_transformer_blocks)\.", "Flux"),
-    (DENOISER + r"transformer_blocks\.\d+\.img_mlp\.", "Qwen-Image"),
-    (DENOISER + r"(cap_pad_token$|all_x_embedder\.|layers\.0\.adaLN_modulation\.0\.)", "Z-Image"),
-    (DENOISER + r"(cap_embedder|time_caption_embed)\.", "Lumina 2"),
     (DENOISER + r"vace_blocks\.", "Wan VACE"),
-    (DENOISER + r"(blocks\.\d+\.self_attn\.q\.|condition_embedder\.time_proj\.)", "Wan"),
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
-    (r"cond_stage_model\.transformer\.", "Stable Diffusion 1.x"),
-    (DENOISER + r"label_emb\.", "SDXL"),
+    *((f"{DENOISER}({a.model_signs})", a.name) for a in ARCHITECTURES if a.model_signs),
+    *((f"{DENOISER}({a.weak_model_signs})", a.name) for a in ARCHITECTURES if a.weak_model_signs),
     (r"model\.diffusion_model\.input_blocks\.", UNETS),
     (r"(encoder\.)?down_blocks\.|text_model\.", FOLDER_PART),
 )

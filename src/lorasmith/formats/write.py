@@ -10,6 +10,7 @@ from lorasmith.adapters.base import Adapter, Member
 from lorasmith.adapters.parts import OFFSETS, Parts
 from lorasmith.adapters.registry import ADAPTERS, kind_of
 from lorasmith.adapters.targets import TEXT_NETS
+from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.dora_magnitude import COMFYUI, PAPER, for_comfyui
 from lorasmith.formats.experts import experts
 from lorasmith.formats.fused_qkv import joined
@@ -21,10 +22,8 @@ from lorasmith.types import Aliased, Denoiser, LayoutName
 
 State = dict[str, Tensor]
 """{key in a LoRA file: tensor}."""
-BY_ORIGINAL_NAMES = ("WanTransformer3DModel",)
-"""The classes in diffusers whose LoRAs most programs read by the original code's names alone."""
-OTHERS_BY_ORIGINAL_NAMES = ("Lumina2Transformer2DModel",)
-"""Those where this holds for what diffusers does not read."""
+ORIGINAL_NAMES = {a.transformer: a.original_names for a in ARCHITECTURES if a.transformer}
+"""{class in diffusers: when most programs read its LoRAs by the original code's names alone}."""
 
 
 def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
@@ -49,11 +48,12 @@ def best_layout(adapters: AdapterSet, denoiser: Denoiser) -> LayoutName | None:
 
 def _best(kind: type[Adapter], model: str) -> LayoutName:
     """That which most programs read of one algorithm for a class of diffusers."""
-    if model in BY_ORIGINAL_NAMES and not kind.DEPENDS_ON_LAYOUT:
+    original_names = ORIGINAL_NAMES.get(model, "never")
+    if original_names == "always" and not kind.DEPENDS_ON_LAYOUT:
         return "comfyui"
     if kind.is_read_by_diffusers([model]):
         return "diffusers"
-    return "comfyui" if model in OTHERS_BY_ORIGINAL_NAMES and kind.CAN_FUSE else "lycoris"
+    return "comfyui" if original_names == "others" and kind.CAN_FUSE else "lycoris"
 
 
 def _is_of_t5(layer: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorasmith.adapters.registry import needs_weight
 from lorasmith.adapters.targets import TEXT_NETS
+from lorasmith.formats.architectures.architecture import Published
 from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import split
 from lorasmith.formats.module_names import ModuleNames
@@ -24,7 +25,6 @@ from lorasmith.models.load import (
     original_of,
     pipelines_of,
 )
-from lorasmith.models.reference_configs import Published
 from lorasmith.models.sources.components import FolderComponents, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.sources.kind import is_file, pipeline_name

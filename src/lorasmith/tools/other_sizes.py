@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from lorasmith.adapters.targets import TEXT_NETS
+from lorasmith.formats.architectures.architecture import Published
 from lorasmith.formats.module_names import ModuleNames, known_originals
 from lorasmith.formats.transformer_names import TRANSFORMERS, Original
 from lorasmith.models.meta import published_skeleton
-from lorasmith.models.reference_configs import PUBLISHED, Published
+from lorasmith.models.reference_configs import PUBLISHED
 from lorasmith.tools.lora_layers import LoRAFile
 from lorasmith.types import Denoiser
 

@@ -1,0 +1,1 @@
+"""What is known of each architecture without loading a model: one file an architecture, and their registry."""
