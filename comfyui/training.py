@@ -23,6 +23,7 @@ from lorasmith.adapters.parts import SCALE
 from lorasmith.config.schema import Config
 from lorasmith.data.dataset import Dataset
 from lorasmith.errors import is_out_of_memory
+from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.dora_magnitude import COMFYUI, PAPER, for_comfyui
 from lorasmith.storage.folder_lock import FolderLock
 from lorasmith.training.checkpoints import CheckpointFolder
@@ -44,14 +45,7 @@ MAY_CHANGE = ("gradient_checkpointing", "checkpoint_depth", "pack", "native_kern
 """Inputs that trade memory for time: the LoRA is the same but for rounding."""
 SECONDS_A_PREVIEW = 2.0
 ADVICE = "turn memory_ladder or gradient_checkpointing on and queue again, to go on from the last step, or use less"
-BASES = {
-    "SD15": ("stable-diffusion-v1", "sd_v1"),
-    "SD20": ("stable-diffusion-v2", "sd_v2"),
-    "SDXL": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-    "SD3": ("stable-diffusion-3", "sd3"),
-    "Flux": ("flux-1-dev", "flux1"),
-    "FluxSchnell": ("flux-1-schnell", "flux1"),
-}
+BASES = {kind: names for architecture in ARCHITECTURES for kind, names in architecture.comfyui.items()}
 """{ComfyUI's class of a model: what modelspec and kohya's tools call it}."""
 
 

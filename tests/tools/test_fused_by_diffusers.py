@@ -18,7 +18,7 @@ from lorasmith.adapters.targets import Targets
 from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import FAMILIES, opened
+from lorasmith.models.load import family_of, opened
 from lorasmith.tools.merge import Source
 from lorasmith.tools.merge_into_model import merge_into
 from lorasmith.types import LayoutName
@@ -67,7 +67,7 @@ def fused(pipe: Any, lora: Path, adapters: AdapterSet) -> dict[str, Any]:
 def test_a_merged_folder(name: str, tmp_path: Path) -> None:
     """With the layers of all text encoders that can be trained, under diffusers' names and those of training."""
     pipe = model_of(name)
-    has_texts = FAMILIES[type(pipe).__name__].TEXTS is not None
+    has_texts = family_of(type(pipe).__name__, pipe).TEXTS is not None
     denoiser, adapters = trained(pipe, with_texts=has_texts)
     assert any(net.startswith("text_encoder") for net in adapters.nets) == has_texts
     pipe.save_pretrained(tmp_path / "model")

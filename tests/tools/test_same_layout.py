@@ -14,7 +14,7 @@ from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.formats.module_names import known_originals
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import FAMILIES, opened
+from lorasmith.models.load import family_of, opened
 from lorasmith.models.meta import published_skeleton
 from lorasmith.models.reference_configs import (
     CHROMA,
@@ -127,7 +127,9 @@ def test_no_published_model_needs_to_have_such_sizes(
     tmp_path: Path, name: str, one: LayoutName, other: LayoutName
 ) -> None:
     pipe = made(name)
-    check_sum(tmp_path, opened(pipe, with_texts=FAMILIES[type(pipe).__name__].TEXTS is not None).denoiser, one, other)
+    check_sum(
+        tmp_path, opened(pipe, with_texts=family_of(type(pipe).__name__, pipe).TEXTS is not None).denoiser, one, other
+    )
 
 
 def pair(name: str, n_out: int, n_in: int) -> dict[str, Tensor]:

@@ -1,25 +1,18 @@
 """The model families, and how a model is opened."""
 
-from collections.abc import Collection, Sequence
+import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lorasmith.formats.architectures.architecture import UNETS, Architecture
+from lorasmith.formats.architectures.registry import ARCHITECTURES
+from lorasmith.formats.architectures.sd import SD1
 from lorasmith.formats.detect import FOLDER_PART, model_family
 from lorasmith.models.checkpoints.load import tensors_that
 from lorasmith.models.checkpoints.original import Original
 from lorasmith.models.checkpoints.scaled import weights_only
-from lorasmith.models.checkpoints.transformers import ORIGINALS
 from lorasmith.models.families.base import PipelineFamily
-from lorasmith.models.families.chroma import Chroma
-from lorasmith.models.families.flux import Flux
-from lorasmith.models.families.flux2 import Flux2, Flux2Klein
-from lorasmith.models.families.lumina2 import Lumina2
-from lorasmith.models.families.qwen_image import QwenImage
-from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.models.families.sd3 import SD3
-from lorasmith.models.families.sdxl import SDXL
-from lorasmith.models.families.wan import Wan
-from lorasmith.models.families.z_image import ZImage
 from lorasmith.models.sources.components import FolderComponents, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES, weight_files
 from lorasmith.models.sources.hub import fetched
@@ -31,20 +24,8 @@ from lorasmith.storage.not_safetensors import refuse_pointers
 from lorasmith.storage.safetensors_header import Header
 
 Family = PipelineFamily | WithTexts
-FAMILIES: dict[str, type[PipelineFamily]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": SDXL,
-    "StableDiffusion3Pipeline": SD3,
-    "FluxPipeline": Flux,
-    "ChromaPipeline": Chroma,
-    "QwenImagePipeline": QwenImage,
-    "WanPipeline": Wan,
-    "Flux2Pipeline": Flux2,
-    "Flux2KleinPipeline": Flux2Klein,
-    "Lumina2Pipeline": Lumina2,
-    "ZImagePipeline": ZImage,
-}
-"""{the pipeline's class in diffusers: its family}."""
+FAMILIES = {name: family for architecture in ARCHITECTURES for name, family in architecture.pipelines.items()}
+"""{the pipeline's class in diffusers: its family, as module.Class in `models/families`}."""
 
 
 def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
@@ -65,7 +46,7 @@ def located(model: str, encoders: str | None, progress: Progress = SILENT) -> tu
     path = Path(model).expanduser()
     if encoders is None:
         return (path if is_file(path) else folder_of(model, progress=progress)), None
-    own = original_of(weights_only(Header.of(path))).part
+    own = original_of(architecture_of(weights_only(Header.of(path)))).part
     return path, folder_of(encoders, (own,), progress)
 
 
@@ -124,43 +105,47 @@ def _refuse_without_weights(pipe: Any) -> None:
 
 def _of_file(header: Header, encoders: str | Path | None) -> PipelineFamily:
     """The family of a single file, beside a folder or hub id with what it lacks."""
-    original = original_of(header)
-    supported = pipelines_of(original)
-    folder = folder_beside(encoders, supported, model_family(header.shapes), without=(original.part,))
-    name = supported[0] if folder is None else pipeline_name(folder.path)
-    return FAMILIES[name](FileComponents(header, original, name, folder))
+    architecture = architecture_of(header)
+    original = original_of(architecture)
+    name, folder = beside(encoders, architecture, without=(original.part,))
+    return family_of(name, header.path)(FileComponents(header, original, name, folder))
 
 
-def original_of(header: Header) -> Original:
+def architecture_of(header: Header) -> Architecture:
     """What a single file is; ValueError where it is no model of a family here."""
     path, family = header.path, model_family(header.shapes)
     refuse_lora(header)
     if family == FOLDER_PART:
         raise ValueError(f"{path} must be a whole model, got a part of a diffusers folder: give the folder instead")
-    original = ORIGINALS.get(family)
-    if original is None or not pipelines_of(original):
+    known = {architecture.name: architecture for architecture in ARCHITECTURES if architecture.model_signs}
+    architecture = SD1 if family == UNETS else known.get(family)
+    if architecture is None:
         what = f"tensors such as {next(iter(header.shapes), 'none')}" if family == "unknown" else family
-        raise ValueError(f"{path} must be a model of a family among {', '.join(ORIGINALS)}, got {what}")
-    return original
+        raise ValueError(f"{path} must be a model of a family among {', '.join(known)}, got {what}")
+    return architecture
 
 
-def pipelines_of(original: Original) -> list[str]:
-    """The pipelines with such a denoiser that there is a family for."""
-    return [name for name in original.pipelines if name in FAMILIES]
+def original_of(architecture: Architecture) -> Original:
+    """How single files of it are read."""
+    return family_of(next(iter(architecture.pipelines)), None).ORIGINAL
 
 
-def folder_beside(
-    encoders: str | Path | None, pipelines: Sequence[str], family: str, *, without: Collection[str]
-) -> FolderComponents | None:
-    """The folder, of one of these pipelines, or what is fetched from the hub; without: parts that are not needed."""
+def beside(
+    encoders: str | Path | None, architecture: Architecture, *, without: Collection[str]
+) -> tuple[str, FolderComponents | None]:
+    """The pipeline of a single file, and the folder, or what is fetched from the hub, of what the file lacks.
+
+    without: parts that are not needed. ValueError where the folder is of another architecture.
+    """
     if encoders is None:
-        return None
+        return next(iter(architecture.pipelines)), None
     folder = folder_of(encoders, without)
     name = pipeline_name(folder)
-    if name not in pipelines:
-        raise ValueError(f"encoders must be a folder of {' or '.join(pipelines)} for a file of {family}, got {name}")
+    if name not in architecture.pipelines:
+        kinds = " or ".join(architecture.pipelines)
+        raise ValueError(f"encoders must be a folder of {kinds} for a file of {architecture.name}, got {name}")
     refuse_pointers(folder)
-    return FolderComponents(folder)
+    return name, FolderComponents(folder)
 
 
 def folder_of(model: str | Path, without: Collection[str] = (), progress: Progress = SILENT) -> Path:
@@ -170,7 +155,9 @@ def folder_of(model: str | Path, without: Collection[str] = (), progress: Progre
 
 
 def family_of(name: str, source: Any) -> type[PipelineFamily]:
+    """The family of a pipeline's class in diffusers; ValueError, which names the source, where there is none."""
     if name not in FAMILIES:
         what = source if isinstance(source, Path) else "model"
         raise ValueError(f"{what} must be a diffusers model of a kind among {', '.join(FAMILIES)}, got {name}")
-    return FAMILIES[name]
+    module, _, kind = FAMILIES[name].partition(".")
+    return getattr(importlib.import_module(f"lorasmith.models.families.{module}"), kind)

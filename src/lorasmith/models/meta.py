@@ -12,19 +12,11 @@ from typing import Any
 from lorasmith.adapters.registry import needs_weight
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.formats.architectures.architecture import Published
-from lorasmith.formats.detect import model_family
 from lorasmith.formats.keys import split
 from lorasmith.formats.module_names import ModuleNames
 from lorasmith.models.checkpoints.load import shaped
 from lorasmith.models.checkpoints.scaled import weights_only
-from lorasmith.models.load import (
-    FAMILIES,
-    family_of,
-    folder_beside,
-    folder_of,
-    original_of,
-    pipelines_of,
-)
+from lorasmith.models.load import architecture_of, beside, family_of, folder_of, original_of
 from lorasmith.models.sources.components import FolderComponents, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.sources.kind import is_file, pipeline_name
@@ -113,10 +105,9 @@ def _parts(folder: FolderComponents, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -> Denoiser:
-    original = original_of(header)
-    supported = pipelines_of(original)
-    folder = folder_beside(encoders, supported, model_family(header.shapes), without=MODULES)
-    name = supported[0] if folder is None else pipeline_name(folder.path)
+    architecture = architecture_of(header)
+    original = original_of(architecture)
+    name, folder = beside(encoders, architecture, without=MODULES)
     components = FileComponents(header, original, name, folder)
     parts = {original.part: original.shaped(header, components.keys(), components.part_config(original.part))}
     if folder is not None:
@@ -129,7 +120,7 @@ def _of_file(header: Header, *, with_texts: bool, encoders: str | Path | None) -
 
 def _texts(pipeline: str, *, with_texts: bool) -> tuple[str, ...]:
     """The text encoders that can have adapters."""
-    texts = FAMILIES[pipeline].TEXTS
+    texts = family_of(pipeline, None).TEXTS
     return tuple(texts.prefixes) if with_texts and texts else ()
 
 
@@ -145,7 +136,7 @@ def _denoiser(pipeline: str, parts: Mapping[str, Any], settings: Mapping[str, An
     """settings: the pipeline's own config. Its scheduler does not matter for layers."""
     pipe = SimpleNamespace(**dict.fromkeys(NETS), scheduler=SimpleNamespace(config={}), config=settings)
     pipe.__dict__.update(parts)
-    kind = FAMILIES[pipeline]
+    kind = family_of(pipeline, None)
     denoiser = kind(OpenComponents(pipe)).denoiser
     encoders = {name: part for name, part in parts.items() if name not in NETS}
     return TextDenoiser(denoiser, encoders, kind.TEXTS) if encoders and kind.TEXTS else denoiser

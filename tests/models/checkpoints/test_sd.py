@@ -287,7 +287,7 @@ def with_zeros(key: str, *shape: int) -> Callable[[State], State]:
         (lambda _: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "FluxTransformer2DModel of .*: no img_in"),
         (lambda _: {f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(1)}, "Stable Diffusion 3|SD3Tr"),
         (lambda _: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "got a part of a diffusers folder"),
-        (lambda _: {"emb_params": torch.zeros(1)}, "a family among Stable .*, got tensors such as emb_params"),
+        (lambda _: {"emb_params": torch.zeros(1)}, "family among .*, Stable .* 1.x, got tensors such as emb_params"),
         (lambda _: {"lora_unet_mid_block.lora_down.weight": torch.zeros(1)}, "must be a model, got a LoRA"),
         (without(f"{UNET}input_blocks.0.0.weight"), "hold the tensor model.diffusion_model.input_blocks.0.0.weight"),
         (without(f"{UNET}input_blocks.1.0.in_layers.2.weight"), "hold the tensor .*blocks.1.0.in_layers.2.weight"),

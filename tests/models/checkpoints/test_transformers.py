@@ -19,10 +19,11 @@ from tiny import PROMPTS, TINY, made
 from torch import Tensor
 
 from lorasmith.cli.main import main
+from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.detect import model_family
 from lorasmith.models.checkpoints.load import _Empty
-from lorasmith.models.checkpoints.transformers import ORIGINALS, OriginalTransformer
-from lorasmith.models.load import opened
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
+from lorasmith.models.load import opened, original_of
 from lorasmith.models.meta import skeleton
 from lorasmith.models.sources.single_file import FileComponents
 from lorasmith.storage.safetensors_header import Header
@@ -32,6 +33,7 @@ from lorasmith.tools.merge_into_model import merge_into
 State = dict[str, Tensor]
 CPU = torch.device("cpu")
 DENOISER = "model.diffusion_model."
+ORIGINALS = {architecture.name: original_of(architecture) for architecture in ARCHITECTURES if architecture.model_signs}
 TRANSFORMERS = {family: layout for family, layout in ORIGINALS.items() if isinstance(layout, OriginalTransformer)}
 SMALL: dict[str, list[dict[str, Any]]] = {  # heads, and what they are turned by, are as published
     "Stable Diffusion 3": [

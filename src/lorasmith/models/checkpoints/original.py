@@ -14,13 +14,8 @@ class Original(Protocol):
     """How single files hold a family's denoiser, and what they hold beside it."""
 
     @property
-    def pipelines(self) -> tuple[str, ...]:
-        """The classes in diffusers of the pipelines that have such a denoiser."""
-        ...
-
-    @property
     def part(self) -> str:
-        """The name of the denoiser in these pipelines."""
+        """The name of the denoiser in its pipelines."""
         ...
 
     @property

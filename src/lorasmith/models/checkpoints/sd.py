@@ -33,7 +33,6 @@ from lorasmith.storage.safetensors_header import Header
 class OriginalSD:
     """Stable Diffusion's UNet in single files."""
 
-    pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     part: str = "unet"
     scheduler_kind: str = "DDIMScheduler"
     vae: Config | None = field(default_factory=lambda: {"scaling_factor": VAE_SCALE})

@@ -56,7 +56,6 @@ def _is_down(header: Header, number: int) -> bool:
 class OriginalSDXL:
     """SDXL's UNet in single files."""
 
-    pipelines: tuple[str, ...] = ("StableDiffusionXLPipeline",)
     part: str = "unet"
     scheduler_kind: str = "EulerDiscreteScheduler"
     vae: Config | None = field(default_factory=lambda: {"scaling_factor": 0.13025})

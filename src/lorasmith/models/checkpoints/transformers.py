@@ -1,6 +1,6 @@
-"""How single files hold the transformers of each family: in the layout of the original code, or under diffusers' names.
+"""How single files hold transformers: in the layout of the original code, or under diffusers' names.
 
-The conversion is diffusers' own; where that knows one width alone, what depends on the width is split here.
+The conversion is diffusers' own; where that knows one width alone, the family splits what depends on the width.
 """
 
 import importlib
@@ -12,65 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.formats.detect import UNETS
 from lorasmith.models.checkpoints.clip import shaped_encoders
 from lorasmith.models.checkpoints.load import UNFIT, dtype_in, fitted, line, shaped, tensors
-from lorasmith.models.checkpoints.original import Original
-from lorasmith.models.checkpoints.sd import OriginalSD
-from lorasmith.models.checkpoints.sdxl import OriginalSDXL
-from lorasmith.models.checkpoints.transformer_configs import (
-    Config,
-    Shapes,
-    chroma,
-    flux,
-    flux2,
-    lumina2,
-    qwen_image,
-    sd3,
-    wan,
-    z_image,
-)
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes
 from lorasmith.storage.safetensors_header import Header
 
 State = dict[str, Tensor]
 Convert = Callable[[State], State]
-FLUX_ROWS = 7 * 3072  # of the fused layer in the only width that diffusers' conversion of Flux and Chroma knows
-
-
-def _any_width(state: State, convert: Convert) -> State:
-    """Flux's and Chroma's layers linear1 are queries, keys, values and the MLP's input, one below the other."""
-    width = state["img_in.weight"].shape[0]
-    fused = {key: tensor for key, tensor in state.items() if ".linear1." in key}
-    state.update({key: torch.empty(FLUX_ROWS, 0) for key in fused})
-    converted = convert(state)
-    for key, tensor in fused.items():
-        _, number, _, leaf = key.split(".")
-        rows = [width, width, width, len(tensor) - 3 * width]
-        for name, part in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), tensor.split(rows), strict=True):
-            converted[f"single_transformer_blocks.{number}.{name}.{leaf}"] = part
-    return converted
-
-
-def _grouped(state: State, convert: Convert) -> State:
-    """Lumina 2's layers qkv are queries and, of fewer heads, keys and values, one below the other."""
-    width = state["x_embedder.weight"].shape[0]
-    for key in [key for key in state if ".attention.qkv." in key]:
-        tensor = state.pop(key)
-        rows = [width, (len(tensor) - width) // 2, (len(tensor) - width) // 2]
-        for name, part in zip(("to_q", "to_k", "to_v"), tensor.split(rows), strict=True):
-            state[key.replace("qkv", name)] = part
-    return convert(state)
 
 
 def _plain(state: State, convert: Convert) -> State:
     return convert(state)
-
-
-def _flux_scheduler(shapes: Shapes) -> Config:
-    """Dev, which is told the guidance, shifts by size; schnell does not."""
-    is_dev = any("guidance_" in key for key in shapes)
-    by_size = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-    return {"shift": 3.0 if is_dev else 1.0, "use_dynamic_shifting": is_dev, **by_size}
 
 
 @dataclass(frozen=True)
@@ -78,7 +30,6 @@ class OriginalTransformer:
     """A family's transformer in single files."""
 
     kind: str  # its class in diffusers
-    pipelines: tuple[str, ...]  # in diffusers, that have such a transformer
     sizes: Callable[[Shapes, Config], Config]
     sign: str  # what stands in a name of the original layout alone
     convert: Callable[[State, Convert], State] = _plain
@@ -163,45 +114,5 @@ class OriginalTransformer:
             )
 
 
-AXES = "axes_dims_rope"
-CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
-FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-ORIGINALS: dict[str, Original] = {
-    "Stable Diffusion 1.x": OriginalSD(),
-    "Stable Diffusion 2.x": OriginalSD(),
-    UNETS: OriginalSD(),
-    "Stable Diffusion 3": OriginalTransformer(
-        "SD3Transformer2DModel", ("StableDiffusion3Pipeline",), sd3, "joint_blocks.",
-        published=lambda _: {"shift": 3.0}, vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
-        texts={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
-    ),
-    "Flux": OriginalTransformer(
-        "FluxTransformer2DModel", ("FluxPipeline",), flux, "double_blocks.", _any_width, AXES, _flux_scheduler,
-        FLUX_VAE, {"text_encoder": CLIP_L, "text_encoder_2": T5},
-    ),
-    "Chroma": OriginalTransformer(
-        "ChromaTransformer2DModel", ("ChromaPipeline",), chroma, "double_blocks.", _any_width, AXES,
-        vae=FLUX_VAE,
-    ),
-    "Flux.2": OriginalTransformer(
-        "Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), flux2, "double_blocks.", axes=AXES
-    ),
-    "Qwen-Image": OriginalTransformer(
-        "QwenImageTransformer2DModel", ("QwenImagePipeline",), qwen_image, "\0", axes=AXES,
-        published=lambda _: {
-            "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,
-            "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02,
-        },
-    ),
-    "Z-Image": OriginalTransformer(
-        "ZImageTransformer2DModel", ("ZImagePipeline",), z_image, "attention.qkv.", axes="axes_dims",
-        vae=FLUX_VAE,
-    ),
-    "Lumina 2": OriginalTransformer(
-        "Lumina2Transformer2DModel", ("Lumina2Pipeline",), lumina2, "attention.qkv.", _grouped,
-        "axes_dim_rope", lambda _: {"shift": 6.0}, FLUX_VAE,
-    ),
-    "Wan": OriginalTransformer("WanTransformer3DModel", ("WanPipeline",), wan, "head.modulation"),
-    "SDXL": OriginalSDXL(),
-}  # fmt: skip
-"""{family, as `detect.MODEL_SIGNS` calls it: its files}."""
+CLIP_L, CLIP_G, T5_XXL = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
+"""How the names of text encoders' tensors begin in such files."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lorasmith.models.checkpoints.original import Original
 from lorasmith.models.sources.components import Components, OpenComponents
 from lorasmith.models.sources.folder_layout import MODULES
 from lorasmith.models.text_encoders import Texts, output_of, tokens, tokens_of
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 class PipelineFamily:
     """A family: components -> denoiser, codec, and a pipeline around a changed denoiser."""
 
+    ORIGINAL: ClassVar[Original]
+    """How single files hold its denoiser, where its architecture has model_signs."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     """The parts that pictures and captions cannot be encoded without."""
     IN_FLOAT32: ClassVar[tuple[str, ...]] = ("vae",)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, num_blocks
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, mask_of, packed, unpacked
-from lorasmith.models.families.flux import grid
+from lorasmith.models.families.flux import AXES, VAE, any_width, flux_like, grid
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -51,8 +53,21 @@ class ChromaCodec(PictureCodec):
         return {"text": (text * mask[..., None])[:, :length], "mask": mask[:, :length]}
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    hidden, channels = shapes["distilled_guidance_layer.in_proj.weight"]
+    return {
+        **flux_like(shapes),
+        "approximator_num_channels": channels,
+        "approximator_hidden_dim": hidden,
+        "approximator_layers": num_blocks(shapes, "distilled_guidance_layer.layers."),
+    }
+
+
 class Chroma(PipelineFamily):
     """Chroma1."""
+
+    ORIGINAL = OriginalTransformer("ChromaTransformer2DModel", config_of, "double_blocks.", any_width, AXES, vae=VAE)
 
     def denoiser_of(self, components: Components) -> ChromaDenoiser:
         return ChromaDenoiser(components.net("transformer"), flow_of(components.scheduler))

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, holds, num_blocks
+from lorasmith.models.checkpoints.transformers import CLIP_L, T5_XXL, Convert, OriginalTransformer, State
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, packed, unpacked
 from lorasmith.models.sources.components import Components
@@ -72,9 +74,63 @@ class FluxCodec(PictureCodec):
         return {"text": text.float(), "pooled": pooled.float()}
 
 
+ROWS = 7 * 3072  # of the fused layer in the only width that diffusers' conversion of Flux and Chroma knows
+VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+AXES = "axes_dims_rope"
+
+
+def any_width(state: State, convert: Convert) -> State:
+    """Flux's and Chroma's layers linear1 are queries, keys, values and the MLP's input, one below the other."""
+    width = state["img_in.weight"].shape[0]
+    fused = {key: tensor for key, tensor in state.items() if ".linear1." in key}
+    state.update({key: torch.empty(ROWS, 0) for key in fused})
+    converted = convert(state)
+    for key, tensor in fused.items():
+        _, number, _, leaf = key.split(".")
+        rows = [width, width, width, len(tensor) - 3 * width]
+        for name, part in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), tensor.split(rows), strict=True):
+            converted[f"single_transformer_blocks.{number}.{name}.{leaf}"] = part
+    return converted
+
+
+def _scheduler(shapes: Shapes) -> Config:
+    """Dev, which is told the guidance, shifts by size; schnell does not."""
+    is_dev = any("guidance_" in key for key in shapes)
+    by_size = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    return {"shift": 3.0 if is_dev else 1.0, "use_dynamic_shifting": is_dev, **by_size}
+
+
+def flux_like(shapes: Shapes) -> dict[str, Any]:
+    """Those that Flux.1, Flux.2 and Chroma have."""
+    width, channels = shapes["x_embedder.weight"]
+    head, out = shapes["transformer_blocks.0.attn.norm_q.weight"][0], shapes["proj_out.weight"][0]
+    return {
+        "in_channels": channels,
+        "out_channels": None if out == channels else out,
+        "num_layers": num_blocks(shapes, "transformer_blocks."),
+        "num_single_layers": num_blocks(shapes, "single_transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+    }
+
+
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    return {
+        **flux_like(shapes),
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": holds(shapes, "guidance_embedder"),
+    }
+
+
 class Flux(PipelineFamily):
     """Flux.1 dev and schnell."""
 
+    ORIGINAL = OriginalTransformer(
+        "FluxTransformer2DModel", config_of, "double_blocks.", any_width, AXES, _scheduler, VAE,
+        {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
+    )  # fmt: skip
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
     TEXTS: ClassVar[Texts | None] = Texts({CLIP: "lora_te1", T5: "lora_te3"}, text_of, optional=(T5,))
 

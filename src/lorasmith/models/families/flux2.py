@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorasmith.diffusion.process import Flow
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, holds
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
 from lorasmith.models.families.base import PipelineFamily, factor_of, num_chat_tokens, warn_of_counts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of
-from lorasmith.models.families.flux import GUIDANCE, NUM_TOKENS, grid
+from lorasmith.models.families.flux import AXES, GUIDANCE, NUM_TOKENS, flux_like, grid
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -123,8 +125,24 @@ class QwenCodec(Flux2Codec):
         return num_chat_tokens(self.pipe.tokenizer, [{"role": "user", "content": text}], QWEN)
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    width, hidden = shapes["x_embedder.weight"][0], shapes["transformer_blocks.0.ff.linear_in.weight"][0]
+    return {
+        **flux_like(shapes),
+        "timestep_guidance_channels": shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        "mlp_ratio": hidden / 2 / width,  # half of it is the gate
+        "guidance_embeds": holds(shapes, "guidance_embedder"),
+    }
+
+
+ORIGINAL = OriginalTransformer("Flux2Transformer2DModel", config_of, "double_blocks.", axes=AXES)
+
+
 class Flux2(PipelineFamily):
     """Flux.2 dev."""
+
+    ORIGINAL = ORIGINAL
 
     def denoiser_of(self, components: Components) -> DistilledFlux2:
         return DistilledFlux2(components.net("transformer"), _flow(components.scheduler))
@@ -138,6 +156,8 @@ class Flux2(PipelineFamily):
 
 class Flux2Klein(PipelineFamily):
     """Flux.2 klein: the distilled one, and its base, which is drawn with classifier-free guidance."""
+
+    ORIGINAL = ORIGINAL
 
     def denoiser_of(self, components: Components) -> Flux2Denoiser:
         kind = DistilledFlux2 if components.config("is_distilled") else Flux2Denoiser

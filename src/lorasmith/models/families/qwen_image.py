@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, holds, num_blocks
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
 from lorasmith.models.families.base import PipelineFamily, VideoAutoencoder, warn_of_cuts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, mask_of, packed, unpacked
 from lorasmith.models.sources.components import Components
@@ -70,8 +72,30 @@ class QwenImageCodec:
         return {"text": text.float(), "mask": mask.float()}
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    (width, channels), head = shapes["img_in.weight"], shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    return {
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0] // base.get("patch_size", 2) ** 2,
+        "num_layers": num_blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "use_additional_t_cond": holds(shapes, "addition_t_embedding"),
+    }
+
+
 class QwenImage(PipelineFamily):
     """Qwen-Image."""
+
+    ORIGINAL = OriginalTransformer(
+        "QwenImageTransformer2DModel", config_of, "\0", axes="axes_dims_rope",
+        published=lambda _: {
+            "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,
+            "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02,
+        },
+    )  # fmt: skip
 
     def denoiser_of(self, components: Components) -> QwenImageDenoiser:
         return QwenImageDenoiser(components.net("transformer"), flow_of(components.scheduler))

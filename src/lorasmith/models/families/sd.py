@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from lorasmith.diffusion.process import Diffusion
+from lorasmith.models.checkpoints.sd import OriginalSD
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, factor_of, warn_of_cuts
 from lorasmith.models.families.denoisers import UNetDenoiser, check_inputs, dtype_of
 from lorasmith.models.sources.components import Components
@@ -78,6 +79,7 @@ class StableDiffusionCodec(PictureCodec):
 class StableDiffusion(PipelineFamily):
     """Stable Diffusion 1.x and 2.x."""
 
+    ORIGINAL = OriginalSD()
     ENCODERS = ("vae", "text_encoder", "tokenizer")
     IN_FLOAT32 = ("vae", "text_encoder")
     TEXTS: ClassVar[Texts | None] = Texts({"text_encoder": "lora_te"}, text_of)

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024), through diffusers. B batch, L tokens, D width, h w latent sides."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, num_blocks
+from lorasmith.models.checkpoints.transformers import CLIP_G, CLIP_L, T5_XXL, OriginalTransformer
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, refuse_odd
 from lorasmith.models.sources.components import Components
@@ -80,9 +83,36 @@ class SD3Codec(PictureCodec):
         return {**found, **self._t5(texts, T5, pipe.tokenizer_3, NUM_TOKENS)}
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    width, channels, patch, _ = shapes["pos_embed.proj.weight"]
+    first = "transformer_blocks.0.attn.norm_q.weight"
+    head = shapes[first][0] if first in shapes else base.get("attention_head_dim", 64)
+    doubled = (key.split(".")[1] for key in shapes if ".attn2.to_q.weight" in key)
+    return {
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0] // patch**2,
+        "patch_size": patch,
+        "num_layers": num_blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": shapes["context_embedder.weight"][0],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "pos_embed_max_size": math.isqrt(shapes["pos_embed.pos_embed"][1]),
+        "dual_attention_layers": tuple(sorted(map(int, doubled))),
+        "qk_norm": "rms_norm" if first in shapes else None,
+    }
+
+
 class SD3(PipelineFamily):
     """Stable Diffusion 3 medium, 3.5 medium and 3.5 large, with or without T5."""
 
+    ORIGINAL = OriginalTransformer(
+        "SD3Transformer2DModel", config_of, "joint_blocks.", published=lambda _: {"shift": 3.0},
+        vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        texts={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL},
+    )  # fmt: skip
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
     TEXTS: ClassVar[Texts | None] = Texts(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}, text_of,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorasmith.models.checkpoints.sdxl import OriginalSDXL
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, warn_of_cuts
 from lorasmith.models.families.denoisers import UNetDenoiser, check_inputs, dtype_of
 from lorasmith.models.families.sd import PREDICTION_NAMES, diffusion
@@ -80,6 +81,7 @@ class SDXLCodec(PictureCodec):
 class SDXL(PipelineFamily):
     """The base model; the refiner, which is told other things, is refused."""
 
+    ORIGINAL = OriginalSDXL()
     ENCODERS = ("vae", "text_encoder", "text_encoder_2")
     TEXTS: ClassVar[Texts | None] = Texts(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}, text_of, last_layer

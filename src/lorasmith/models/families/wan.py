@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.diffusion.process import Flow
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, num_blocks
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
 from lorasmith.models.families.base import PipelineFamily, VideoAutoencoder, warn_of_cuts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of
 from lorasmith.models.sources.components import Components
@@ -126,8 +128,32 @@ class WanCodec:
         return {"text": text.float()}
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    width, channels, *patch = shapes["patch_embedding.weight"]
+    head = base.get("attention_head_dim", 128)  # which no shape shows: norms go over all heads
+    if width % head:
+        raise ValueError(f"its width must be a multiple of a head's, {head}, got {width}")
+    image, added = "condition_embedder.image_embedder.norm1.weight", "blocks.0.attn2.add_k_proj.weight"
+    return {
+        "patch_size": tuple(patch),
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        "num_attention_heads": width // head,
+        "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": num_blocks(shapes, "blocks."),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "image_dim": shapes[image][0] if image in shapes else None,
+        "added_kv_proj_dim": shapes[added][1] if added in shapes else None,
+    }
+
+
 class Wan(PipelineFamily):
     """Wan 2.1, and 2.2 with two experts or one transformer (5B)."""
+
+    ORIGINAL = OriginalTransformer("WanTransformer3DModel", config_of, "head.modulation")
 
     def denoiser_of(self, components: Components) -> WanDenoiser | WanExperts:
         scheduler, boundary = components.scheduler, components.config("boundary_ratio")

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.models.checkpoints.transformer_configs import Config, Shapes, num_blocks
+from lorasmith.models.checkpoints.transformers import OriginalTransformer
 from lorasmith.models.families.base import PictureCodec, PipelineFamily, masked, num_chat_tokens, warn_of_counts
 from lorasmith.models.families.denoisers import TransformerDenoiser, flow_of, read_tokens, refuse_odd
+from lorasmith.models.families.flux import VAE
 from lorasmith.models.sources.components import Components
 from lorasmith.types import Cond
 
@@ -47,8 +50,25 @@ class ZImageCodec(PictureCodec):
         return masked(encoded)
 
 
+def config_of(shapes: Shapes, base: Config) -> Config:
+    """The values of the transformer's config that vary among the published models."""
+    width, channels = shapes["all_x_embedder.2-1.weight"]
+    head = shapes["layers.0.attention.norm_q.weight"][0]
+    return {
+        "in_channels": channels // 4,
+        "dim": width,
+        "n_layers": num_blocks(shapes, "layers."),
+        "n_refiner_layers": num_blocks(shapes, "noise_refiner."),
+        "n_heads": width // head,
+        "n_kv_heads": shapes["layers.0.attention.to_k.weight"][0] // head,
+        "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
+    }
+
+
 class ZImage(PipelineFamily):
     """Z-Image and Z-Image Turbo."""
+
+    ORIGINAL = OriginalTransformer("ZImageTransformer2DModel", config_of, "attention.qkv.", axes="axes_dims", vae=VAE)
 
     def denoiser_of(self, components: Components) -> ZImageDenoiser:
         return ZImageDenoiser(components.net("transformer"), flow_of(components.scheduler))
