@@ -1,11 +1,15 @@
 """What a LoRA's layers look like: the sign of every family, and sizes that tell one from another."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
+from tiny import TINY, made
 from torch import Tensor
 
+from lorasmith.adapters.targets import adaptable_layers
+from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.detect import (
     FOLDER_PART,
     MODEL_SIGNS,
@@ -111,12 +115,32 @@ def test_every_family_s_names(layer: str) -> None:
     assert lora_family({layer: lora(4, 8)}) == FAMILIES[layer]
 
 
+@cache
+def layers_of_tiny_nets() -> dict[str, set[str]]:
+    """{an architecture with a transformer: its layers, as diffusers names them}."""
+    names = {pipeline: a.name for a in ARCHITECTURES if a.transformer for pipeline in a.pipelines}
+    pipes = [made(name) for name in TINY]
+    return {
+        names[type(pipe).__name__]: set(adaptable_layers({"transformer": pipe.transformer}))
+        for pipe in pipes
+        if type(pipe).__name__ in names
+    }
+
+
+def test_every_transformer_is_known_by_its_layers() -> None:
+    found = layers_of_tiny_nets()
+    assert found.keys() == {a.name for a in ARCHITECTURES if a.transformer}
+    for name, layers in found.items():
+        assert lora_family({layer: lora(4, 8) for layer in layers}) == name
+
+
 def test_no_sign_stands_in_vain() -> None:
-    names = [layer.replace(".", "_") for layer in FAMILIES]
+    every = FAMILIES | {layer: name for name, layers in layers_of_tiny_nets().items() for layer in layers}
+    names = [layer.replace(".", "_") for layer in every]
     for index, (sign, family) in enumerate(SIGNS):
         earlier = [pattern for pattern, _ in SIGNS[:index]]
         new = [n for n in names if re.search(sign, n) and not any(re.search(pattern, n) for pattern in earlier)]
-        assert any(FAMILIES[layer] == family for layer in FAMILIES if layer.replace(".", "_") in new), sign
+        assert any(every[layer] == family for layer in every if layer.replace(".", "_") in new), sign
 
 
 @pytest.mark.parametrize(
