@@ -169,7 +169,7 @@ def test_a_long_value_is_cut_to_one_line(model: Pointwise) -> None:
 @pytest.mark.parametrize("value", [None, 3, torch.zeros(1), {"samples": 1}])
 def test_what_is_no_model_is_named(value: Any) -> None:
     kind = type(value).__name__
-    assert re.fullmatch(f"model must be a diffusers model of a kind among .*, got {kind}", refusal(value))
+    assert refusal(value) == f"model must be a path, a hub id, a diffusers pipeline or a Denoiser, got {kind}"
 
 
 @pytest.mark.parametrize("path", ["", "nowhere"])

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from lorasmith.formats.architectures.architecture import UNETS, Architecture
 from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.architectures.sd import SD1
@@ -86,6 +88,10 @@ def _opened(model: Any, encoders: str | Path | None) -> PipelineFamily:
         kind = family_of(pipeline_name(folder), folder)
         refuse_pointers(folder)
         return kind(FolderComponents(folder))
+    if not isinstance(model, DiffusionPipeline):
+        raise ValueError(
+            f"model must be a path, a hub id, a diffusers pipeline or a Denoiser, got {type(model).__name__}"
+        )
     kind = family_of(type(model).__name__, model)
     _refuse_without_weights(model)
     return kind(OpenComponents(model))
