@@ -1,12 +1,14 @@
 """The original transformers' names against diffusers' own converters, row by row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as converters
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from tiny import TINY
 from torch import Tensor, nn
 
 from lorasmith.formats.transformer_names import TRANSFORMERS, original_layers
@@ -83,5 +85,23 @@ def test_the_names_are_those_that_diffusers_converts(kind: str) -> None:
     assert not [name for name, tensor in state.items() if not torch.equal(converted[name], tensor)]
 
 
+def others() -> dict[str, tuple[nn.Module, Mapping[str, str]]]:
+    """{a class that NETS lacks: a tiny net, and the parameters outside layers that have other names}."""
+    nets = [(tiny.pipe().components.get("transformer"), tiny.original_names) for tiny in TINY.values()]
+    return {type(net).__name__: (net, names) for net, names in nets if net and type(net).__name__ not in NETS}
+
+
+def test_the_names_of_other_classes_are_those_that_diffusers_converts() -> None:
+    for kind, (net, names) in others().items():
+        state = numbered(net)
+        original = {names.get(name, name): tensor for name, tensor in as_original(net, dict(state)).items()}
+        if kind == "QwenImageTransformer2DModel":  # whose names are the original ones
+            converted = original
+        else:
+            converted = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"](original, config={})
+        assert converted.keys() == state.keys()
+        assert not [name for name, tensor in state.items() if not torch.equal(converted[name], tensor)]
+
+
 def test_every_class_is_tested() -> None:
-    assert TRANSFORMERS.keys() - NETS.keys() == {"QwenImageTransformer2DModel"}, "whose names are the original ones"
+    assert TRANSFORMERS.keys() == NETS.keys() | others().keys()

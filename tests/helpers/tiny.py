@@ -55,6 +55,7 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.targets import Targets
+from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.models.families.denoisers import packed
 
 ALL = Targets(preset="all")
@@ -74,6 +75,7 @@ class Tiny:
     noise: Callable[[Tensor], Tensor] = lambda latents: latents  # [1,C,h,w] -> as its call takes it
     prompt: Callable[[Any, str], dict[str, Any]] = lambda pipe, prompt: {"prompt": prompt}  # as its call takes it
     tolerance: float = 2e-3  # between pictures of ours and of its own
+    original_names: dict[str, str] = field(default_factory=dict)  # {a parameter outside layers: in the original code}
     picture: Callable[[Any], Tensor] = lambda output: output.images[0]  # what its call returns -> [3,H,W]
 
 
@@ -279,6 +281,8 @@ TINY = {
     ),
 }  # fmt: skip
 """{a name: a tiny pipeline}."""
+FOLDERS_ALONE = {name for a in ARCHITECTURES if not a.model_signs for name in a.pipelines}
+"""The pipelines that have no single files."""
 
 
 def made(name: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from originals import original
 from safetensors.torch import save_file
 from tiers import table
-from tiny import TINY, made
+from tiny import FOLDERS_ALONE, TINY, made
 from transformers import T5EncoderModel
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -26,7 +26,7 @@ from lorasmith.types import LayoutName
 SD = "StableDiffusionPipeline"
 FOLDERS = [SD, *(name for name in TINY if name != "Wan 2.2")]  # whose experts have a file each
 WIDE = ("FluxPipeline", "ChromaPipeline", "Lumina2Pipeline")  # which diffusers reads from files in one width alone
-FILES = [name for name in FOLDERS if name not in (SD, "StableDiffusionXLPipeline", *WIDE)]
+FILES = [name for name in FOLDERS if name not in (SD, "StableDiffusionXLPipeline", *WIDE, *FOLDERS_ALONE)]
 
 
 def model_of(name: str) -> Any:
