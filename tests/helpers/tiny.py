@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -144,6 +146,21 @@ def chroma() -> ChromaPipeline:
     )  # fmt: skip
 
 
+def aura_flow() -> AuraFlowPipeline:
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name:  # modulations without a bias: the blocks' gates would be nearly closed
+            torch.nn.init.normal_(parameter)
+    return AuraFlowPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), vae=autoencoder(),
+        text_encoder=umt5(16), tokenizer=t5_tokenizer(),
+    )  # fmt: skip
+
+
 def masked_prompt(pipe: Any, prompt: str) -> dict[str, Any]:
     """The prompt with a mask that is true or false: the pipeline's own, of numbers, hides nothing."""
     text, _, mask, *negative = pipe.encode_prompt(prompt, "")
@@ -270,6 +287,10 @@ TINY = {
     "Flux2Pipeline": Tiny(flux2, latent=(16, 12, 8), steps=50, guidance=2.5, arguments={"guidance_scale": 2.5}),
     "Flux2KleinPipeline": Tiny(flux2_klein, latent=(16, 12, 8), guidance=2.5, arguments={"guidance_scale": 2.5}),
     "ZImagePipeline": Tiny(z_image, size=(32, 40), latent=(4, 20, 16), guidance=3.0, arguments={"guidance_scale": 2.0}),
+    "AuraFlowPipeline": Tiny(
+        aura_flow, guidance=3.0, arguments={"guidance_scale": 3.0, "sigmas": [1.0, 0.75, 0.5, 0.25]},
+        original_names={"pos_embed.pos_embed": "positional_encoding"},
+    ),
     "Lumina2Pipeline": Tiny(lumina2, guidance=3.0, arguments={"guidance_scale": 3.0, "cfg_normalization": False}),
     "Wan 2.1": Tiny(wan, latent=(16, 1, 6, 4), guidance=3.0, arguments=FRAME, picture=first_frame),
     "Wan 2.2": Tiny(

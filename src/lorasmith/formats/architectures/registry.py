@@ -1,6 +1,7 @@
 """Every architecture, in the order in which their signs are looked for: the rarer ones first."""
 
 from lorasmith.formats.architectures.architecture import Architecture
+from lorasmith.formats.architectures.aura_flow import AURA_FLOW
 from lorasmith.formats.architectures.chroma import CHROMA
 from lorasmith.formats.architectures.flux import FLUX
 from lorasmith.formats.architectures.flux2 import FLUX2
@@ -13,5 +14,5 @@ from lorasmith.formats.architectures.wan import WAN
 from lorasmith.formats.architectures.z_image import Z_IMAGE
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    SDXL, CHROMA, FLUX2, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, SD2, SD1,
+    SDXL, CHROMA, AURA_FLOW, FLUX2, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, SD2, SD1,
 )  # fmt: skip
