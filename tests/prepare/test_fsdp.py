@@ -23,20 +23,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.adapters.algorithms import OFT, Algorithm, DoRA, LoHa, LoKr, LoRA
+from lorasmith.adapters.algorithms import OFT, Algorithm, LoHa, LoKr, LoRA
 from lorasmith.adapters.hooks import attached
-from lorasmith.adapters.targets import Targets, adaptable_layers
-from lorasmith.config.schema import Config
+from lorasmith.adapters.targets import Targets
 from lorasmith.demo import BASE
 from lorasmith.devices import has_int8
 from lorasmith.diffusion.process import Flow
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.diffusion.validation import held_out_losses
-from lorasmith.distributed.process_group import ALONE, World
 from lorasmith.models.families.sd import StableDiffusion
 from lorasmith.models.load import opened
 from lorasmith.prepare.activation_checkpointing import blocks, checkpointed
-from lorasmith.prepare.fsdp import refuse_useless_sharding, shard
+from lorasmith.prepare.fsdp import shard
 from lorasmith.prepare.int8_backward import quantize_backward
 from lorasmith.prepare.share import shared_copy
 from lorasmith.types import Cached, Cond, Denoiser
@@ -364,25 +362,6 @@ def test_two_processes_hold_a_half_each_and_train_as_one_does(tmp_path: Path) ->
         assert unet["drawn"]
         assert unet["peak"] <= unet["most allowed"] < unet["total"] / 4
         assert unet["after forward"] == unet["root"] and unet["after backward"] == 0
-
-
-def test_sharding_is_refused_where_it_saves_nothing_or_something_would_break(family: StableDiffusion) -> None:
-    adapters = AdapterSet.new(family.denoiser, LoRA(rank=2), Targets(), 0)
-    two = World(0, 2)
-    refuse_useless_sharding(Config(quantized_backward=True), adapters, two)
-    with pytest.raises(ValueError, match="^sharded must be False in a single process"):
-        refuse_useless_sharding(Config(), adapters, ALONE)
-    with pytest.raises(ValueError, match="^sharded must be False with offloading"):
-        refuse_useless_sharding(Config(offloading=True), adapters, two)
-    with pytest.raises(ValueError, match="^sharded must be False with memory_ladder"):
-        refuse_useless_sharding(Config(memory_ladder=True), adapters, two)
-    lengths = AdapterSet.new(family.denoiser, DoRA(rank=2), Targets(), 0)
-    with pytest.raises(ValueError, match="^sharded must be False with DoRA"):
-        refuse_useless_sharding(Config(), lengths, two)
-    layer = next(iter(adaptable_layers(family.denoiser.nets)))
-    offsets = AdapterSet(adapters.adapters, {f"{layer}.bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"^sharded must be False with this existing_lora: .* \(diff\)"):
-        refuse_useless_sharding(Config(), offsets, two)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ from measure_checkpointing import LiveBytes, Subject
 from tiers import table
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import OFT, Algorithm, LoHa, LoKr
 from lorasmith.api import train_lora
-from lorasmith.config.schema import Config
 from lorasmith.diffusion.process import Flow
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.models.families.sd import StableDiffusion
 from lorasmith.prepare import quantize
 from lorasmith.prepare.activation_checkpointing import blocks
-from lorasmith.prepare.quantize import LowBitLinear, Stored, low_bit_copy, refuse_needs_of_whole_weights
+from lorasmith.prepare.quantize import LowBitLinear, Stored, low_bit_copy
 from lorasmith.prepare.share import shared_copy
 from lorasmith.types import Denoiser
 
@@ -235,22 +233,6 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(ValueError) as info:
         call()
     return str(info.value)
-
-
-def test_what_needs_whole_weights_is_refused(flow_denoiser: FlowDenoiser) -> None:
-    adapters = AdapterSet({}, {})
-    for name, why in (
-        ("quantized_backward", "it takes gradients through whole weights"),
-        ("offloading", "it moves whole weights"),
-        ("sharded", "it shares out whole weights"),
-    ):
-        config = Config(base_dtype="int8", **{name: True})
-        said = refusal(lambda config=config: refuse_needs_of_whole_weights(config, adapters))
-        assert said == f"base_dtype must be none with {name}: {why}"
-    offsets = AdapterSet({}, {"transformer.proj_out.weight": torch.zeros(1)})
-    said = refusal(lambda: refuse_needs_of_whole_weights(Config(base_dtype="int8"), offsets))
-    assert said == "base_dtype must be none with this existing_lora: it changes weights themselves (diff)"
-    refuse_needs_of_whole_weights(Config(base_dtype="int8"), adapters)
 
 
 def test_a_training_that_needs_whole_weights_is_refused_at_its_start(

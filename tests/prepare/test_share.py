@@ -12,8 +12,6 @@ from frozen_nets import Case, equal, gradients
 from measure_checkpointing import Subject, measured
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.adapters.algorithms import OFT, DoRA, LoRA
 from lorasmith.adapters.targets import Targets, adaptable_layers
 from lorasmith.api import train_lora
 from lorasmith.config.schema import Config
@@ -22,7 +20,7 @@ from lorasmith.diffusion.process import Flow
 from lorasmith.models.families.sd import StableDiffusion, StableDiffusionDenoiser
 from lorasmith.prepare.activation_checkpointing import blocks, checkpointed
 from lorasmith.prepare.int8_backward import quantize_backward
-from lorasmith.prepare.offload import offload, refuse_useless_offloading
+from lorasmith.prepare.offload import offload
 from lorasmith.prepare.share import shared_copy
 from lorasmith.types import Denoiser
 
@@ -155,25 +153,6 @@ def test_offloaded_weights_come_back_for_each_run_and_gradients_stay_equal(case:
     assert all(p.is_meta == (id(p) in inside) for p in net.parameters()) and inside
     assert equal(gradients(copy, case, depth), expected)
     assert not any(p.is_meta for p in case.net.parameters())
-
-
-def test_offloading_is_refused_where_it_saves_nothing_or_an_adapter_misses_weights(case: Case) -> None:
-    cuda = torch.device("cuda")
-    adapters = AdapterSet.new(case.denoiser, LoRA(rank=2), Targets(), 0)
-    refuse_useless_offloading(CPU, adapters, cuda, True)
-    with pytest.raises(ValueError, match="offloading must be False on cpu: the weights are there already"):
-        refuse_useless_offloading(CPU, adapters, CPU, True)
-    with pytest.raises(ValueError, match="offloading must be False without gradient_checkpointing"):
-        refuse_useless_offloading(CPU, adapters, cuda, False)
-    rotations = AdapterSet.new(case.denoiser, OFT(), Targets(), 0)
-    with pytest.raises(ValueError, match="offloading must be False with OFT"):
-        refuse_useless_offloading(CPU, rotations, cuda, True)
-    lengths = AdapterSet.new(case.denoiser, DoRA(), Targets(), 0)
-    with pytest.raises(ValueError, match="offloading must be False with DoRA"):
-        refuse_useless_offloading(CPU, lengths, cuda, True)
-    offsets = AdapterSet(adapters.adapters, {"unet.conv_in.bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"offloading must be False with this existing_lora: .* \(diff\)"):
-        refuse_useless_offloading(CPU, offsets, cuda, True)
 
 
 def test_what_cannot_be_is_refused_before_training(

@@ -4,26 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.config.schema import Config
-from lorasmith.distributed.process_group import World
 from lorasmith.prepare.activation_checkpointing import INNERMOST, blocks
 from lorasmith.types import Denoiser, Routed
-
-
-def refuse_useless_sharding(config: Config, adapters: AdapterSet, world: World) -> None:
-    """ValueError where sharding would save nothing, or where something would miss weights or other processes."""
-    rules = (
-        (world.size == 1, "in a single process: there is no other to hold a share (torchrun starts several)"),
-        (config.offloading, "with offloading: the weights wait on the CPU already"),
-        (config.memory_ladder, "with memory_ladder: where one process runs out, the others would wait for its share"),
-        (config.text_encoder.train, "with text_encoder.train: text encoders are not shared out yet"),
-        *((True, f"with {name}: it reads each layer's weight, which is in parts") for name in adapters.needing_weights),
-        (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are in parts"),
-    )
-    for broken, why in rules:
-        if broken:
-            raise ValueError(f"sharded must be False {why}")
 
 
 def shard(denoiser: Denoiser, device: torch.device) -> None:

@@ -2,35 +2,9 @@
 
 import torch
 
-from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.errors import needs_extra
 from lorasmith.prepare.activation_checkpointing import blocks
 from lorasmith.types import Denoiser
-
-
-def refuse_useless_offloading(
-    home: torch.device, adapters: AdapterSet, device: torch.device, checkpointing: bool
-) -> None:
-    """ValueError where offloading would save nothing, or where an adapter would miss a weight that is away.
-
-    home: where the model's weights are.
-    """
-    rules = (
-        (home.type == device.type, f"on {device.type}: the weights are there already"),
-        (not checkpointing, "without gradient_checkpointing: every weight would stay for the backward pass"),
-        *(
-            (True, f"with {name}: it reads each layer's bias, which is away by then")
-            for name in adapters.needing_biases
-        ),
-        *(
-            (True, f"with {name}: it reads each layer's weight, which is away by then")
-            for name in adapters.needing_weights
-        ),
-        (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff), which are away"),
-    )
-    for broken, why in rules:
-        if broken:
-            raise ValueError(f"offloading must be False {why}")
 
 
 def offload(denoiser: Denoiser, device: torch.device) -> None:

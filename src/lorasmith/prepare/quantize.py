@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter_set import AdapterSet
-from lorasmith.config.schema import Config
 from lorasmith.errors import needs_extra
 from lorasmith.prepare.activation_checkpointing import blocks
 from lorasmith.prepare.share import D, shared_copy
@@ -111,19 +109,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         return grad_y @ ctx.whole(), None, None
-
-
-def refuse_needs_of_whole_weights(config: Config, adapters: AdapterSet) -> None:
-    """ValueError where something else would need whole weights."""
-    rules = (
-        (config.quantized_backward, "with quantized_backward: it takes gradients through whole weights"),
-        (config.offloading, "with offloading: it moves whole weights"),
-        (config.sharded, "with sharded: it shares out whole weights"),
-        (bool(adapters.offsets), "with this existing_lora: it changes weights themselves (diff)"),
-    )
-    for broken, why in rules:
-        if broken:
-            raise ValueError(f"base_dtype must be none {why}")
 
 
 def low_bit_copy(

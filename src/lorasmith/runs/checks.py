@@ -20,11 +20,12 @@ from lorasmith.data.folder import examples, tell_of
 from lorasmith.devices import best_device
 from lorasmith.distributed.process_group import ALONE, World
 from lorasmith.models.sources.kind import refuse_no_lora, refuse_unfit_source
+from lorasmith.prepare.compat import Circumstances, check_compatibility
 from lorasmith.reporting.tensorboard import refuse_without_tensorboard
 from lorasmith.runs.run_dir import chosen_folder
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.training.checkpoints import SUBFOLDER, CheckpointFolder
-from lorasmith.training.plan import refuse_contradictions, refuse_other_run
+from lorasmith.training.plan import refuse_other_run
 from lorasmith.types import Example
 
 VIEWS = 100  # of each picture, where steps are not set
@@ -50,7 +51,7 @@ def checked(config: Config, *, is_resuming: bool = False, folder: Path | None = 
     if config.model is None or config.data.folder is None:
         raise ValueError(f"{'model' if config.model is None else 'data.folder'} must be set: there is no default")
     device = device_for(config.device, world)
-    refuse_contradictions(config, AdapterSet({}), home=torch.device("cpu"), device=device, world=world)
+    check_compatibility(config, Circumstances(AdapterSet({}), torch.device("cpu"), device, world))
     if config.tensorboard:
         refuse_without_tensorboard()
     path = folder

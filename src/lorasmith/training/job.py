@@ -18,17 +18,12 @@ from lorasmith.adapters.hooks import attached
 from lorasmith.adapters.targets import TEXT_NETS
 from lorasmith.config.schema import Config
 from lorasmith.data.dataset import Dataset
-from lorasmith.devices import DTYPES, compute_dtype, device_of, model_dtype
+from lorasmith.devices import DTYPES, compute_dtype, device_of
 from lorasmith.distributed.process_group import ALONE, World
 from lorasmith.formats.experts import Expert, experts
 from lorasmith.formats.write import in_layout, metadata_of
-from lorasmith.prepare.fsdp import shard
-from lorasmith.prepare.int8_backward import quantize_backward
-from lorasmith.prepare.offload import offload
-from lorasmith.prepare.prepack import pack
-from lorasmith.prepare.quantize import low_bit_copy
-from lorasmith.prepare.share import num_bytes, shared_copy
-from lorasmith.reporting.progress import SILENT, Progress, megabytes
+from lorasmith.prepare.base_model import prepare
+from lorasmith.reporting.progress import SILENT, Progress
 from lorasmith.training.base_hash import BaseHash
 from lorasmith.training.checkpoints import Checkpoint
 from lorasmith.training.fingerprint import (
@@ -81,33 +76,19 @@ class Job:
     ) -> "Job":  # fmt: skip
         """The plan's adapters on a copy of the denoiser; ValueError where the copy cannot be made as asked."""
         config, device, adapters = plan.config, plan.device, plan.adapters
-        home = device_of(denoiser) if config.offloading or config.sharded else device
-        dtype = model_dtype(config.training_dtype, device)
-        with megabytes("preparing the weights", num_bytes(denoiser), progress) as advance:
-            if config.base_dtype == "none":
-                copy = shared_copy(denoiser, home, dtype, advance=advance)
-            else:
-                copy = low_bit_copy(denoiser, config.base_dtype, home, dtype, advance)
-        if config.quantized_backward:
-            quantize_backward(copy, device)
-        if config.offloading:  # after quantize_backward, which changes the forward passes that this wraps
-            offload(copy, device)
-        is_fp16 = any(p.dtype == torch.float16 for net in copy.nets.values() for p in net.parameters())
-        if config.sharded:
-            shard(copy, device)
-        num_packed = pack(copy, config.pack, adapters.offsets, progress)
+        model = prepare(denoiser, config, device, offsets=adapters.offsets, progress=progress)
         effective = {
-            "dtypes": dtypes_of(copy),
-            "packed layers": str(num_packed),
+            "dtypes": dtypes_of(model.denoiser),
+            "packed layers": str(model.num_prepacked),
             "kernels in C": "yes" if has_native_kernels(config, device) else "no",
         }
         adapters.to(device, compute_dtype(config.lora_dtype, device))
         network = _network(adapters, config.adapter if config.existing_lora is None else None)
         facts = facts_of(denoiser, adapters, dataset, device, plan.world) | effective
-        state = State(adapters, config, is_fp16=is_fp16, group=plan.first_group)
+        state = State(adapters, config, is_fp16=model.is_fp16, group=plan.first_group)
         job = cls(
-            config, denoiser, copy, adapters, dataset, state, plan.done, facts, {**network, **(metadata or {})},
-            plan.world, progress,
+            config, denoiser, model.denoiser, adapters, dataset, state, plan.done, facts,
+            {**network, **(metadata or {})}, plan.world, progress,
         )  # fmt: skip
         if plan.world.size > 1:
             refuse_differences(plan.world, config, job.facts)

@@ -15,17 +15,14 @@ from lorasmith.adapters.parts import OFFSETS
 from lorasmith.adapters.registry import IN_FLOAT32
 from lorasmith.adapters.targets import TEXT_NETS, Targets, adaptable_layers
 from lorasmith.config.schema import Config
-from lorasmith.devices import DTYPES, model_dtype
+from lorasmith.devices import DTYPES
 from lorasmith.distributed.process_group import ALONE, World
 from lorasmith.formats import lora_file
 from lorasmith.formats.experts import Expert, experts
 from lorasmith.formats.keys import split
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import refuse_impossible
-from lorasmith.prepare.fsdp import refuse_useless_sharding
-from lorasmith.prepare.int8_backward import refuse_unfit_int8
-from lorasmith.prepare.offload import refuse_useless_offloading
-from lorasmith.prepare.quantize import refuse_needs_of_whole_weights, refuse_without_kernels
+from lorasmith.prepare.compat import Circumstances, check_compatibility
 from lorasmith.reporting.pace import counted
 from lorasmith.training.checkpoints import Checkpoint
 from lorasmith.training.state import refuse_misfit
@@ -68,7 +65,7 @@ class Plan:
             plan = cls._continued(config.existing_lora, denoiser, config, device=device, world=world)
         for share, own in [(s, e.denoiser) for e, s in shares(plan.adapters, denoiser)] or [(plan.adapters, denoiser)]:
             refuse_impossible(share, own, config.file_layout)
-        refuse_contradictions(config, plan.adapters, home=home, device=device, world=world)
+        check_compatibility(config, Circumstances(plan.adapters, home, device, world))
         return plan
 
     @classmethod
@@ -137,29 +134,6 @@ def shares(adapters: AdapterSet, denoiser: Denoiser) -> list[tuple[Expert, Adapt
     """The experts that have some of the adapters, each with its own."""
     found = ((expert, adapters.moved(expert.alone)) for expert in experts(denoiser))
     return [(expert, share) for expert, share in found if share.adapters or share.offsets]
-
-
-def refuse_contradictions(
-    config: Config, adapters: AdapterSet, *, home: torch.device, device: torch.device, world: World
-) -> None:
-    """ValueError where settings contradict each other, the machine or these adapters (empty: not known yet)."""
-    if config.non_finite.returns and config.checkpoints.steps is None:  # by the clock it could be another step
-        raise ValueError("checkpoints.steps must be set where non_finite.returns is, got none")
-    if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
-        raise ValueError("text_encoder.train must be true where text_encoder.learning_rate is set, got false")
-    if config.existing_lora is None and config.targets.preset == "none" and not config.targets.include:
-        raise ValueError("targets must match a layer, got preset 'none' and no include")
-    if config.base_dtype != "none":
-        refuse_needs_of_whole_weights(config, adapters)
-        dtype = model_dtype(config.training_dtype, device)
-        if dtype is not None:
-            refuse_without_kernels(config.base_dtype, device, dtype)
-    if config.offloading:
-        refuse_useless_offloading(home, adapters, device, config.gradient_checkpointing)
-    if config.quantized_backward:
-        refuse_unfit_int8(device)
-    if config.sharded:
-        refuse_useless_sharding(config, adapters, world)
 
 
 def warn_of_idle_targets(denoiser: Denoiser, config: Config) -> None:
