@@ -39,7 +39,7 @@ class LorasmithDataset(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="encodes the captions"),
                 io.Int.Input(
                     "resolution", default=512, min=MULTIPLE, max=8192,
-                    tooltip="side in pixels of a square picture of the same area; others keep their aspect ratio",
+                    tooltip="resolution, as the side in pixels of a square of the same area; aspect ratios are kept",
                 ),
             ],
             outputs=[

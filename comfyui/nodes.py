@@ -48,7 +48,7 @@ class LorasmithTrainLora(io.ComfyNode):
                     "resume",
                     default=True,
                     optional=True,
-                    tooltip="go on where a training with the same inputs was cancelled or failed",
+                    tooltip="continue a training with the same inputs that was cancelled or failed",
                 ),
                 *further_inputs(),
             ],
@@ -56,7 +56,7 @@ class LorasmithTrainLora(io.ComfyNode):
                 io.Model.Output(display_name="model_with_lora", tooltip="the model with the trained LoRA applied"),
                 io.LoraModel.Output(display_name="lora", tooltip="the trained weights"),
                 io.LossMap.Output(display_name="loss", tooltip="the loss of each step"),
-                io.Int.Output(display_name="steps", tooltip="steps completed, those of existing_lora included"),
+                io.Int.Output(display_name="steps", tooltip="steps completed, including those of existing_lora"),
             ],
         )
 
@@ -95,7 +95,7 @@ class LorasmithSaveLora(io.ComfyNode):
                 ),
                 io.Model.Input("model", optional=True, tooltip="the model it is for; only kohya and diffusers need it"),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="the file, from the output folder on")],
+            outputs=[io.String.Output(display_name="path", tooltip="the file, relative to the output folder")],
         )
 
     @classmethod
@@ -125,13 +125,13 @@ class LorasmithLoadLora(io.ComfyNode):
             category=CATEGORY,
             description="Applies a LoRA to a model, and refuses one that does not fit.",
             inputs=[
-                io.Model.Input("model", tooltip="the model, which stays as it is"),
+                io.Model.Input("model", tooltip="the model, which is left unchanged"),
                 io.LoraModel.Input("lora", tooltip="the trained weights"),
                 io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="of the LoRA"),
                 io.Boolean.Input(
                     "bypass",
                     default=False,
-                    tooltip="compute it beside the weights, as quantised ones need it",
+                    tooltip="compute the LoRA separately from the weights; required for quantised weights",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="the model with the LoRA")],
@@ -154,7 +154,7 @@ class LorasmithLossGraph(io.ComfyNode):
             description="Plots the loss of each step and its smoothed course.",
             is_output_node=True,
             inputs=[
-                io.LossMap.Input("loss", tooltip="what the training node gives"),
+                io.LossMap.Input("loss", tooltip="the losses from the training node"),
                 io.String.Input("filename_prefix", default="loss_graph", tooltip="path and name in the output folder"),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="the plot")],

@@ -38,7 +38,7 @@ FIRST = (
 
 TOOLTIPS = {
     "steps": "optimizer steps",
-    "targets_preset": "attention layers, MLP layers too, or all linear layers and convolutions",
+    "targets_preset": "attention layers, attention and MLP layers, or all linear layers and convolutions",
     "targets_include": "regular expressions of layer paths to adapt as well, one a line",
     "alpha": "the update is scaled by alpha / rank; 0: the rank. Of OFT: the limit of its rotation; 0: none",
     "factor": "of LoKr: rows and columns of the smaller Kronecker factor; 0: near square",
@@ -119,7 +119,7 @@ def _place(name: str) -> int:
 
 def _existing_lora() -> Any:
     options = [NO_LORA, *folder_paths.get_filename_list("loras")]
-    return io.Combo.Input("existing_lora", options=options, default=NO_LORA, tooltip="the LoRA to go on training")
+    return io.Combo.Input("existing_lora", options=options, default=NO_LORA, tooltip="LoRA to continue training")
 
 
 def _default(setting: Setting) -> Any:

@@ -90,61 +90,61 @@ def train_lora(
     text_encoder: TextEncoder | None = None,
     world: World = ALONE,
 ) -> Result:
-    """Trains a LoRA; the model that comes in stays as it is.
+    """Trains a LoRA. The model that is passed in is left unchanged.
 
     model: a diffusers folder or single-file checkpoint (path), a hub id, a diffusers pipeline, or a Denoiser.
-    latents: [N,C,h,w] (video: [N,C,f,h,w]) in the model's own scale, as `Codec.encode_images` returns them, or
-        {"samples": such a tensor}, or a list of these; NumPy arrays also work. Pictures must be encoded first.
+    latents: [N,C,h,w] (video: [N,C,f,h,w]) scaled as `Codec.encode_images` returns them, or
+        {"samples": such a tensor}, or a list of these; NumPy arrays also work. Encode images first.
     positive: one conditioning for each latent, or one for all: ComfyUI's [tensor [1,L,D], dict] pairs, tensors [L,D] or
-        [1,L,D], dicts of named tensors, or captions, which the model's own encoders encode. With a list of latents, a
+        [1,L,D], dicts of named tensors, or captions, which the model's text encoders encode. With a list of latents, a
         list of such lists also works.
     batch_size: 1 to 10000 images per forward pass.
     grad_accumulation_steps: 1 to 1024 forward passes per optimizer step.
     steps: 1 to 100000 optimizer steps.
     learning_rate: 1e-7 to 1.
-    rank: 1 to 128, the inner dimension of the adapters; of OFT, the size of a block (see `lorasmith.adapters`).
-    optimizer: one of the names on the page of optimizers. loss_function: one of the names in the signature.
-    seed: 0 to 2^64 - 1; drives initialisation, sample order, times and noise: the same seed gives the same LoRA.
-    training_dtype: what the model computes in, a name or torch.bfloat16 or torch.float32; fp32 where the device has no
-        bf16, which is logged; none: its own dtype, with scaled losses where that is fp16.
-    lora_dtype: what the adapters compute in (likewise) and are saved in; the optimizer works on fp32 masters.
+    rank: 1 to 128, the inner dimension of the adapters; for OFT, the size of a block (see `lorasmith.adapters`).
+    optimizer: a name from docs/optimizers.md. loss_function: one of the names in the signature.
+    seed: 0 to 2^64 - 1; of initialisation, sample order, timesteps and noise: the same seed gives the same LoRA.
+    training_dtype: dtype the model computes in, a name or torch.bfloat16 or torch.float32; fp32 if the device has no
+        bf16, which is logged; none: its own dtype, with loss scaling if that is fp16.
+    lora_dtype: dtype of the adapters, in compute and in the file; the optimizer works on fp32 master weights.
     gradient_checkpointing: recompute activations in the backward pass, to save memory.
-    existing_lora: a LoRA file to go on training, whose algorithm, rank and alpha hold.
-    encoders: where model is a single file, the diffusers folder or hub id of what it lacks; None: it lacks nothing.
-    alpha: the update is scaled by alpha / rank; None: the rank. Of OFT: the limit of its rotation; None: none.
-    factor: of LoKr alone: rows and columns of the smaller Kronecker factor; None: near square.
-    targets: the layers to adapt: `lorasmith.adapters.targets.Targets`, or a list of the last words of their paths, as
+    existing_lora: a LoRA file to continue training; its algorithm, rank and alpha are kept.
+    encoders: for a single-file model, a diffusers folder or hub id with the components it lacks; None: it lacks none.
+    alpha: the update is scaled by alpha / rank; None: the rank. For OFT: the limit of the rotation; None: no limit.
+    factor: LoKr only: rows and columns of the smaller Kronecker factor; None: near square.
+    targets: the layers to adapt: `lorasmith.adapters.targets.Targets`, or a list of the last parts of their paths, as
         ["to_q", "to_v"]; None: attention and MLPs.
-    checkpoint_depth: 1 to 5: gradient_checkpointing computes the outermost blocks again at 1, the innermost at 5.
-    offloading: refused, as the model that comes in stays on the device that it is trained on.
-    quantized_backward: compute gradients through linear layers as int8 products, with a few percent error (torchao).
-    base_dtype: keep the frozen weights of linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes) while
-        it trains, to save memory; model_with_lora has whole ones.
+    checkpoint_depth: 1 to 5: gradient_checkpointing recomputes the outermost blocks at 1, the innermost at 5.
+    offloading: not possible here, as the model is trained on the device it is on.
+    quantized_backward: compute gradients through linear layers in int8, with a few percent error (torchao).
+    base_dtype: keep the frozen weights of linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes) to
+        save memory while training; model_with_lora has the unquantised weights.
     bucket_mode: latents may be a list of several sizes; every step trains on samples of one size.
-    checkpoint_folder: where to write checkpoints, also when an error or Ctrl-C breaks the training off; None: nowhere.
-    resume_from: a checkpoint, or a folder of checkpoints of which the newest sound one is taken; None: none. The result
-        is bit for bit that of a training that was not interrupted; what has changed since is logged.
+    checkpoint_folder: where to write checkpoints, also after an error or Ctrl-C; None: nowhere.
+    resume_from: a checkpoint, or a folder of checkpoints, of which the newest valid one is used; None: none. The result
+        is bit for bit that of an uninterrupted training; changes since the checkpoint are logged.
     checkpoints: when to write one and how many to keep; None: every 5 minutes, and the newest 2.
-    non_finite: what follows a loss or gradient that is not finite; None: its group of samples is left out, and the
-        third such group in a row is an error.
-    memory_ladder: where memory runs out, use gradient_checkpointing, then halve batch_size, instead of stopping.
-    pack: which frozen layers are laid out anew for the processor while it trains: faster, for more memory.
-    native_kernels: use kernels in C where the processor has what they need, and a compiler is there.
-    text_encoder: whether the text encoders are trained too, and at which rate; None: they are not. `positive` must be
-        captions then, and the model a Stable Diffusion or Flux.1.
-    world: the processes that train this LoRA together (`lorasmith.distributed.process_group.joined`); each has the
-        whole of the inputs and gets the whole of the outputs.
+    non_finite: how to handle a NaN or infinite loss or gradient; None: the batch is skipped, and the third in a row
+        is an error.
+    memory_ladder: when memory runs out, turn on gradient_checkpointing, then halve batch_size, instead of stopping.
+    pack: which frozen layers are prepacked for the CPU while training: faster, but uses more memory.
+    native_kernels: use C kernels if the CPU supports them and a compiler is installed.
+    text_encoder: whether to train the text encoders too, and at which learning rate; None: do not. `positive` must
+        then be captions, and the model Stable Diffusion or Flux.1.
+    world: the processes that train this LoRA together (`lorasmith.distributed.process_group.joined`); each is
+        given all inputs and returns all outputs.
 
     Returns model_with_lora (a pipeline for a path or pipeline, else a Denoiser), lora {key: tensor}, loss
-    {"loss": [one float an optimizer step]} and steps (those of existing_lora included).
+    {"loss": [one float per optimizer step]} and steps (including those of existing_lora).
 
-    On a terminal a bar shows the steps; every ten seconds the log has a line about them, at level INFO.
+    On a terminal, a bar shows progress; it is also logged every ten seconds, at level INFO.
 
-    A model that is loaded from a path or hub id trains on the best device, others where they are. Gradients longer
-    than 1 are scaled to 1, as on the command line (max_grad_norm).
+    A model loaded from a path or hub id trains on the best device, any other where it is. Gradients are clipped to
+    norm 1, the default of max_grad_norm on the command line.
 
-    Raises ValueError that names the input, the rule and the value, and NonFiniteError where losses or gradients are not
-    finite as often as non_finite.limit says, or where weights are not.
+    Raises ValueError, which names the input, the rule and the value, and NonFiniteError after non_finite.limit NaN or
+    infinite losses or gradients in a row, or if weights become NaN or infinite.
     """
     config = config_of(
         {

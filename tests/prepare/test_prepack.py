@@ -58,7 +58,7 @@ def test_the_log_says_what_the_blocks_take(dtype: torch.dtype, caplog: pytest.Lo
     assert pack(Plain(net_of(*layers).net.to(dtype)), "all") == 4
     size = 2 * numbers * dtype.itemsize / 1e6
     assert [record.getMessage() for record in caplog.records] == [
-        f"4 layers repacked for the processor: {size:.1f} MB (pack)"
+        f"4 layers prepacked for the CPU: {size:.1f} MB (pack)"
     ]
     caplog.clear()
     assert pack(net_of(), "all") == pack(net_of(*layers), "none") == 0 and not caplog.records

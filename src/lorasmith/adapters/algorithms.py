@@ -27,11 +27,13 @@ Alpha = Annotated[
     float | None,
     Field(gt=0, le=1e6, allow_inf_nan=False, description="the update is scaled by alpha / rank; none: the rank"),
 ]
-BlockSize = Annotated[int, Field(ge=1, le=128, description="size of a block, or their number where that is smaller")]
+BlockSize = Annotated[
+    int, Field(ge=1, le=128, description="size of a block, or number of blocks, whichever makes smaller blocks")
+]
 Constraint = Annotated[
     float | None,
     Field(
-        gt=0, le=1e6, allow_inf_nan=False, description="limit of Q's norm, times the layer's outputs; none: no limit"
+        gt=0, le=1e6, allow_inf_nan=False, description="limit on the norm of Q, per output of the layer; none: no limit"
     ),
 ]
 KOHYA_MODELS = ("flux", "wan", "sd3", "qwen_image", "zimage", "flux_2", "lumina")

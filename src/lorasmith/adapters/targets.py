@@ -39,14 +39,14 @@ class Targets(Component):
 
     preset: Literal["attention", "attention+mlp", "all", "none"] = Field(
         default="attention+mlp",
-        description="attention layers, MLP layers too, or all linear layers and convolutions; none where only include "
-        "is given",
+        description="attention layers, attention and MLP layers, or all linear layers and convolutions; none if only "
+        "include is set",
     )
     include: tuple[Pattern, ...] = Field(
         default=(),
-        description="regular expressions of layer paths: only these layers, or with a preset these as well",
+        description="regular expressions for layer paths: only these layers, or, with a preset, these in addition",
     )
-    exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions of layer paths to leave out")
+    exclude: tuple[Pattern, ...] = Field(default=(), description="regular expressions for layer paths to exclude")
 
     @model_validator(mode="before")
     @classmethod

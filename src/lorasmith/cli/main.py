@@ -24,7 +24,7 @@ ABOUT = """Train LoRAs for diffusion models.
 
 Start with `lorasmith demo`, or with your own pictures: `lorasmith train PICTURES --model MODEL --steps 1000`.
 
-`lorasmith COMMAND --help` explains a command.
+`lorasmith COMMAND --help` describes a command.
 """
 TRAINING, FILES, OTHER = (
     Group(name, sort_key=place) for place, name in enumerate(("Train and generate", "LoRA files", "Other"))
@@ -64,16 +64,16 @@ def train(*tokens: Tokens, resume: Resume = False, json: Json = False) -> int:
 def demo(*tokens: Tokens, concept: str = "line_drawing", resume: Resume = False, json: Json = False) -> int:
     """Train a LoRA on the embedded model and pictures, and show what it learnt.
 
-    Every setting of `lorasmith train` can be given too.
+    All settings of `lorasmith train` can be used too.
 
     Parameters
     ----------
     concept
-        the style to learn: line_drawing, which is easy to see, or flat, which is subtler
+        the style to learn: line_drawing, an obvious one, or flat, a subtler one
     resume
         continue the last demo that was interrupted, from its newest checkpoint
     json
-        print events as they happen, a JSON object a line
+        print events as JSON, one object per line
     """
     with _shown_training(json) as (display, report):
         from lorasmith.cli.terminal import load
@@ -99,30 +99,30 @@ def sample(
     ignore_unknown: bool = False, output: Path | None = None, overwrite: Overwrite = False, seed: int = 0,
     steps: int = 25, guidance: float = 5.0,
 ) -> int:  # fmt: skip
-    """Generate images without and with a LoRA, in one labelled picture.
+    """Generate images without and with a LoRA, in one labelled grid.
 
     Parameters
     ----------
     prompts
-        prompts to generate, an image each
+        prompts, one image for each
     model
-        base model: a diffusers folder, a single-file checkpoint or a hub id, or demo for the embedded one
+        base model: a diffusers folder, a single-file checkpoint, a hub id, or demo for the embedded model
     encoders
-        for a single file: the diffusers folder or hub id of what it lacks, such as its text encoders
+        for a single file: diffusers folder or hub id with the components it lacks, such as text encoders
     lora
-        LoRA file; none: the model alone
+        LoRA file; none: only the model
     ignore_unknown
-        leave out the LoRA's layers that the model does not have, instead of refusing the file
+        skip layers of the LoRA that the model does not have, instead of refusing the file
     output
-        PNG file to write; none: samples.png, numbered if taken
+        PNG file to write; none: samples.png, numbered if it exists
     overwrite
-        write over a file that is there
+        replace an existing file
     seed
-        drives the noise that pictures start from
+        seed of the initial noise
     steps
-        denoising steps a picture
+        denoising steps per image
     guidance
-        classifier-free guidance; 1 for none
+        classifier-free guidance; 1: none
     """
     from lorasmith.cli.terminal import MODEL_LIBRARIES, load, opened_display
 
@@ -149,14 +149,14 @@ def sample(
 
 @app.command(group=FILES)
 def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> int:
-    """Show what a LoRA file, a checkpoint or a diffusers folder is.
+    """Describe a LoRA file, a checkpoint or a diffusers folder.
 
     Parameters
     ----------
     file
         safetensors file or diffusers folder, or demo for the embedded model
     plot
-        PNG file to draw the norms of a LoRA's layers into
+        PNG file for a plot of the norms of the LoRA's layers
     json
         print one JSON document
     """
@@ -187,7 +187,7 @@ def inspect(file: Path, /, *, plot: Path | None = None, json: Json = False) -> i
 
 @comfyui.command(name="install")
 def install_comfyui(path: Path, /) -> int:
-    """Copy lorasmith's nodes into a ComfyUI.
+    """Copy lorasmith's nodes into ComfyUI.
 
     Parameters
     ----------

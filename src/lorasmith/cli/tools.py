@@ -20,7 +20,7 @@ Json = Flag
 def resize(
     file: Path, /, *, output: Path, rank: int | None = None, keep: float | None = None, overwrite: Overwrite = False
 ) -> int:
-    """Make a LoRA's rank smaller, and say what is lost.
+    """Reduce a LoRA's rank, and report the error.
 
     Parameters
     ----------
@@ -29,11 +29,11 @@ def resize(
     output
         safetensors file to write
     rank
-        rank of every layer; those of less stay as they are
+        rank of every layer; layers of lower rank are kept
     keep
         instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
     overwrite
-        write over a file that is there
+        replace an existing file
     """
     with _working() as display:
         from lorasmith.tools.resize import resize
@@ -49,24 +49,24 @@ def merge(
     loras: list[str], /, *, output: Path, model: Path | None = None, rank: int | None = None,
     dtype: Dtype | None = None, ignore_unknown: Flag = False, overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
-    """Add LoRAs up, each as FILE or FILE:WEIGHT, in one LoRA file or into a model.
+    """Add LoRAs, given as FILE or FILE:WEIGHT, into one LoRA file or into a model.
 
     Parameters
     ----------
     loras
         LoRA files with weights, such as a.safetensors:0.7
     output
-        safetensors file to write; for a model in a folder, the folder
+        safetensors file to write, or the folder if the model is one
     model
-        model to merge them into, a diffusers folder or a safetensors file; none: into one LoRA
+        diffusers folder or safetensors file of a model to merge into; none: write a LoRA
     rank
-        rank of the sum, cut off there; needed where not all are LoRA
+        truncate the sum to this rank; required unless all are LoRA
     dtype
-        of the LoRA that is written; none: the widest of the sources
+        dtype of the LoRA; none: the widest of the sources
     ignore_unknown
-        with a model: leave out layers that it does not have, instead of stopping
+        with a model: skip layers that it does not have, instead of stopping
     overwrite
-        write over a file that is there
+        replace an existing file
     """
     from lorasmith.storage.safetensors_header import Header
     from lorasmith.tools.outputs import refuse_output, refuse_output_like
@@ -119,14 +119,14 @@ def extract(
     base: Path, tuned: Path, /, *, output: Path, rank: int | None = None, keep: float | None = None,
     dtype: Dtype = "bf16", overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
-    """Make a LoRA of the difference between two models, and say what it leaves out.
+    """Extract a LoRA from the difference between two models, and report the error.
 
     Parameters
     ----------
     base
-        model, a diffusers folder or a safetensors file
+        diffusers folder or safetensors file of the base model
     tuned
-        the same model after training, of the same kind
+        the fine-tuned model, in the same form
     output
         safetensors file to write
     rank
@@ -134,9 +134,9 @@ def extract(
     keep
         instead of a rank, the share of each layer's energy (sum of squared singular values) to keep, such as 0.95
     dtype
-        of the LoRA
+        dtype of the LoRA
     overwrite
-        write over a file that is there
+        replace an existing file
     """
     from lorasmith.tools.outputs import refuse_output
 
@@ -165,22 +165,22 @@ def metadata(
     strip: Annotated[bool, Parameter(negative="")] = False, output: Path | None = None, overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:  # fmt: skip
-    """Show what a safetensors file says of itself, or write it with other metadata and the same tensors.
+    """Show the metadata of a safetensors file, or write a copy with other metadata.
 
     Parameters
     ----------
     file
         safetensors file
     set
-        key=value to write; may be given several times
+        key=value to set; may be repeated
     strip
-        keep only what training settings and loading need: no captions, prompts, paths, links, people or times
+        keep only training settings and what loading needs: no captions, prompts, paths, links, people or times
     output
-        safetensors file to write; only with set or strip
+        safetensors file to write; only with --set or --strip
     overwrite
-        write over a file that is there
+        replace an existing file
     json
-        print one JSON document: metadata and, of a file that is written, left_out, reduced and output
+        print one JSON document: metadata and, if a file is written, left_out, reduced and output
     """
     from lorasmith.cli.terminal import opened_display, show_json, show_table
     from lorasmith.storage.safetensors_header import Header
@@ -213,22 +213,22 @@ def convert(
     file: Path, /, *, to: Literal["kohya", "diffusers", "comfyui", "lycoris"], output: Path, model: str | None = None,
     ignore_unknown: Flag = False, overwrite: Overwrite = False,
 ) -> int:  # fmt: skip
-    """Write a LoRA under the names that another program reads.
+    """Convert a LoRA to the key names of another program.
 
     Parameters
     ----------
     file
         LoRA file
     to
-        whose names
+        program whose key names to use
     output
         safetensors file to write
     model
-        the model that it is for, as train takes it, of which no weights are loaded; none: the published one it fits
+        the model it was trained for, as in train (no weights are loaded); none: the published model it fits
     ignore_unknown
-        leave out layers that the model does not have, instead of stopping
+        skip layers that the model does not have, instead of stopping
     overwrite
-        write over a file that is there
+        replace an existing file
     """
     from lorasmith.config.invocation import with_model
     from lorasmith.storage.safetensors_header import Header

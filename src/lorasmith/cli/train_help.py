@@ -1,4 +1,4 @@
-"""The help of `lorasmith train`: the basics, every setting, or those that a word is about."""
+"""The help of `lorasmith train`: the basics, every setting, or those that mention a word."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,15 +22,15 @@ EXAMPLES = """Examples:
   lorasmith train runs/cats --resume"""
 BASICS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Model and pictures": (
-        ("--model MODEL", "diffusers folder, checkpoint file or hub id; demo is a small model that comes along"),
-        ("--data.resolution PIXELS", "side of a square picture of the same area; default: the model's own"),
-        ("--output FOLDER", "run folder to make; default: runs/NAME of the folder of pictures"),
+        ("--model MODEL", "diffusers folder, checkpoint file or hub id; demo is the small embedded model"),
+        ("--data.resolution PIXELS", "side of a square of the same area; default: the model's own"),
+        ("--output FOLDER", "run folder to create; default: runs/NAME of the data folder"),
     ),
     "Training": (
-        ("--steps N", "optimizer steps; default: 100 passes over the pictures"),
+        ("--steps N", "optimizer steps; default: 100 epochs"),
         ("--batch_size N", "images per forward pass; default 1"),
         ("--learning_rate RATE", "default 0.0005"),
-        ("--schedule NAME", "of the learning rate: constant, linear or cosine; default constant"),
+        ("--schedule NAME", "learning-rate schedule: constant, linear or cosine; default constant"),
         ("--seed N", "the same seed gives the same file; default 0"),
     ),
     "LoRA": (
@@ -40,21 +40,24 @@ BASICS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("--targets.preset NAME", "layers: attention, attention+mlp or all; default attention+mlp"),
     ),
     "Results": (
-        ("--sampling.prompts TEXT", "prompt to generate before and after; repeat the key for more"),
-        ("--sampling.every N", "generate every N steps as well"),
-        ("--data.held_out FOLDER", "pictures to measure the validation loss on"),
+        ("--sampling.prompts TEXT", "prompt for images before and after training; repeat the key for more"),
+        ("--sampling.every N", "also generate images every N steps"),
+        ("--data.held_out FOLDER", "validation pictures, to measure the loss on"),
     ),
     "Interrupted runs": (
         ("--resume", "continue from the newest checkpoint: the same command, or the run folder"),
     ),
     "For scripts": (
-        ("--json", "print events as they happen, a JSON object a line"),
+        ("--json", "print events as JSON, one object per line"),
     ),
 }  # fmt: skip
 """What a first run needs, in a few words; the schema is not read for it, as that takes seconds."""
 MORE = (
     ("lorasmith train --help all", "every setting"),
-    ("lorasmith train --help WORD", "settings about a word, such as memory, or another trainer's name, such as lr"),
+    (
+        "lorasmith train --help WORD",
+        "settings that mention a word, such as memory, or another trainer's name, such as lr",
+    ),
 )
 
 
@@ -62,7 +65,7 @@ FLAGS = (*BASICS["Interrupted runs"], *BASICS["For scripts"])  # which are no se
 
 
 def show(word: str | None) -> None:
-    """Prints the basics, or with "all" every setting, or those that a word is about; ValueError where none is."""
+    """Prints the basics, or with "all" every setting, or those that mention a word; ValueError if none does."""
     width = width_of_output()
     for line in USAGE:
         indent = 0 if line.startswith("Usage") else 7

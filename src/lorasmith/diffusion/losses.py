@@ -38,7 +38,13 @@ class Huber(Component):
     """Half the square below delta, delta (|d| - delta / 2) above (Huber 1964)."""
 
     name: Literal["Huber"] = "Huber"
-    delta: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="difference where the square ends")
+    delta: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="difference at which the loss turns from quadratic to linear",
+    )
 
     def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
@@ -51,7 +57,13 @@ class SmoothL1(Component):
     """Huber's loss divided by beta (Girshick 2015, eq. 3)."""
 
     name: Literal["SmoothL1"] = "SmoothL1"
-    beta: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False, description="difference where the square ends")
+    beta: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="difference at which the loss turns from quadratic to linear",
+    )
 
     def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""

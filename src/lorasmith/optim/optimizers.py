@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
     from torch.optim import Optimizer as Built
 
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Eps = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="added to the denominator")]
+Eps = Annotated[
+    float, Field(gt=0, le=1, allow_inf_nan=False, description="term added to the denominator for numerical stability")
+]
 WeightDecay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
@@ -37,8 +39,8 @@ class _Optimizer(Component):
 class _Adam(_Optimizer):
     """What both kinds of Adam share."""
 
-    beta1: Beta = Field(default=0.9, description="decay of the mean of gradients")
-    beta2: Beta = Field(default=0.999, description="decay of the mean of squared gradients")
+    beta1: Beta = Field(default=0.9, description="decay rate of the mean gradient")
+    beta2: Beta = Field(default=0.999, description="decay rate of the mean squared gradient")
     eps: Eps = 1e-8
 
 
@@ -46,7 +48,9 @@ class AdamW(_Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
     name: Literal["AdamW"] = "AdamW"
-    weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
+    weight_decay: WeightDecay = Field(
+        default=0.01, description="decoupled weight decay, multiplied by the learning rate"
+    )
 
     def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
@@ -62,7 +66,9 @@ class Adam(_Adam):
     """Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient."""
 
     name: Literal["Adam"] = "Adam"
-    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+    weight_decay: WeightDecay = Field(
+        default=0.0, description="L2 penalty: this times the weight is added to the gradient"
+    )
 
     def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
@@ -78,8 +84,10 @@ class SGD(_Optimizer):
     """Stochastic gradient descent with momentum (Sutskever et al. 2013, eq. 1)."""
 
     name: Literal["SGD"] = "SGD"
-    momentum: Beta = Field(default=0.0, description="decay of the velocity")
-    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+    momentum: Beta = Field(default=0.0, description="momentum factor")
+    weight_decay: WeightDecay = Field(
+        default=0.0, description="L2 penalty: this times the weight is added to the gradient"
+    )
 
     def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
@@ -91,10 +99,12 @@ class RMSprop(_Optimizer):
     """Gradients divided by the root of their running mean square (Hinton 2012, lecture 6e)."""
 
     name: Literal["RMSprop"] = "RMSprop"
-    alpha: Beta = Field(default=0.99, description="decay of the mean of squared gradients")
-    momentum: Beta = Field(default=0.0, description="decay of the velocity")
+    alpha: Beta = Field(default=0.99, description="decay rate of the mean squared gradient")
+    momentum: Beta = Field(default=0.0, description="momentum factor")
     eps: Eps = 1e-8
-    weight_decay: WeightDecay = Field(default=0.0, description="times the weight, added to the gradient")
+    weight_decay: WeightDecay = Field(
+        default=0.0, description="L2 penalty: this times the weight is added to the gradient"
+    )
 
     def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim
@@ -115,8 +125,10 @@ class Muon(_Optimizer):
     elementwise: ClassVar[bool] = False
 
     name: Literal["Muon"] = "Muon"
-    momentum: Beta = Field(default=0.95, description="decay of the velocity")
-    weight_decay: WeightDecay = Field(default=0.01, description="share of the weight taken off a step, times the rate")
+    momentum: Beta = Field(default=0.95, description="momentum factor")
+    weight_decay: WeightDecay = Field(
+        default=0.01, description="decoupled weight decay, multiplied by the learning rate"
+    )
 
     def build(self, params: Params, lr: float) -> "list[Built]":
         from torch import optim

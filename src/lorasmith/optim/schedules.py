@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
     pass
 
 
-Warmup = Annotated[int, Field(ge=0, le=100_000, description="steps over which the rate rises from 0")]
+Warmup = Annotated[int, Field(ge=0, le=100_000, description="warm-up steps, in which the learning rate rises from 0")]
 
 
 def _warmed(step: int, warmup: int) -> float:
@@ -24,37 +24,37 @@ def _progress(step: int, steps: int, warmup: int) -> float:
 
 
 class Constant(Component):
-    """The rate stays as it is."""
+    """A constant learning rate."""
 
     name: Literal["constant"] = "constant"
     warmup: Warmup = 0
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied by in step 0 to steps - 1."""
+        """The factor of the learning rate in step 0 to steps - 1."""
         return _warmed(step, self.warmup)
 
 
 class Linear(Component):
-    """The rate falls in a straight line."""
+    """Linear decay."""
 
     name: Literal["linear"] = "linear"
     warmup: Warmup = 0
-    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="factor that the rate falls to")
+    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="final factor of the learning rate")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied by in step 0 to steps - 1."""
+        """The factor of the learning rate in step 0 to steps - 1."""
         return _warmed(step, self.warmup) * (1 - (1 - self.end) * _progress(step, steps, self.warmup))
 
 
 class Cosine(Component):
-    """The rate falls along half a cosine wave (Loshchilov and Hutter 2017, eq. 5)."""
+    """Cosine decay (Loshchilov and Hutter 2017, eq. 5)."""
 
     name: Literal["cosine"] = "cosine"
     warmup: Warmup = 0
-    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="factor that the rate falls to")
+    end: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False, description="final factor of the learning rate")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied by in step 0 to steps - 1."""
+        """The factor of the learning rate in step 0 to steps - 1."""
         fall = 0.5 * (1 + math.cos(math.pi * _progress(step, steps, self.warmup)))
         return _warmed(step, self.warmup) * (self.end + (1 - self.end) * fall)
 

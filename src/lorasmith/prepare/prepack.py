@@ -39,7 +39,7 @@ def pack(denoiser: Denoiser, what: str, offsets: Collection[str] = (), progress:
     watched = tracked(free, "packing layers", progress, len(free))
     num_bytes = sum(packed(layer, _kind(layer)).num_bytes for layer in watched)
     if free:
-        log.debug("%s repacked for the processor: %.1f MB (pack)", counted(len(free), "layer"), num_bytes / 1e6)
+        log.debug("%s prepacked for the CPU: %.1f MB (pack)", counted(len(free), "layer"), num_bytes / 1e6)
     return len(free)
 
 
