@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import comfy.lora
 import comfy.model_patcher
@@ -247,7 +247,7 @@ def _open_sequences(net: nn.Module) -> None:
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, TimestepEmbedSequential):
-                module.register_module(name, nn.ModuleList(child))
+                module.register_module(name, nn.ModuleList(cast(nn.Sequential, child)))
 
 
 def _make_plain(net: nn.Module) -> None:

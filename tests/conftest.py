@@ -26,7 +26,9 @@ torch.set_num_threads(1)  # the tests run in parallel processes, and threads tha
 
 @pytest.fixture(scope="session")
 def family() -> StableDiffusion:
-    return opened(BASE)
+    family = opened(BASE)
+    assert isinstance(family, StableDiffusion)
+    return family
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from lorasmith.adapters.frozen_weight import row_products, row_squares
 from lorasmith.adapters.registry import adapter_from_file
 from lorasmith.ops.dora import decomposed, row_norms
 
-ALPHA, RANK = 2.0, 4
+ALPHA, RANK = 2, 4
 
 
 def made(sample: Any, filled: Any, **settings: Any) -> DoRAAdapter:
@@ -104,7 +104,8 @@ def test_weights_in_other_orders_of_memory_and_dtypes_are_read(sample_of: Any) -
     products, squares = row_products(conv, rows), row_squares(conv)
     torch.testing.assert_close(products, rows.flatten(1) @ conv.weight.flatten(1).T)
     torch.testing.assert_close(squares, conv.weight.flatten(1).square().sum(1))
-    torch.testing.assert_close(row_products(conv.to(memory_format=torch.channels_last), rows), products)
+    last: Any = conv.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(row_products(last, rows), products)
     small = nn.Linear(6, 10).requires_grad_(False)
     expected = small.weight.to(torch.float8_e4m3fn).float()
     small.weight.data = small.weight.data.to(torch.float8_e4m3fn)

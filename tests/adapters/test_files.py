@@ -161,9 +161,9 @@ SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 10, 24, 30]), max_size=5)
 def test_any_shapes_make_an_adapter_that_runs_or_a_value_error(kind: Any, data: st.DataObject) -> None:
     suffixes = sorted(kind.SUFFIXES)
     shapes = data.draw(st.dictionaries(st.sampled_from(suffixes), SIZES, min_size=1))
-    for layer, base, x, y in zip(
-        (LINEAR, CONV), BASES, ((2, 24), (1, 24, 3, 3)), ((2, 30), (1, 30, 1, 1)), strict=True
-    ):
+    inputs = torch.ones(2, 24), torch.ones(1, 24, 3, 3)
+    outputs = torch.ones(2, 30), torch.ones(1, 30, 1, 1)
+    for layer, base, x, y in zip((LINEAR, CONV), BASES, inputs, outputs, strict=True):
         try:
             adapter: Any = adapter_from_file(layer, ones(shapes), base)
         except ValueError:

@@ -13,7 +13,7 @@ from lorasmith.adapters.registry import adapter_from_file
 from lorasmith.ops.dense import DenseConv, DenseLinear
 from lorasmith.ops.low_rank import LowRankConv, LowRankLinear
 
-ALPHA, RANK = 2.0, 4
+ALPHA, RANK = 2, 4
 
 
 def test_the_same_weights_make_the_same_layer_as_peft(sample: Any, filled: Any) -> None:

@@ -22,21 +22,22 @@ logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 def counterpart(algorithm: Any, module: Any) -> Any:
     """LyCORIS's module with the same settings."""
+    rank, alpha = algorithm.rank, algorithm.alpha
     if isinstance(algorithm, DoRA):
-        return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, weight_decompose=True)
+        return LoConModule("layer", module, lora_dim=rank, alpha=alpha, weight_decompose=True)
     if isinstance(algorithm, LoRA):
-        return LoConModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
+        return LoConModule("layer", module, lora_dim=rank, alpha=alpha)
     if isinstance(algorithm, LoHa):
-        return LohaModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
+        return LohaModule("layer", module, lora_dim=rank, alpha=alpha)
     if isinstance(algorithm, LoKr):
         factor = -1 if algorithm.factor is None else algorithm.factor
-        return LokrModule("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha, factor=factor)
+        return LokrModule("layer", module, lora_dim=rank, alpha=alpha, factor=factor)
     if isinstance(algorithm, OFT):
-        return DiagOFTModule("layer", module, lora_dim=algorithm.rank, constraint=algorithm.alpha or 0)
+        return DiagOFTModule("layer", module, lora_dim=rank, constraint=alpha or 0)
     if module.weight.ndim > 2 and module.groups > 1:
         pytest.skip("LyCORIS takes a convolution for one of a single group")
     kind = network_module_dict[algorithm.adapter().LYCORIS_ARGS["algo"]]
-    return kind("layer", module, lora_dim=algorithm.rank, alpha=algorithm.alpha)
+    return kind("layer", module, lora_dim=rank, alpha=alpha)
 
 
 def delta(theirs: Any, weight: Tensor) -> Tensor:
@@ -98,7 +99,9 @@ def test_lycoris_reads_our_file(algorithm: Any, sample: Any, adapter: Any) -> No
     theirs.load_state_dict(tensors, strict=True)
     assert_alike(sample, adapter, theirs)
     file = {f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}
-    assert_alike(sample, adapter, make_module(*get_module(file, "layer"), "layer", sample.module))
+    kind, parts = get_module(file, "layer")
+    assert kind is not None
+    assert_alike(sample, adapter, make_module(kind, parts, "layer", sample.module))
 
 
 def test_we_read_lycoriss_file(algorithm: Any, sample: Any) -> None:

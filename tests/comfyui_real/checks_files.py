@@ -143,7 +143,7 @@ def _patched(model: Any, lora: dict[str, Tensor]) -> tuple[dict[str, Tensor], in
     """{weight: as ComfyUI patches it}, and how many of the file's keys it used."""
     used: set[str] = set()
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    patches: dict[str, list[Any]] = {}
+    patches: dict[Any, list[Any]] = {}
     for target, patch in comfy.lora.load_lora(dict(lora), keys, log_missing=False).items():
         key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         patches.setdefault(key, []).append((1.0, patch, 1.0, offset, function))

@@ -124,7 +124,8 @@ def check_running_out_of_memory_says_what_to_do() -> None:
 
 def check_cancelling_keeps_what_was_done() -> None:
     """A cancelled training goes on where it was, and ends in the same LoRA."""
-    model, inputs = tiny("sd1"), {"steps": 5, "seed": 9}
+    model = tiny("sd1")
+    inputs: dict[str, Any] = {"steps": 5, "seed": 9}
     whole = trained(model, **inputs)
     shown: list[int] = []
 

@@ -152,11 +152,12 @@ def check_no_checkpoint_is_left() -> None:
 
 def check_other_settings_reach_the_training() -> None:
     model, plain = tiny("sd1"), trained(tiny("sd1"), steps=3).lora
-    for further in (
+    settings: tuple[dict[str, Any], ...] = (
         {"loss_space": "x0"}, {"times": {"name": "logit_normal"}}, {"max_grad_norm": 0.01},
         {"schedule": {"name": "cosine"}}, {"optimizer": "SGD"}, {"loss_function": "L1"},
         {"grad_accumulation_steps": 2}, {"batch_size": 1},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for further in settings:
         assert not equal(plain, trained(model, steps=3, **further).lora), further
 
 

@@ -38,8 +38,9 @@ class Progress:
 
     def set_progress(self, value: int, max_value: int, preview_image: Any = None) -> None:
         self.shown.append((value, max_value))
-        if type(self).on_step is not None:
-            type(self).on_step(value)
+        on_step = type(self).on_step
+        if on_step is not None:
+            on_step(value)
 
 
 training.ComfyAPISync = Progress
@@ -92,6 +93,7 @@ def comfy_denoised(patcher: Any, pair: Any, x_t: Tensor, sigma: Tensor) -> Tenso
     guider.inner_set_conds({"positive": [pair]})
     with torch.no_grad():
         guider.sample(torch.zeros_like(x_t), torch.zeros_like(x_t), once, sigma, seed=0)
+    assert once.found is not None
     return once.found
 
 

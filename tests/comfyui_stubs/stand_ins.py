@@ -73,7 +73,7 @@ class Net(nn.Module):
         h = x.movedim(1, -1) + self.text(context).mean(1)[:, None, None]
         for block in self.blocks:
             y = self.norm(h)
-            h += block["attn"](y)
+            h += block.get_submodule("attn")(y)
         return h.movedim(-1, 1)
 
 

@@ -3,6 +3,7 @@
 import logging
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_a_wide_gamut_is_converted(tmp_path: Path, colours: Array, name: str) ->
     gamma = 563 / 256  # Adobe RGB (1998), section 4.3.4.2
     linear = (colours / 255) ** gamma @ TO_XYZ["adobe"].T @ np.linalg.inv(TO_XYZ["srgb"]).T
     image, profile = Image.fromarray(colours), rgb_profile(TO_XYZ["adobe"], gamma)
-    image.save(tmp_path / name, icc_profile=profile, **({"lossless": True} if name == "a.webp" else {}))
+    options: dict[str, Any] = {"lossless": True} if name == "a.webp" else {}
+    image.save(tmp_path / name, icc_profile=profile, **options)
     found = np.asarray(picture(tmp_path / name), dtype=float)
     assert np.abs(found - srgb_of(linear)).max() < 2 and np.abs(found - colours).max() > 30
 

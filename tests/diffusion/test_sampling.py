@@ -28,7 +28,7 @@ def test_a_flow_takes_eulers_steps(flow_denoiser: Any) -> None:
     cond, uncond, noise = conds()
     with torch.no_grad():
         ours = drawn(flow_denoiser, cond, uncond, noise, steps=20, guidance=1)
-        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
         sigmas = flow_denoiser.process.time(1 - torch.arange(20) / 20)
         scheduler.set_timesteps(sigmas=sigmas.tolist())
         x_t = noise

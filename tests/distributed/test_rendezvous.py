@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_each_start_meets_apart_from_those_before_it(late: int) -> None:
 
     def summed(rank: int) -> tuple[str, float]:
         prefix = met(store, rank, SIZE)
-        group = ProcessGroupGloo(PrefixStore(prefix, store), rank, SIZE, timedelta(seconds=5))
+        group: Any = ProcessGroupGloo(PrefixStore(prefix, store), rank, SIZE, timedelta(seconds=5))
         value = torch.tensor([2.0**rank])
         group.allreduce([value]).wait()
         return prefix, value.item()

@@ -35,6 +35,7 @@ Outcome = tuple[bytes, list[tuple[Any, ...]]]
 def quickly(family: Family) -> Iterator[None]:
     """The model is loaded once, and the plot, which takes longer than the training, is a tiny picture."""
     png = Image.new("RGB", (60, 40))._repr_png_()
+    assert png is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "opened", lambda model, encoders, with_texts: family)
         patch.setattr(run, "save_loss_plot", lambda steps, path: write_whole(path, png))

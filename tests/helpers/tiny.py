@@ -81,11 +81,17 @@ class Tiny:
     picture: Callable[[Any], Tensor] = lambda output: output.images[0]  # what its call returns -> [3,H,W]
 
 
+def several(*values: Any) -> Any:
+    """A tuple, for the options of diffusers whose annotations allow one value alone."""
+    return values
+
+
 def autoencoder(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=4, sample_size=32,
-        scaling_factor=0.5, shift_factor=shift, use_quant_conv=shift is None, use_post_quant_conv=shift is None,
+        block_out_channels=several(8, 16), down_block_types=several("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=several("UpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=channels, norm_num_groups=4,
+        sample_size=32, scaling_factor=0.5, shift_factor=shift, use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
     ).eval()  # fmt: skip
 
 
@@ -93,11 +99,11 @@ def sdxl() -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         block_out_channels=(16, 32), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=64,
+        attention_head_dim=several(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, transformer_layers_per_block=several(1, 2), projection_class_embeddings_input_dim=64,
         cross_attention_dim=32, norm_num_groups=8,
     )  # fmt: skip
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
         clip_sample=False, set_alpha_to_one=True,
     )  # fmt: skip
@@ -203,7 +209,7 @@ def wan(*, boundary: float | None = None, channels: int = 16) -> WanPipeline:
         in_channels=12 if is_small else 3, out_channels=12 if is_small else 3,
         scale_factor_spatial=16 if is_small else 8,
     ).eval()  # fmt: skip
-    scheduler = UniPCMultistepScheduler(
+    scheduler: Any = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1,
         disable_corrector=list(range(10)),
     )  # fmt: skip
@@ -228,8 +234,9 @@ def flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
         if "modulation" in name:  # has no bias: the blocks' gates would be nearly closed
             torch.nn.init.normal_(parameter)
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=32,
+        block_out_channels=several(8, 16), down_block_types=several("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=several("UpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=4, norm_num_groups=4,
+        sample_size=32,
     ).eval()  # fmt: skip
     statistics: Any = vae.bn
     statistics.running_mean.normal_()

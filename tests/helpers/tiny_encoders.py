@@ -44,7 +44,7 @@ def clip(width: int, *, projected: bool) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
@@ -70,7 +70,7 @@ def qwen_vl_tokenizer() -> Qwen2Tokenizer:
     text = "Describe the image by detailing the color shape size texture quantity text spatial relationships of"
     first, *others = f"{text} the objects and background".split()
     words = ["system", "user", "assistant", first, *(f"Ġ{word}" for word in others)]
-    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    merges: Any = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
     pieces = dict.fromkeys([*LETTERS, *"D,:ĠĊ", *(start + letter for start, letter in merges)])
     return Qwen2Tokenizer(
         vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges, unk_token="<|endoftext|>",
@@ -93,7 +93,7 @@ def qwen_vl(width: int, num_words: int) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def qwen3_tokenizer() -> Qwen2Tokenizer:
+def qwen3_tokenizer() -> Any:
     """With a chat template that shows what it is asked for."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
@@ -113,7 +113,7 @@ def qwen3(kind: Any, num_layers: int) -> Any:
     return kind(config).eval()
 
 
-def mistral_tokenizer() -> LlamaTokenizer:
+def mistral_tokenizer() -> Any:
     """In the place of Pixtral's processor, which needs torchvision; its messages are lists of contents."""
     template = "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
     return LlamaTokenizer(

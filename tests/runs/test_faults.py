@@ -332,6 +332,6 @@ def test_clocks_that_jump(home: Path, whole: Outcome, monkeypatch: pytest.Monkey
     monkeypatch.setattr(time, "time", lambda: 1.7e9 + (-1) ** (number := next(years)) * (number % 40) * year)
     assert struck(home, 3, stop).code == 130
     for number, path in enumerate(sorted((home / "run").rglob("*"), reverse=True)):
-        os.utime(path, (4e9 - number * 2e9,) * 2)  # the newest checkpoint is the oldest file
+        os.utime(path, (4e9 - number * 2e9, 4e9 - number * 2e9))  # the newest checkpoint is the oldest file
     assert trained(home, "--resume").code == 0
     assert outcome(home / "run") == whole

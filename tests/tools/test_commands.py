@@ -105,7 +105,7 @@ def reads(tool: str, path: Path, holder: Holder, family: str, expected: Weights)
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    diffusers.logging.set_verbosity(logging.CRITICAL)
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 
 
 @table(("family", "algorithm"), CELLS, quick=CELLS[::6])

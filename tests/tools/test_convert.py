@@ -76,7 +76,8 @@ def test_dora_needs_the_model_s_weights_for_comfyui_alone(tmp_path: Path, family
     convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", model, "kohya")
     back = load_file(tmp_path / "d.safetensors")
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    for name, layout in (("a", "comfyui"), ("b", "kohya")):
+    damaged: tuple[tuple[str, LayoutName], ...] = (("a", "comfyui"), ("b", "kohya"))
+    for name, layout in damaged:
         with pytest.raises(ValueError, match="model.safetensors is cut off: it ends inside its header"):
             convert(tmp_path / f"{name}.safetensors", tmp_path / "e.safetensors", model, layout)
     assert not (tmp_path / "e.safetensors").exists()

@@ -142,7 +142,8 @@ def test_what_no_lora_holds_is_left_out_with_a_line(tmp_path: Path, caplog: Any)
     )
     other = {f"{name}.table": torch.zeros(3, 3), "denoiser.sigmas": torch.ones(4)}
     save_file({**same, **other, f"{name}.x.weight": torch.zeros(3, 3)}, tmp_path / "two.safetensors")
-    extract(*(tmp_path / f"{n}.safetensors" for n in ("one", "two", "lora")), Cut(rank=1), dtype=torch.float32)
+    one, two, lora = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "lora"))
+    extract(one, two, lora, Cut(rank=1), dtype=torch.float32)
     assert {key.rpartition("_x.")[2] for key in load_file(tmp_path / "lora.safetensors")} == {
         "lora_up.weight", "lora_down.weight", "alpha",
     }  # fmt: skip

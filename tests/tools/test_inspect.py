@@ -1,6 +1,7 @@
 """inspect: what LoRA files, checkpoints and folders are said to be; norms against the deltas themselves."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_a_lora(tmp_path: Path, algorithm: Any) -> None:
     found = inspected(path)
     facts = found.facts
     assert facts["kind"] == "LoRA" and facts["algorithms"] == {algorithm.name: 2} and facts["layers"] == 2
-    assert facts["steps"] == 7 and list(facts["dtypes"]) == ["float32"]
+    assert facts["steps"] == 7 and isinstance(facts["dtypes"], Mapping) and list(facts["dtypes"]) == ["float32"]
     assert [row["block"] for row in found.rows] == ["down_blocks 0", "down_blocks 12"]
     for row, adapter in zip(found.rows, adapters.values(), strict=True):
         assert (

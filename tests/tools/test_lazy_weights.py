@@ -32,7 +32,7 @@ def check_layers(denoiser: Any, path: Path) -> None:
     stored, layers = Stored(denoiser, path), adaptable_layers(denoiser.nets)
     assert len(layers) > 5
     for layer, module in layers.items():
-        assert torch.equal(stored.weight(layer, module), module.weight), layer
+        assert torch.equal(stored.weight(layer, module), module.get_parameter("weight")), layer
 
 
 @pytest.mark.parametrize("family", NETS)

@@ -90,6 +90,7 @@ def check_sum(tmp_path: Path, denoiser: Denoiser, one: LayoutName, other: Layout
     assert again.adapters.keys() == a.keys() | b.keys()
     for layer, adapter in again.adapters.items():
         parts = adapter.file_tensors(torch.float32)
+        assert adapter.rank is not None
         found = product((parts["lora_up.weight"], parts["lora_down.weight"])) * float(parts["alpha"]) / adapter.rank
         expected = sum(weight * product(lora[layer]) for weight, lora in ((0.5, a), (-2.0, b)) if layer in lora)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)

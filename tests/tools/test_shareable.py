@@ -169,7 +169,7 @@ def test_diffusers_and_lorasmith_load_the_same_afterwards(tmp_path: Path) -> Non
         r=4, lora_alpha=2, target_modules=["to_q", "to_k"], alpha_pattern={"attn1.to_k": 8},
         rank_pattern={"attn1.to_k": 2}, use_rslora=True,
     )  # fmt: skip
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipe.unet.add_adapter(config)
     pipe.save_lora_weights(
         tmp_path,
@@ -185,7 +185,7 @@ def test_diffusers_and_lorasmith_load_the_same_afterwards(tmp_path: Path) -> Non
 
     def loaded(path: Path) -> dict[str, Any]:
         pipe.unload_lora_weights()
-        pipe.load_lora_weights(path)
+        pipe.load_lora_weights(str(path))
         return {n: m.scaling for n, m in pipe.unet.named_modules() if n.endswith(("to_q", "to_k"))}
 
     scales = loaded(before)

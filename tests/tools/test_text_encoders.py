@@ -120,7 +120,8 @@ def test_single_files_of_others(tmp_path: Path, kind: str) -> None:
     for key, tensor in expected.items():
         torch.testing.assert_close(after[key], tensor, rtol=1e-5, atol=1e-6)
     assert count == sum(not torch.equal(before[key], after[key]) for key in before) > 5
-    extract(*(tmp_path / f"{n}.safetensors" for n in ("base", "merged", "again")), Cut(rank=2), dtype=torch.float32)
+    base, tuned, again = (tmp_path / f"{n}.safetensors" for n in ("base", "merged", "again"))
+    extract(base, tuned, again, Cut(rank=2), dtype=torch.float32)
     again = load_file(tmp_path / "again.safetensors")
     assert again.keys() == lora.keys()
     for key in (key for key in lora if key.endswith("lora_up.weight")):
@@ -150,7 +151,8 @@ def test_open_clip_s_own_names_and_projection(tmp_path: Path, caplog: Any) -> No
         torch.testing.assert_close(after[key] - before[key], change, rtol=1e-4, atol=1e-5)
     after[f"{start}logit_scale"] += 1
     save_file(after, tmp_path / "tuned.safetensors")
-    extract(*(tmp_path / f"{n}.safetensors" for n in ("base", "tuned", "again")), Cut(rank=2), dtype=torch.float32)
+    base, tuned, again = (tmp_path / f"{n}.safetensors" for n in ("base", "tuned", "again"))
+    extract(base, tuned, again, Cut(rank=2), dtype=torch.float32)
     layers = {key.partition(".")[0] for key in load_file(tmp_path / "again.safetensors")}
     assert layers == {f"lora_te2_text_model_encoder_layers_0_self_attn_{q}_proj" for q in "qkv"}
     (line,) = [message for message in caplog.messages if "left out" in message]

@@ -15,12 +15,15 @@ from torch import Tensor
 from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.hooks import attached
+from lorasmith.adapters.lora import LoRAAdapter
 from lorasmith.adapters.targets import Targets
 from lorasmith.config.schema import Config
 from lorasmith.data.dataset import Dataset, batch_of
+from lorasmith.diffusion.timesteps import LogitNormal
 from lorasmith.diffusion.validation import held_out_losses
 from lorasmith.models.families.sd import StableDiffusion
 from lorasmith.optim.optimizers import SGD, OptimizerName
+from lorasmith.optim.schedules import Linear
 from lorasmith.prepare.share import shared_copy
 from lorasmith.rng import Purpose, normal, uniform
 from lorasmith.training.loop import NonFiniteError, train
@@ -83,13 +86,14 @@ def test_a_run_equals_peft_with_a_plain_loop(family: StableDiffusion, latents: T
     fresh = AdapterSet.new(family.denoiser, config.adapter, config.targets, 5)
     pairs = []
     for path, adapter in fresh.adapters.items():
+        assert isinstance(adapter, LoRAAdapter)
         module = path.removeprefix("unet.")
         pairs += [(named[f"{module}.lora_A.default.weight"], adapter.down)]
         pairs += [(named[f"{module}.lora_B.default.weight"], adapter.up)]
     for theirs, ours in pairs:
         theirs.data.copy_(ours.data)
     optimizer = torch.optim.AdamW([theirs for theirs, _ in pairs], lr=1e-3, weight_decay=0.01)
-    scheduler = DDPMScheduler.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+    scheduler: Any = DDPMScheduler.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
     dataset = Dataset.of(samples, [1] * 4, seed=5, group_size=2)
     for index, step in enumerate(steps):
         batch = dataset.group_at(index)
@@ -125,7 +129,7 @@ def test_a_group_is_one_however_it_is_cut(flow_denoiser: Any) -> None:
     results = []
     for batch_size in (4, 2, 1):
         config = Config(
-            batch_size=batch_size, grad_accumulation_steps=4 // batch_size, targets=FLOW_TARGETS, optimizer="SGD",
+            batch_size=batch_size, grad_accumulation_steps=4 // batch_size, targets=FLOW_TARGETS, optimizer=SGD(),
             learning_rate=0.5, max_grad_norm=0.01,
         )  # fmt: skip
         copy = shared_copy(flow_denoiser)
@@ -149,7 +153,7 @@ def fall(denoiser: Denoiser, samples: Sequence[Cached], config: Config, steps: i
 
 
 def test_a_flow_model_learns_through_the_same_seam(flow_denoiser: Any) -> None:
-    config = Config(batch_size=2, learning_rate=1e-2, targets=FLOW_TARGETS, times="logit_normal")
+    config = Config(batch_size=2, learning_rate=1e-2, targets=FLOW_TARGETS, times=LogitNormal())
     assert fall(flow_denoiser, flow_samples(2), config, 60) < 0.85
 
 
@@ -188,7 +192,7 @@ EACH = zip(OPTIMIZERS, itertools.cycle(LOSSES), strict=False)
 
 
 @table(("optimizer", "loss"), itertools.product(OPTIMIZERS, LOSSES), quick=[*EACH])
-def test_every_optimizer_and_loss_learns(flow_denoiser: Any, optimizer: str, loss: str) -> None:
+def test_every_optimizer_and_loss_learns(flow_denoiser: Any, optimizer: Any, loss: Any) -> None:
     rate = {"SGD": 1.0, "RMSprop": 3e-3}.get(optimizer, 1e-2)
     config = Config(
         batch_size=2, learning_rate=rate, optimizer=optimizer, loss=loss, targets=FLOW_TARGETS, max_grad_norm=0
@@ -198,7 +202,7 @@ def test_every_optimizer_and_loss_learns(flow_denoiser: Any, optimizer: str, los
 
 def test_continuing_goes_on_with_the_numbers(flow_denoiser: Any) -> None:
     """SGD has no state: 2 steps and 3 more are 5."""
-    config = Config(batch_size=2, optimizer="SGD", learning_rate=0.5, targets=FLOW_TARGETS)
+    config = Config(batch_size=2, optimizer=SGD(), learning_rate=0.5, targets=FLOW_TARGETS)
     whole, steps = run(flow_denoiser, flow_samples(), config, steps=5)
     half, first = run(flow_denoiser, flow_samples(), config, steps=2)
     again, rest = run(flow_denoiser, flow_samples(), config, steps=3, done=2, first=2, adapters=half)
@@ -207,7 +211,7 @@ def test_continuing_goes_on_with_the_numbers(flow_denoiser: Any) -> None:
 
 
 def test_clipping_and_schedule(flow_denoiser: Any) -> None:
-    config = Config(optimizer="SGD", learning_rate=0.5, max_grad_norm=1e-3, targets=FLOW_TARGETS, schedule="linear")
+    config = Config(optimizer=SGD(), learning_rate=0.5, max_grad_norm=1e-3, targets=FLOW_TARGETS, schedule=Linear())
     adapters, steps = run(flow_denoiser, flow_samples(), config, steps=2)
     assert [step.lr for step in steps] == [0.5, 0.25] and all(step.grad_norm > 1e-3 for step in steps)
     start = AdapterSet.new(flow_denoiser, config.adapter, config.targets, 0)

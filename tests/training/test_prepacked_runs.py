@@ -104,7 +104,8 @@ def test_the_callers_model_is_as_it_was_where_training_fails_or_is_stopped(
     with untouched(family.denoiser):
         job, stop = job_of(family.denoiser, latents, texts), threading.Event()
         assert packed_in(job.denoiser)
-        with closing(job.steps(stop)) as steps:
+        steps: Any = job.steps(stop)
+        with closing(steps):
             next(steps)
             stop.set()
             assert len(list(steps)) == 1 and job.state.counters.step == 2

@@ -186,7 +186,8 @@ def test_another_model_of_the_same_weights_is_noticed(
     if what == "process":
         flow_denoiser = replace(flow_denoiser, process=Flow(shift=2.0))
     else:
-        flow_denoiser.transformer.transformer_blocks[0].norm1.norm.eps = 1e-3
+        norm: Any = flow_denoiser.transformer.get_submodule("transformer_blocks.0.norm1.norm")
+        norm.eps = 1e-3
     train_lora = {"steps": 4, "batch_size": 2, "rank": 2, "learning_rate": 0.01, "targets": TARGETS}
     api.train_lora(flow_denoiser, **{**inputs(), **train_lora, "resume_from": tmp_path})
     assert re.search(rf"never interrupted: {what} \w{{12}} -> \w{{12}}$", caplog.text, re.MULTILINE)

@@ -177,7 +177,8 @@ def run(
     if earlier is not None:
         state.load(earlier.tensors(), earlier.numbers())
     with attached(copy, adapters):
-        assert len(list(train(copy, adapters, dataset, config, state=state))) == config.steps - (earlier is not None)
+        num_steps = len(list(train(copy, adapters, dataset, config, state=state)))
+    assert config.steps is not None and num_steps == config.steps - (earlier is not None)
     return copy, adapters, state
 
 
