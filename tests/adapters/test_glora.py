@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris.modules import get_module, make_module
+from lycoris_layers import lycoris_layer
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -78,7 +78,7 @@ def test_trained_saved_continued_and_merged(tmp_path: Path) -> None:
     for name, parts in by_layer(state).items():
         (module,) = (p.removeprefix("unet.") for p in adapters.adapters if f"lora_{p.replace('.', '_')}" == name)
         layer: Any = unet.get_submodule(module)
-        theirs: Any = make_module(*get_module({f"{name}.{p}": t for p, t in parts.items()}, name), name, layer)
+        theirs = lycoris_layer({f"{name}.{p}": t for p, t in parts.items()}, name, layer)
         expected = layer.weight.detach() + theirs.get_diff_weight()[0].detach()
         assert not torch.equal(expected, layer.weight)
         found: Any = merged.get_submodule(module).weight

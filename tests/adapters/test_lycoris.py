@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris.modules import get_module, make_module
 from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.wrapper import network_module_dict
+from lycoris_layers import lycoris_layer
 from torch import Tensor, nn
 
 from lorasmith.adapters.algorithms import OFT, DoRA, LoHa, LoKr, LoRA
@@ -99,9 +99,7 @@ def test_lycoris_reads_our_file(algorithm: Any, sample: Any, adapter: Any) -> No
     theirs.load_state_dict(tensors, strict=True)
     assert_alike(sample, adapter, theirs)
     file = {f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}
-    kind, parts = get_module(file, "layer")
-    assert kind is not None
-    assert_alike(sample, adapter, make_module(kind, parts, "layer", sample.module))
+    assert_alike(sample, adapter, lycoris_layer(file, "layer", sample.module))
 
 
 def test_we_read_lycoriss_file(algorithm: Any, sample: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from lycoris.modules import get_module, make_module
+from lycoris_layers import lycoris_layer
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter_set import AdapterSet
@@ -94,7 +94,7 @@ def test_every_program_makes_the_same_weights(denoiser: Any, lora: Any, latents:
     for layer, parts in by_papers.items():
         expected = papers(own[layer], parts)
         torch.testing.assert_close(comfyuis(own[layer], by_comfyui[layer]), expected, rtol=1e-4, atol=1e-5)
-        theirs = make_module(*get_module(lora, layer), layer, modules[layer])
+        theirs = lycoris_layer(lora, layer, modules[layer])
         torch.testing.assert_close(theirs.get_merged_weight()[0], expected, rtol=1e-4, atol=1e-5)
     merged = shared_copy(denoiser)
     for path, module in adaptable_layers(merged.nets).items():
@@ -132,7 +132,7 @@ def test_diffusers_reads_the_lengths_under_pefts_name(denoiser: Any, lora: Any, 
             f"{paths[layer]}.lora_B.weight": parts["lora_up.weight"] * float(parts["alpha"]) / 3,
             f"{paths[layer]}.lora_magnitude_vector": scale.mT.flatten() if scale.ndim == 2 else scale.transpose(0, 1),
         }
-    unet = UNet2DConditionModel.from_config(denoiser.unet.config)
+    unet: Any = UNet2DConditionModel.from_config(denoiser.unet.config)
     unet.load_state_dict(denoiser.unet.state_dict())
     unet.eval().load_lora_adapter(state, prefix=None)
     with torch.no_grad():

@@ -59,7 +59,7 @@ def test_a_file_of_lycoris(
     before = output(denoiser, latents, texts)
     LycorisNetwork.apply_preset({"name_algo_map": {}, "target_module": [], "target_name": [LAYERS]})
     network: Any = create_lycoris(
-        denoiser.unet, 1.0, linear_dim=4, linear_alpha=2.0, algo=LYCORIS[algorithm], dora_wd=algorithm == "DoRA"
+        denoiser.unet, 1.0, linear_dim=4, linear_alpha=2, algo=LYCORIS[algorithm], dora_wd=algorithm == "DoRA"
     )
     network.apply_to()
     randomised(network.parameters())
@@ -111,8 +111,9 @@ def test_a_file_of_diffusers(
     randomised(p for name, p in unet.named_parameters() if "lora_" in name)
     with torch.no_grad():
         theirs = unet(latents, torch.full((4,), 500), texts).sample
-    metadata = {"unet_lora_adapter_metadata": config.to_dict()} if with_metadata else {}
-    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), **metadata)
+    options: dict[str, Any] = {"unet_lora_adapter_metadata": config.to_dict()} if with_metadata else {}
+    options["unet_lora_layers"] = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **options)
     ours = with_file(tmp_path / "pytorch_lora_weights.safetensors", denoiser, latents, texts)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     assert ("alpha" in caplog.text) == (not with_metadata)
@@ -143,7 +144,7 @@ def test_a_file_of_comfyui(denoiser: Any, latents: Tensor, texts: Tensor, tmp_pa
     ours = with_file(tmp_path / "comfy_500_steps_00001_.safetensors", denoiser, latents, texts)
     assert torch.equal(output(denoiser, latents, texts), before)
 
-    merged = UNet2DConditionModel.from_config(denoiser.unet.config)
+    merged: Any = UNet2DConditionModel.from_config(denoiser.unet.config)
     merged.load_state_dict(denoiser.unet.state_dict())
     original = ldm_names(denoiser.unet.config)
     for path, module in merged.named_modules():
@@ -204,7 +205,7 @@ def test_a_lora_for_another_model_says_which(denoiser: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["pissa", "olora"])
-def test_a_start_that_changes_the_base_is_refused(denoiser: Any, tmp_path: Path, way: str) -> None:
+def test_a_start_that_changes_the_base_is_refused(denoiser: Any, tmp_path: Path, way: Any) -> None:
     config = peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=way)
     model: Any = peft.get_peft_model(shared_copy(denoiser).unet, config)
     model.save_pretrained(tmp_path)

@@ -285,7 +285,7 @@ def test_a_file_of_lycoris_on_a_transformer(tmp_path: Path) -> None:
     LycorisNetwork.apply_preset(
         {"name_algo_map": {}, "target_module": [], "target_name": [r".*attn\.(to_q|add_k_proj)"]}
     )
-    network: Any = create_lycoris(holder.net, 1.0, linear_dim=4, linear_alpha=4.0, algo="lokr", factor=4)
+    network: Any = create_lycoris(holder.net, 1.0, linear_dim=4, linear_alpha=4, algo="lokr", factor=4)
     network.apply_to()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -30,7 +30,7 @@ from lorasmith.training.objective import sample_losses
 from lorasmith.types import Cached, Codec, LayoutName, unread
 
 CPU = torch.device("cpu")
-ALIKE = {"rtol": 1e-4, "atol": 1e-4}  # sums depend on where weights lie in memory
+ALIKE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # sums depend on where weights lie in memory
 families = pytest.mark.parametrize("name", sorted(TINY))
 
 
@@ -121,7 +121,7 @@ def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(name: str) -
 @families
 def test_layers_without_an_adapter_are_those_that_no_prediction_depends_on(name: str) -> None:
     family = opened(made(name))
-    layers = adaptable_layers(family.denoiser.nets)
+    layers: dict[str, Any] = dict(adaptable_layers(family.denoiser.nets))
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     batch = batch_of(samples(name), tuple(range(len(PROMPTS))))

@@ -360,6 +360,7 @@ def test_a_checkpoint_from_before_the_setting_is_read_without_a_change_told(capl
     job, resumed = (Job.of(family.denoiser, dataset, Config(steps=2), device=CPU) for _ in range(2))
     next(iter(job.steps()))
     checkpoint = job.checkpoint()
+    assert isinstance(checkpoint.config, dict)
     assert checkpoint.config.pop("text_encoder") == {"train": False, "learning_rate": None}
     with caplog.at_level("INFO", "lorasmith"):
         resumed.resume(checkpoint)

@@ -138,7 +138,7 @@ def test_bf16_is_near_to_the_formula(
     turn, bias = random(num // size, size, size).detach().to(ours), bias.bfloat16() if has_bias else None
     if is_conv:
         y = y.contiguous(memory_format=torch.channels_last)
-    exact = [t.double().requires_grad_() for t in (y, turn)]
+    exact = y.double().requires_grad_(), turn.double().requires_grad_()
     expected = plain(*exact, None if bias is None else bias.double(), is_conv)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
     y, turn = y.requires_grad_(), turn.requires_grad_()

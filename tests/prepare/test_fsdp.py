@@ -292,6 +292,7 @@ def about_sd3() -> dict[str, Any]:
 
 def about_unet() -> dict[str, Any]:
     family = opened(BASE)
+    assert isinstance(family, StableDiffusion)
     case, codec = unet(family), family.codec(CPU)
     copy, found = shared_out(case)
     samples = [Cached(str(i), case.x[0] * i, {"text": case.cond["text"][0]}) for i in (1, 2)]

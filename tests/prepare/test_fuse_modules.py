@@ -18,11 +18,15 @@ from lorasmith.types import Denoiser
 pytestmark = pytest.mark.skipif(library() is None, reason="no AVX-512 for bf16, or no compiler")
 
 
+def channels_last(net: Any) -> Any:
+    return net.to(memory_format=torch.channels_last)
+
+
 def test_a_net_predicts_as_exactly_and_is_as_it_was_afterwards(
     family: StableDiffusion, latents: Tensor, texts: Tensor
 ) -> None:
     denoiser, exact = (shared_copy(family.denoiser, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    net = denoiser.nets["unet"].to(memory_format=torch.channels_last)
+    net = channels_last(denoiser.nets["unet"])
     modules = [module for module in net.modules() if type(module) in FUSED]
     assert {type(module) for module in modules} == set(FUSED)
 
@@ -68,7 +72,7 @@ def test_residual_blocks_of_every_kind(family: StableDiffusion, options: dict[st
     torch.manual_seed(0)
     block = ResnetBlock2D(**{"in_channels": 8, "temb_channels": 12, "groups": 4, **options})
     exact, x = copy.deepcopy(block), torch.randn(2, 8, 6, 4, requires_grad=True)
-    block = block.bfloat16().requires_grad_(False).to(memory_format=torch.channels_last)
+    block = channels_last(block.bfloat16().requires_grad_(False))
     temb = None if "temb_channels" in options else torch.randn(2, 12)
 
     def results(block: Any, dtype: torch.dtype) -> list[Tensor]:

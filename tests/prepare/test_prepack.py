@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,7 +75,11 @@ def frozen(layer: nn.Module) -> nn.Module:
 
 def with_a_hook() -> nn.Module:
     layer = frozen(nn.Linear(4, 4))
-    layer.register_forward_hook(lambda layer, args, y: 2 * y)
+
+    def doubled(layer: nn.Module, args: Any, y: Any) -> Any:
+        return 2 * y
+
+    layer.register_forward_hook(doubled)
     return layer
 
 
@@ -107,7 +112,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_what_is_no_plain_frozen_layer_stays(layer: Callable[[], nn.Module]) -> None:
     denoiser, made = net_of(), layer()
-    denoiser.net.append(made)
+    cast(nn.Sequential, denoiser.net).append(made)
     before = type(made), sorted(vars(made))
     assert pack(denoiser, "all") == 0 and (type(made), sorted(vars(made))) == before
 

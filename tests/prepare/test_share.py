@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from flow_denoiser import FlowDenoiser
 from frozen_nets import Case, equal, gradients
 from measure_checkpointing import Subject, measured
+from tiny import several
 from torch import Tensor, nn
 
 from lorasmith.adapters.targets import Targets, adaptable_layers
@@ -38,7 +39,7 @@ def test_a_copy_shares_weights_and_nothing_else(family: StableDiffusion) -> None
 
 def test_weights_of_inference_mode_are_shared_and_can_be_trained_through() -> None:
     with torch.inference_mode():
-        net = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 2, 3))
+        net: Any = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 2, 3))
         net[0].weight.data = net[0].weight.data.double().float().t().contiguous().t()  # not in order in memory
     model: Any = FlowDenoiser(net, Flow())
     twin = shared_copy(model)
@@ -96,7 +97,7 @@ class Nest(nn.Module):
 
 def test_a_net_that_nests_deeper_gives_its_innermost_blocks_at_5() -> None:
     net = Nest(7)
-    chain = [net]
+    chain: list[Any] = [net]
     while chain[-1].inner:
         chain.append(chain[-1].inner[0])
     for depth in range(1, 5):
@@ -227,13 +228,13 @@ class Own(nn.Module):
 
 
 def own() -> Denoiser:
-    return Subject(Own(), lambda net, x, t, cond: net(x.to(net.entry.weight.dtype)).float())
+    return Subject(Own(), lambda net, x, t, cond: net(x.to(net.get_parameter("entry.weight").dtype)).float())
 
 
 def version_2(family: StableDiffusion) -> Denoiser:
     """A UNet of Stable Diffusion 2's shape: linear projections, heads of one width."""
     net = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), cross_attention_dim=192, attention_head_dim=(2, 4),
+        sample_size=16, block_out_channels=(32, 64), cross_attention_dim=192, attention_head_dim=several(2, 4),
         use_linear_projection=True, layers_per_block=1, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny import several
 
 from lorasmith.formats.unet_names import ldm_names
 from lorasmith.models.checkpoints.ldm_configs import (
@@ -35,7 +36,9 @@ def header(version: int, metadata: Mapping[str, str], *, text: bool = True) -> H
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[version])
         vae = AutoencoderKL(
-            **VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
+            **VAE,
+            down_block_types=several(*("DownEncoderBlock2D",) * 4),
+            up_block_types=several(*("UpDecoderBlock2D",) * 4),
         )
     names = ldm_names(unet.config)
     keys = {(*key.rpartition("."), tuple(value.shape)) for key, value in unet.state_dict().items()}

@@ -42,7 +42,7 @@ PLAIN = original_flux()
 WEIGHTS = [key for key, tensor in PLAIN.items() if key.endswith(".weight") and tensor.ndim == 2]
 
 
-def scaled(name: str, dtype: torch.dtype = FP8, *, by_row: bool = False, **extra: Tensor) -> State:
+def scaled(name: str, dtype: torch.dtype = FP8, *, by_row: bool = False, extra: State | None = None) -> State:
     """Every matrix in 8 bits; name: a scale's, after the module's."""
     state = dict(PLAIN)
     for key in WEIGHTS:
@@ -51,7 +51,7 @@ def scaled(name: str, dtype: torch.dtype = FP8, *, by_row: bool = False, **extra
         numbers = PLAIN[key] / scale
         state[key] = (numbers.round() if dtype == torch.int8 else numbers).to(dtype)
         state[module + name] = scale.clone()
-        state |= {module + leaf: tensor.clone() for leaf, tensor in extra.items()}
+        state |= {module + leaf: tensor.clone() for leaf, tensor in (extra or {}).items()}
     return state
 
 
@@ -62,9 +62,9 @@ def comfyui(note: Any) -> Tensor:
 NOTE = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 INPUT = {".scale_input": torch.tensor(3.0)}
 PLACES: dict[str, Callable[[], State]] = {
-    "scale_weight": lambda: scaled(".scale_weight", **INPUT) | {"scaled_fp8": torch.zeros(2, dtype=FP8)},
+    "scale_weight": lambda: scaled(".scale_weight", extra=INPUT) | {"scaled_fp8": torch.zeros(2, dtype=FP8)},
     "weight_scale": lambda: scaled(
-        ".weight_scale", **{".input_scale": torch.tensor(3.0), ".comfy_quant": comfyui(NOTE)}
+        ".weight_scale", extra={".input_scale": torch.tensor(3.0), ".comfy_quant": comfyui(NOTE)}
     ),
     "weight_scale by row": lambda: scaled(".weight_scale", by_row=True),
     "weight_scale_inv": lambda: scaled(".weight_scale_inv", FP8_WIDE),
@@ -206,7 +206,7 @@ def test_what_rounding_loses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
             assert re.search(message, caplog.text)
 
 
-NVFP4 = scaled(".weight_scale", **{".weight_scale_2": torch.tensor(1.0)})
+NVFP4 = scaled(".weight_scale", extra={".weight_scale_2": torch.tensor(1.0)})
 FIRST = WEIGHTS[0].removesuffix(".weight")
 PACKED: dict[str, tuple[State, dict[str, str], str]] = {
     "NVFP4": (NVFP4, {}, "NVFP4 with"),

@@ -11,10 +11,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from originals import open_clip, original_vae
 from safetensors.torch import load_file, save_file
+from tiny import several
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorasmith.api import train_lora
+from lorasmith.diffusion.process import Diffusion
 from lorasmith.formats.unet_names import ldm_names
 from lorasmith.models.checkpoints.clip_tokenizer import clip_tokenizer
 from lorasmith.models.load import opened
@@ -58,8 +60,9 @@ def tiny(version: int, num_words: int = 1000) -> Tiny:
             **shapes,
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(32, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+            block_out_channels=several(32, 64), layers_per_block=1,
+            down_block_types=several("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=several("UpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=4,
         )  # fmt: skip
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -110,7 +113,7 @@ def text() -> Tensor:
 
 @torch.no_grad()
 def test_every_part_computes_what_the_original_computes(model: Tiny, path: Path, latents: Tensor, text: Tensor) -> None:
-    family = opened(path)
+    family: Any = opened(path)
     t, texts = torch.tensor([1, 200, 500, 999]), text.expand(4, -1, -1)
     assert torch.equal(family.denoiser.predict(latents, t, {"text": texts}), model.unet(latents, t, texts).sample)
     pipe = family.pipeline(family.denoiser)
@@ -225,17 +228,20 @@ def test_what_an_sd2_file_predicts(
     path = written(tmp_path / "model.safetensors", models[2].state() | extra, metadata)
     with caplog.at_level(logging.WARNING, "lorasmith"):
         family = opened(path)
-    assert family.denoiser.process.prediction == prediction
-    assert family.denoiser.unet.config["sample_size"] == side  # the tiny VAE halves sides where the real one takes 1/8
+    process, unet = family.denoiser.process, family.denoiser.nets["unet"]
+    assert isinstance(unet, UNet2DConditionModel)
+    assert isinstance(process, Diffusion) and process.prediction == prediction
+    assert unet.config["sample_size"] == side  # the tiny VAE halves sides where the real one takes 1/8
     assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 def test_v_prediction_and_zero_snr_are_read_in_sd1_too(models: dict[int, Tiny], tmp_path: Path) -> None:
     extra = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor(0.0)}
     process = opened(written(tmp_path / "model.safetensors", models[1].state() | extra)).denoiser.process
-    assert process.prediction == "v" and float(process.alphas_cumprod[-1]) < 1e-6
+    assert isinstance(process, Diffusion) and process.prediction == "v" and float(process.alphas_cumprod[-1]) < 1e-6
     plain = opened(written(tmp_path / "plain.safetensors", models[1].state())).denoiser.process
-    assert plain.prediction == "eps" and float(plain.alphas_cumprod[-1]) == pytest.approx(0.00466, rel=1e-2)
+    assert isinstance(plain, Diffusion) and plain.prediction == "eps"
+    assert float(plain.alphas_cumprod[-1]) == pytest.approx(0.00466, rel=1e-2)
 
 
 def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
@@ -256,10 +262,11 @@ def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
 @torch.no_grad()
 def test_what_a_file_lacks_is_the_folder_s(tmp_path: Path) -> None:
     model = tiny(1, num_words=49408)
+    others: dict[str, Any] = {"scheduler": DDIMScheduler(), "safety_checker": None, "feature_extractor": None}
     StableDiffusionPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=clip_tokenizer(length=16), unet=model.unet,
-        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "folder")  # type: ignore[arg-type]  # fmt: skip
+        requires_safety_checker=False, **others,
+    ).save_pretrained(tmp_path / "folder")  # fmt: skip
     whole = opened(written(tmp_path / "whole.safetensors", model.state())).codec(CPU)
     state = {key: value for key, value in model.state().items() if key.startswith(UNET)}
     family = opened(written(tmp_path / "unet.safetensors", state), tmp_path / "folder")

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from originals import open_clip, original, original_vae
 from safetensors.torch import save_file
+from tiny import several
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -40,18 +41,20 @@ def pipeline() -> StableDiffusionXLPipeline:
             block_out_channels=(64, 64, 128), layers_per_block=1, sample_size=128, cross_attention_dim=128,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(1, 1, 2), use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, transformer_layers_per_block=(1, 1, 2),
+            attention_head_dim=several(1, 1, 2), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, transformer_layers_per_block=several(1, 1, 2),
             projection_class_embeddings_input_dim=48 + 6 * 256,
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(32, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.13025,
+            block_out_channels=several(32, 64), layers_per_block=1,
+            down_block_types=several("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=several("UpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=4, scaling_factor=0.13025,
         )  # fmt: skip
+        scheduler: Any = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         pipe = StableDiffusionXLPipeline(
             vae=vae, unet=unet, tokenizer=clip_tokenizer(length=16), tokenizer_2=clip_tokenizer("!", 16),
             text_encoder=CLIPTextModel(clip("quick_gelu")), text_encoder_2=CLIPTextModelWithProjection(clip("gelu")),
-            scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            scheduler=scheduler,
         )  # fmt: skip
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval()
@@ -95,7 +98,8 @@ def check_same(family: Any) -> None:
     )
     t = torch.tensor([3, 700])
     assert torch.equal(*(f.denoiser.predict(latents, t, cond) for f in (family, reference)))
-    assert torch.equal(family.denoiser.process.alphas_cumprod, reference.denoiser.process.alphas_cumprod)
+    processes: list[Any] = [f.denoiser.process for f in (family, reference)]
+    assert torch.equal(*(process.alphas_cumprod for process in processes))
 
 
 def test_its_head_tells_of_all_layers(path: Path, tmp_path: Path) -> None:

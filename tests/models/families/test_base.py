@@ -1,5 +1,7 @@
 """What families share: texts of several lengths, and sizes that divide into tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import TINY, made
@@ -11,7 +13,7 @@ masking = pytest.mark.parametrize("name", ["Lumina2Pipeline", "ZImagePipeline"])
 
 
 def texts_of(family: Family, length: int) -> Cond:
-    widths = family.denoiser.nets["transformer"].config
+    widths: Any = family.denoiser.nets["transformer"].config
     return {"text": torch.randn(2, length, widths["cap_feat_dim"], generator=torch.Generator().manual_seed(0))}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_the_shift_lies_between_those_of_10_and_200_steps_and_is_of_200_for_larg
     of_10, of_200 = (8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 4096 + 0.45666666)  # as the authors' code has it
     assert math.log(empirical_shift((128, 64, 64))) == pytest.approx(of_10 + (of_200 - of_10) * 40 / 190)
     assert math.log(empirical_shift((128, 72, 64))) == pytest.approx(0.00016927 * 4608 + 0.45666666)
-    process = opened(made("Flux2Pipeline")).denoiser.process
+    process: Any = opened(made("Flux2Pipeline")).denoiser.process
     assert process.sized((16, 64, 64)).shift == empirical_shift((16, 64, 64))
 
 
@@ -33,7 +34,7 @@ def test_latents_are_those_of_the_pipeline() -> None:
 
 
 def test_the_distilled_klein_knows_one_guidance() -> None:
-    pipe = flux2_klein(is_distilled=True)
+    pipe: Any = flux2_klein(is_distilled=True)
     pipe.set_progress_bar_config(disable=True)
     family = opened(pipe)
     codec = family.codec(CPU)

@@ -40,7 +40,7 @@ def test_the_plain_files_dtype_is_kept_beside_a_variant(tmp_path: Path) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
     save_file({key: value.float() for key, value in load_file(weights).items()}, weights)
-    assert opened(model).denoiser.unet.dtype == torch.float32
+    assert {p.dtype for p in opened(model).denoiser.nets["unet"].parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

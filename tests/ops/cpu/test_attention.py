@@ -81,12 +81,12 @@ def test_gradients_are_as_exact_as_pytorchs(shape: tuple[int, ...], logits: floa
     *inputs, grad = tensors(shape, logits)
     leaves = [t.double().requires_grad_() for t in inputs]
     expected = torch.autograd.grad(exact(*leaves)[0], leaves, grad.double())
-    leaves = [t.requires_grad_() for t in inputs]
-    plain = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+    q, k, v = leaves = [t.requires_grad_() for t in inputs]
+    plain = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), leaves, grad)
     before = F.scaled_dot_product_attention
     with fast_attention():
         assert F.scaled_dot_product_attention is not before
-        ours = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+        ours = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), leaves, grad)
     assert F.scaled_dot_product_attention is before
     for own, pytorchs, right in zip(ours, plain, expected, strict=True):
         assert error(own, right) <= 1.4 * error(pytorchs, right) < 0.02
@@ -102,9 +102,9 @@ def test_any_layout_gives_the_same() -> None:
     )
     expected = None
     for layout in layouts:
-        leaves = [layout(t).detach().requires_grad_() for t in inputs]
+        q, k, v = leaves = [layout(t).detach().requires_grad_() for t in inputs]
         with fast_attention():
-            out = F.scaled_dot_product_attention(*leaves)
+            out = F.scaled_dot_product_attention(q, k, v)
             found = [out, *torch.autograd.grad(out, leaves, layout(grad))]
         expected = expected or found
         assert all(map(torch.equal, found, expected))
@@ -138,13 +138,13 @@ def test_it_also_runs_where_nobody_trains_and_leaves_the_rest_to_pytorch() -> No
         others = [
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
             F.scaled_dot_product_attention(q, k, v, scale=-0.5),
-            F.scaled_dot_product_attention(*(t.float() for t in (q, k, v))),
+            F.scaled_dot_product_attention(q.float(), k.float(), v.float()),
         ]
     assert torch.equal(ours, attended(q, k, v, 24**-0.5)[0])
     plain = [
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         F.scaled_dot_product_attention(q, k, v, scale=-0.5),
-        F.scaled_dot_product_attention(*(t.float() for t in (q, k, v))),
+        F.scaled_dot_product_attention(q.float(), k.float(), v.float()),
     ]
     assert all(map(torch.equal, others, plain))
 

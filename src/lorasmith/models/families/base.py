@@ -6,7 +6,7 @@ B batch, C channels, f h w latent frames and sides, F H W frames and pixels, L t
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from lorasmith.types import Codec, Cond, Denoiser
 log = logging.getLogger(__name__)
 
 
-class PipelineFamily:
+D = TypeVar("D", bound=Denoiser)
+C = TypeVar("C", bound=Codec)
+
+
+class PipelineFamily(Generic[D, C]):
     """A family: components -> denoiser, codec, and a pipeline around a changed denoiser."""
 
     ORIGINAL: ClassVar[Original]
@@ -38,13 +42,13 @@ class PipelineFamily:
         self.components = components
         self.denoiser = self.denoiser_of(components)
 
-    def denoiser_of(self, components: Components) -> Denoiser:
+    def denoiser_of(self, components: Components) -> D:
         raise NotImplementedError
 
-    def codec_of(self, pipe: Any) -> Codec:
+    def codec_of(self, pipe: Any) -> C:
         raise NotImplementedError
 
-    def codec(self, device: torch.device) -> Codec:
+    def codec(self, device: torch.device) -> C:
         """The encoders on this device, IN_FLOAT32 in float32; those of an open pipeline as it holds them."""
         pipe = self.components.pipeline(self.denoiser.nets)
         missing = [name for name in self.ENCODERS if getattr(pipe, name, None) is None]

@@ -76,7 +76,7 @@ class StableDiffusionCodec(PictureCodec):
         return {name: value.float() for name, value in text_of(encoders, ids).items()}
 
 
-class StableDiffusion(PipelineFamily):
+class StableDiffusion(PipelineFamily[StableDiffusionDenoiser, StableDiffusionCodec]):
     """Stable Diffusion 1.x and 2.x."""
 
     ORIGINAL = OriginalSD()
@@ -91,7 +91,6 @@ class StableDiffusion(PipelineFamily):
         return StableDiffusionCodec(pipe)
 
     def metadata(self) -> dict[str, str]:
-        assert isinstance(self.denoiser, StableDiffusionDenoiser)
         version = "2" if self.denoiser.unet.config["cross_attention_dim"] == 1024 else "1"
         return {
             "modelspec.architecture": f"stable-diffusion-v{version}/lora",
