@@ -121,6 +121,7 @@ def test_latents_are_scaled_once(patcher: Any) -> None:
     assert all(map(torch.equal, (s.latent for s in samples), latents(2)["samples"] * stand_ins.SCALE))
 
 
+@pytest.mark.slow
 def test_settings_reach_the_training(patcher: Any) -> None:
     plain = trained(patcher, [latents(4)], [entries(4)])[1]
     for values in (
@@ -132,6 +133,7 @@ def test_settings_reach_the_training(patcher: Any) -> None:
         assert not equal(trained(patcher, [latents(4)], [entries(4)], **values)[1], plain), values
 
 
+@pytest.mark.slow
 def test_a_cancelled_prompt_goes_on_and_ends_in_the_same_lora(patcher: Any, folders: Path, manager: Any) -> None:
     whole = trained(patcher, [latents(4)], [entries(4)])
     assert [value for value, *_ in manager.progress] == [1, 2, 3, 4, 5, 6]

@@ -32,6 +32,7 @@ from lorasmith.types import Cached, Codec, LayoutName, unread
 CPU = torch.device("cpu")
 ALIKE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # sums depend on where weights lie in memory
 families = pytest.mark.parametrize("name", sorted(TINY))
+some_families = table("name", sorted(TINY), quick=["FluxPipeline", "StableDiffusionXLPipeline", "Wan 2.2"])
 
 
 @cache
@@ -81,7 +82,7 @@ def test_every_family_is_tested() -> None:
     assert FAMILIES.keys() - {"StableDiffusionPipeline"} == tested
 
 
-@families
+@some_families
 def test_a_picture_is_the_one_that_diffusers_draws(name: str) -> None:
     family, codec = opened_family(name)
     tiny, (width, height) = TINY[name], TINY[name].size
@@ -171,7 +172,7 @@ def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName
     assert float((ours - before).abs()) > 1e-3
 
 
-@table("name", sorted(TINY), quick=["FluxPipeline", "StableDiffusionXLPipeline", "Wan 2.2"])
+@some_families
 def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path)
     family, (reference, reference_codec) = opened(tmp_path), opened_family(name)
@@ -190,7 +191,7 @@ def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     assert family.metadata()["modelspec.architecture"].endswith("/lora")
 
 
-@families
+@some_families
 def test_training_lowers_the_loss_of_a_fixed_noise(name: str) -> None:
     family, _ = opened_family(name)
     adapters = AdapterSet.new(family.denoiser, LoRA(rank=4), Targets(), 0)

@@ -128,6 +128,7 @@ def unpacked(denoiser: Denoiser) -> Denoiser:
     return twin
 
 
+@pytest.mark.slow
 @table("dtype", DTYPES, quick=DTYPES[:1])
 def test_predictions_and_gradients_are_those_of_the_whole_weights(
     case: Case,  # noqa: F811
