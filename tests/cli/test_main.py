@@ -124,7 +124,7 @@ def test_ctrl_c_ends_after_the_step_in_hand(home: Path, monkeypatch: pytest.Monk
     ended = lorasmith(home, "train", "cats", *TINY, "--steps", "4")
     assert (ended.code, ended.err) == (130, "")
     path = Path("runs", "cats", "lora.safetensors")
-    assert ended.out.endswith(f"LoRA of 2 steps: {path}\nstopped after step 2 of 4; --resume goes on\n")
+    assert ended.out.endswith(f"LoRA of 2 steps: {path}\nstopped after step 2 of 4; continue with --resume\n")
     assert listing(home / "runs" / "cats") == FILES
     assert "2 of 4, 1 sample each" in (home / "runs" / "cats" / "report.html").read_text("utf-8")
     assert lora_file.read(home / path)[1]["lorasmith.steps"] == "2"
@@ -146,7 +146,7 @@ def test_ctrl_c_while_samples_are_generated_leaves_a_report(home: Path, monkeypa
     monkeypatch.setattr("lorasmith.runs.run.pictures", lambda *_: signal.raise_signal(signal.SIGINT))
     ended = lorasmith(home, "train", "cats", *TINY[:-2], "--sampling.prompts", "a cat")
     assert (ended.code, ended.err) == (130, "")
-    assert ended.out.endswith("stopped after step 2 of 2; --resume goes on\n")
+    assert ended.out.endswith("stopped after step 2 of 2; continue with --resume\n")
     assert listing(home / "runs" / "cats") == FILES
 
 

@@ -52,7 +52,7 @@ def test_the_same_command_with_resume_goes_on(
 ) -> None:
     usual = signal.getsignal(by)
     ended = interrupted(home, "train", *ARGUMENTS, by=by)
-    assert ended.code == 130 and ended.out.endswith(f"stopped after step 3 of {STEPS}; --resume goes on\n")
+    assert ended.code == 130 and ended.out.endswith(f"stopped after step 3 of {STEPS}; continue with --resume\n")
     assert signal.getsignal(by) is usual
     assert listing(home / "runs" / "cats") == FILES
     assert lorasmith(home, "train", *ARGUMENTS, "--resume").code == 0

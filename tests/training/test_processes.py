@@ -128,7 +128,7 @@ def test_two_processes_of_the_command_line(tmp_path: Path) -> None:
     assert outcome(dying / "runs" / "cats") == outcome(whole / "runs" / "cats")
 
     (end,) = ended(torchrun(stopping, PROGRAM, "stopping", "train", *ARGUMENTS))
-    (last,) = re.findall(r"stopped after step (\d) of 6; --resume goes on", end.out)
+    (last,) = re.findall(r"stopped after step (\d) of 6; continue with --resume", end.out)
     run = stopping / "runs" / "cats"
     assert listing(run) - {".launch"} == FILES
     assert len(outcome(run)[1]) == int(last) and (run / "checkpoints" / f"step-000000{last}.safetensors").is_file()

@@ -29,7 +29,7 @@ class Printed:
             stdout.line(f"{'its part for one expert' if number else whole}: {path}")
 
     def stopped(self, done: int, total: int) -> None:
-        stdout.line(f"stopped after step {done} of {total}; --resume goes on")
+        stdout.line(f"stopped after step {done} of {total}; continue with --resume")
 
     def done(self, summary: Sequence[tuple[str, str]], folder: Path) -> None:
         show_table(summary)
