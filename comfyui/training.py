@@ -44,7 +44,7 @@ OF_THE_TRAINING = ("base model", "structure", "process", "data", "first weights"
 MAY_CHANGE = ("gradient_checkpointing", "checkpoint_depth", "pack", "native_kernels")
 """Inputs that trade memory for time: the LoRA is the same but for rounding."""
 SECONDS_A_PREVIEW = 2.0
-ADVICE = "turn memory_ladder or gradient_checkpointing on and queue again, to go on from the last step, or use less"
+ADVICE = "turn on memory_ladder or gradient_checkpointing and queue again to continue from the last step, or reduce"
 BASES = {kind: names for architecture in ARCHITECTURES for kind, names in architecture.comfyui.items()}
 """{ComfyUI's class of a model: what modelspec and kohya's tools call it}."""
 
@@ -96,7 +96,7 @@ def trained(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        failure = RuntimeError(f"out of memory: {ADVICE} (batch_size, size of latents): {error}")
+        failure = RuntimeError(f"out of memory: {ADVICE} batch_size or the size of latents: {error}")
     finally:
         controls = comfy.sampler_helpers.get_models_from_cond(extras, "control")
         comfy.sampler_helpers.cleanup_additional_models(list(dict.fromkeys(controls)))
@@ -127,7 +127,7 @@ def _run(job: Job, is_resuming: bool) -> None:
     try:
         with kept(job, folder, folder) as keeper:
             if job.state.counters.step:
-                log.info("going on after step %d of %s, from %s", job.state.counters.step, job.config.steps, folder)
+                log.info("continuing after step %d of %s, from %s", job.state.counters.step, job.config.steps, folder)
             _follow(job, keeper)
         is_ended = True
     finally:
@@ -143,7 +143,7 @@ def _follow(job: Job, keeper: Keeper) -> None:
         for _ in steps:
             if comfy.model_management.processing_interrupted():
                 keeper.keep()
-                log.info("cancelled after step %d: queue it again to go on", job.state.counters.step)
+                log.info("cancelled after step %d: queue again to continue", job.state.counters.step)
                 break
             preview = None
             if time.monotonic() - shown >= SECONDS_A_PREVIEW:

@@ -186,7 +186,7 @@ def test_memory_that_runs_out_says_what_to_change(patcher: Any, monkeypatch: pyt
         raise MemoryError("out of memory")
 
     monkeypatch.setattr("lorasmith.training.loop.sample_losses", failing)
-    with pytest.raises(RuntimeError, match="^out of memory: turn memory_ladder or gradient_checkpointing on and queue"):
+    with pytest.raises(RuntimeError, match="^out of memory: turn on memory_ladder or gradient_checkpointing and queue"):
         trained(patcher, [latents(2)], [entries(2)])
 
 

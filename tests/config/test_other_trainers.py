@@ -96,7 +96,7 @@ def test_words_for_values_are_values_here(key: str) -> None:
         ),
         (
             "--save_every_n_epochs 1",
-            "there is no --save_every_n_epochs here (kohya's name): no LoRA files are written on the way, only "
+            "there is no --save_every_n_epochs here (kohya's name): no LoRA files are written during training, only "
             "checkpoints to resume from; the nearest is --checkpoints.steps 500",
         ),
         (

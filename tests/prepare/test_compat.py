@@ -59,9 +59,9 @@ def test_sharding_is_refused_where_it_saves_nothing_or_something_would_break() -
 def test_what_needs_whole_weights_is_refused_beside_a_base_in_few_bits() -> None:
     check({"base_dtype": "int8"}, device=CPU)
     for name, why in (
-        ("quantized_backward", "it takes gradients through whole weights"),
-        ("offloading", "it moves whole weights"),
-        ("sharded", "it shares out whole weights"),
+        ("quantized_backward", "it computes gradients through unquantised weights"),
+        ("offloading", "it moves unquantised weights"),
+        ("sharded", "it shards unquantised weights"),
     ):
         with pytest.raises(ValueError, match=f"^base_dtype must be none with {name}: {why}$"):
             check({"base_dtype": "int8", name: True})

@@ -241,7 +241,7 @@ def test_a_training_that_needs_whole_weights_is_refused_at_its_start(
     family: StableDiffusion, latents: Tensor, texts: Tensor
 ) -> None:
     said = refusal(lambda: train_lora(family.denoiser, latents, list(texts), base_dtype="nf4", quantized_backward=True))
-    assert said == "base_dtype must be none with quantized_backward: it takes gradients through whole weights"
+    assert said == "base_dtype must be none with quantized_backward: it computes gradients through unquantised weights"
 
 
 def test_models_that_have_nothing_to_pack_are_refused(kind: str) -> None:

@@ -155,7 +155,7 @@ def test_the_ladder_goes_down_packed(
     monkeypatch.setattr(loop, "sample_losses", short)
     with untouched(flow_denoiser):
         result = train_lora(flow_denoiser, latents, cond, **values)
-    assert "going on with micro-batches of 1" in caplog.text
+    assert "continuing with batches of 1" in caplog.text
     assert far(result.lora, plain.lora) < 1e-3
 
 

@@ -54,7 +54,7 @@ def check_interruptions(found: dict[str, Any]) -> None:
     short, left_out = found["short of memory"], found["left out"]
     alone = trained(ALONE, CUT.model_copy(update={"batch_size": 4}))
     assert short.counters == alone.counters | {"batch_size": 1} and len(short.sent) == len(alone.losses) + 1
-    assert short.heard == ["out of memory: going on with micro-batches of 1"]
+    assert short.heard == ["out of memory: continuing with batches of 1"]
     assert furthest(short.weights, alone.weights) < 1e-4
     alone = trained(ALONE, CUT.model_copy(update={"batch_size": 2}), bad=BAD)
     assert left_out.heard == alone.heard and re.match(r"step 1: sample s1 \(number 0, .*is left out", alone.heard[0])

@@ -54,9 +54,12 @@ def _rules(config: Config, of: Circumstances) -> Iterator[tuple[bool, str]]:
         yield from (
             (is_broken, f"base_dtype must be none {why}")
             for is_broken, why in (
-                (config.quantized_backward, "with quantized_backward: it takes gradients through whole weights"),
-                (config.offloading, "with offloading: it moves whole weights"),
-                (config.sharded, "with sharded: it shares out whole weights"),
+                (
+                    config.quantized_backward,
+                    "with quantized_backward: it computes gradients through unquantised weights",
+                ),
+                (config.offloading, "with offloading: it moves unquantised weights"),
+                (config.sharded, "with sharded: it shards unquantised weights"),
                 (bool(of.adapters.offsets), "with this existing_lora: it changes weights themselves (diff)"),
             )
         )

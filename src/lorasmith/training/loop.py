@@ -180,14 +180,12 @@ def _go_down_the_ladder(state: State) -> None:
     counters = state.counters
     if not counters.checkpointing:
         counters.checkpointing = True
-        log.warning("out of memory: going on with gradient_checkpointing")
+        log.warning("out of memory: continuing with gradient_checkpointing")
     elif counters.batch_size > 1:
         counters.batch_size = (counters.batch_size + 1) // 2
-        log.warning("out of memory: going on with micro-batches of %d", counters.batch_size)
+        log.warning("out of memory: continuing with batches of %d", counters.batch_size)
     else:
-        raise MemoryError(
-            "out of memory, with gradient_checkpointing and micro-batches of 1 too: make pictures smaller"
-        )
+        raise MemoryError("out of memory, even with gradient_checkpointing and batches of 1: use smaller images")
 
 
 def _leave_out(

@@ -30,5 +30,5 @@ COMFYUI = Tool("ComfyUI's name", "comfyui", "", (
     Name("algorithm", "--adapter", "in Python [`algorithm`](../inputs/algorithm.md)"),
     Name("existing_lora", "--existing_lora"),
     needless("bucket_mode", "buckets are always on; in Python [`bucket_mode`](../inputs/bucket_mode.md)"),
-    needless("bypass_mode", "always so: adapters hang beside the layers"),
+    needless("bypass_mode", "adapters always run separately from the layers"),
 ))  # fmt: skip

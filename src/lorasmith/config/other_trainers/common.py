@@ -37,7 +37,7 @@ COMMON = Tool("another trainer's name", "", "--", (
     Name("sample_interval sample_every preview_every", "--sampling.every"),
     Name("validation_data validation_dir val_dir val_data eval_data validation", "--data.held_out"),
     Name("resume_from", "--resume", "without a value: the same command again, or the run folder"),
-    missing("save_every save_steps save_interval save_every_n save_freq", "to resume from; no LoRA files on the way",
+    missing("save_every save_steps save_interval save_every_n save_freq", "to resume from; no LoRA files are saved",
          "--checkpoints.steps 500"),
     Name("checkpoint_every checkpoint_steps checkpoint_interval", "--checkpoints.steps"),
     Name("quantization quantize bits load_in_8bit load_in_4bit", "--base_dtype int8", "int8, fp8 or nf4",

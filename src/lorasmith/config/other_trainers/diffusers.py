@@ -4,7 +4,7 @@ from lorasmith.config.other_trainers.name import EPOCHS, Name, Tool, missing, ne
 
 DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
     Name("pretrained_model_name_or_path model_id", "--model"),
-    needless("variant revision", "the variant is found by itself", is_flag=False),
+    needless("variant revision", "the variant is found automatically", is_flag=False),
     Name("train_data_dir instance_data_dir", "--data.folder",
          "or as the first argument; captions in text files beside the pictures, or in `metadata.jsonl`"),
     missing("dataset_name dataset_config_name", "folders only", "--data.folder pictures"),
@@ -18,7 +18,7 @@ DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
     Name("output_dir", "--output", "the run folder, which must not exist yet unless `--resume` is given"),
     Name("num_train_epochs", "--steps",
          EPOCHS, is_other_value=True),
-    Name("max_train_steps", "--steps", "default: 100 passes over the pictures"),
+    Name("max_train_steps", "--steps", "default: 100 epochs"),
     Name("train_batch_size", "--batch_size", "default 1", default="16"),
     Name("gradient_accumulation_steps", "--grad_accumulation_steps"),
     Name("learning_rate", "--learning_rate", "default 5e-4", default="1e-4"),
@@ -36,7 +36,7 @@ DIFFUSERS = Tool("diffusers' name", "diffusers", "--", (
     Name("exclude_modules", "--targets.exclude", "regular expressions of layer paths",
          shown="`LoraConfig.exclude_modules`"),
     Name("use_dora", "--adapter DoRA",
-         "the same layer and gradients; weight decay leads m back to the layer's own length, not to 0", is_flag=True,
+         "the same layer and gradients; weight decay pulls m towards the layer's own norm, not to 0", is_flag=True,
          shown="`LoraConfig(use_dora=True)`, `--use_dora`"),
     Name("use_rslora", "--adapter.alpha 22.6", "an alpha of sqrt(rank) × lora_alpha gives the same scale",
          is_nearest=True, is_flag=True, shown="`LoraConfig(use_rslora=True)`"),

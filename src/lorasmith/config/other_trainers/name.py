@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-EPOCHS = "steps = epochs × pictures / batch_size; default: 100 passes over the pictures"
-CHECKPOINTS = "no LoRA files are written on the way, only checkpoints to resume from"
+EPOCHS = "steps = epochs × pictures / batch_size; default: 100 epochs"
+CHECKPOINTS = "no LoRA files are written during training, only checkpoints to resume from"
 
 
 @dataclass(frozen=True)
