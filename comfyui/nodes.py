@@ -23,7 +23,7 @@ CATEGORY = "lorasmith"
 
 
 class LorasmithTrainLora(io.ComfyNode):
-    """The training node of the contract."""
+    """The training node: train_lora's inputs and outputs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""The training node's inputs, made from lorasmith's schema: the contract's sixteen, then every further setting."""
+"""The training node's inputs, made from lorasmith's schema: train_lora's sixteen, then all other settings."""
 
 import inspect
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ HAS_ADVANCED = "advanced" in inspect.signature(io.Int.Input).parameters
 
 
 def contract_inputs() -> list[Any]:
-    """The widgets of the contract."""
+    """The widgets of train_lora's sixteen inputs."""
     known = settings()
     return [
         _existing_lora() if name == "existing_lora" else _widget(known[KEYS.get(name, name)], name, DEFAULTS[name])
@@ -63,7 +63,7 @@ def contract_inputs() -> list[Any]:
 
 
 def further_inputs() -> list[Any]:
-    """A widget for each setting that is none of the contract's."""
+    """A widget for every other setting."""
     return [_widget(setting, name, _default(setting), optional=True) for name, setting in _further().items()]
 
 

@@ -251,7 +251,7 @@ def _refuse_no_model(model: Any) -> None:
 
 
 def _named(dtype: Any) -> Any:
-    """A dtype of torch by the contract's name; the schema refuses what is neither."""
+    """The name of a torch dtype; the schema refuses what is neither."""
     return next((name for name, own in DTYPES.items() if own == dtype), dtype)
 
 

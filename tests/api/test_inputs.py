@@ -1,4 +1,4 @@
-"""Every input of the contract at, within and beyond its range: legal values train, others give one line naming it."""
+"""Every input of train_lora at, within and beyond its range: legal values train, others give one line naming it."""
 
 import re
 from dataclasses import dataclass, field, replace

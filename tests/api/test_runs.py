@@ -1,4 +1,4 @@
-"""Runs through the contract: seeds, runs beside and after each other, steps counted on, what the outputs draw."""
+"""Runs of train_lora: seeds, runs beside and after each other, steps counted on, what the outputs draw."""
 
 import itertools
 import random

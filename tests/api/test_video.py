@@ -1,4 +1,4 @@
-"""A video transformer behind the contract: every algorithm on every layer, its patches' convolution over frames too."""
+"""A video transformer in train_lora: every algorithm on every layer, its patches' convolution over frames too."""
 
 from pathlib import Path
 from typing import Any

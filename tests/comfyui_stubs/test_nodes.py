@@ -1,4 +1,4 @@
-"""The nodes: the contract, lists and single values, cancelling and resuming, what is refused, files and plots."""
+"""The nodes: inputs and outputs, lists and single values, cancelling and resuming, what is refused, files and plots."""
 
 import asyncio
 import json

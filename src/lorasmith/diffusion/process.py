@@ -1,4 +1,4 @@
-"""Noise processes (what x_t is, and what the net predicts), and the laws that times are drawn from."""
+"""Noise processes: what x_t is, and what the net predicts."""
 
 import math
 from collections.abc import Callable, Sequence
