@@ -1,6 +1,6 @@
-"""The types that the data flows through, and the protocols at the seams.
+"""The data types of a training, and the protocols between its parts.
 
-B batch, C channels, h w latent height and width (video adds a frame axis before them), H W the picture's,
+B batch, C channels, h w latent height and width (video adds a frame axis before them), H W those of the image,
 L tokens, D width.
 """
 
@@ -22,13 +22,13 @@ LayoutName = Literal["kohya", "diffusers", "comfyui", "lycoris"]
 Cond: TypeAlias = "dict[str, Tensor]"
 """Conditioning by name: "text" is the token sequence [L,D] ([B,L,D] in a batch), "pooled" a vector [D] ([B,D]).
 
-Where there is a "mask" [L], 1 for a token that is read and 0 for padding, texts of several lengths go into one batch.
+With a "mask" [L], 1 for a token and 0 for padding, texts of different lengths can share a batch.
 """
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture of a data set, as files: nothing is read yet."""
+    """One picture of a data set, not read yet."""
 
     image_path: Path
     caption: str
@@ -37,10 +37,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Cached:
-    """One sample, encoded: what training reads."""
+    """One encoded sample."""
 
     name: str
-    latent: Tensor  # [C,h,w] or [C,f,h,w], float32, in the model's own scale
+    latent: Tensor  # [C,h,w] or [C,f,h,w], float32, scaled as the model expects
     cond: Cond  # {name: [L,D] or [D]}
 
 
@@ -50,7 +50,7 @@ class Batch:
 
     x0: Tensor  # [B,C,h,w] or [B,C,f,h,w]
     cond: Cond  # {name: [B,L,D] or [B,D]}
-    numbers: tuple[int, ...]  # the samples' global numbers, which their noise and times are drawn from
+    numbers: tuple[int, ...]  # the samples' global numbers, which determine their noise and timesteps
     names: tuple[str, ...]  # the samples' names, for messages
 
     def __len__(self) -> int:
@@ -64,29 +64,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
-    step: int  # steps completed, this one included and those of a continued LoRA too
-    loss: float  # mean over the group's samples
+    step: int  # steps completed, including this one and those of a continued LoRA
+    loss: float  # mean over the samples of the step
     lr: float
     grad_norm: float  # of all adapter gradients together, before clipping
     seconds: float
 
 
 class Result(NamedTuple):
-    """The contract's four outputs."""
+    """The four outputs of train_lora."""
 
-    model_with_lora: Any  # of the kind that came in: a diffusers pipeline (for a path too) or a Denoiser
+    model_with_lora: Any  # like the input: a diffusers pipeline (also for a path) or a Denoiser
     lora: dict[str, Tensor]
     loss: dict[str, list[float]]
     steps: int
 
 
 class Process(Protocol):
-    """How noise is added and what the net predicts; t [B] is in the process's own unit."""
+    """How noise is added and what the net predicts; t [B] is in the process's own units."""
 
     def time(self, fraction: Tensor) -> Tensor:
-        """fraction [B] in [0, 1), 0 the cleanest -> t [B]."""
+        """fraction [B] in [0, 1), 0 is the cleanest -> t [B]."""
         ...
 
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -94,25 +94,25 @@ class Process(Protocol):
         ...
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the net should return for x_t [B,…]."""
+        """The target of the net's output for x_t [B,…]."""
         ...
 
     def x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-        """The clean latents [B,…] that a net's output [B,…] implies."""
+        """The clean latents [B,…] implied by the net's output [B,…]."""
         ...
 
     def eps(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-        """The noise [B,…] that a net's output [B,…] implies."""
+        """The noise [B,…] implied by the net's output [B,…]."""
         ...
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal to noise ratio [B]: the square of the factor of x0 over that of eps."""
+        """Signal-to-noise ratio [B]: the squared ratio of the factors of x0 and eps."""
         ...
 
 
 @runtime_checkable
 class SizedProcess(Process, Protocol):
-    """A process whose times depend on the latents' size."""
+    """A process whose timesteps depend on the size of the latents."""
 
     def sized(self, shape: Sequence[int]) -> Process:
         """The process for latents [C,h,w] or [C,f,h,w] of this shape."""
@@ -121,11 +121,11 @@ class SizedProcess(Process, Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A model as the loop sees it. It must survive copy.deepcopy: training works on a copy that shares the weights."""
+    """The model in the training loop. It must support copy.deepcopy: a copy that shares the weights is trained."""
 
     @property
     def nets(self) -> Mapping[str, nn.Module]:
-        """The nets that can carry adapters, by name; a layer's path is "<net>.<module path>"."""
+        """The nets that can get adapters, by name; a layer's path is "<net>.<module path>"."""
         ...
 
     @property
@@ -136,42 +136,42 @@ class Denoiser(Protocol):
         ...
 
     def file_key(self, path: str) -> str:
-        """A layer's path -> its name in a LoRA file, without the suffix."""
+        """A layer's path -> its key in a LoRA file, without the suffix."""
         ...
 
 
 def process_of(denoiser: Denoiser, shape: Sequence[int]) -> Process:
-    """How noise is added to latents of this shape, [C,h,w] or [C,f,h,w]."""
+    """The noise process for latents of this shape, [C,h,w] or [C,f,h,w]."""
     process = denoiser.process
     return process.sized(shape) if isinstance(process, SizedProcess) else process
 
 
 @runtime_checkable
 class Encoding(Protocol):
-    """A denoiser that encodes captions itself, so that its conditioning holds their tokens."""
+    """A denoiser that encodes captions itself: its conditioning contains their tokens."""
 
     @property
     def inner(self) -> Denoiser:
-        """The denoiser of what is encoded."""
+        """The denoiser that takes encoded captions."""
         ...
 
     def encoded(self, cond: Cond) -> Cond:
-        """{name: [B,…]} with tokens -> what the inner denoiser is given."""
+        """{name: [B,…]} with tokens -> conditioning of the inner denoiser."""
         ...
 
 
 @runtime_checkable
 class Guided(Protocol):
-    """A denoiser whose net is told the guidance, as it was distilled from guided predictions."""
+    """A guidance-distilled denoiser: guidance is an input of its net."""
 
     def guided(self, cond: Cond, guidance: float) -> Cond:
-        """Conditioning {name: [B,…]} that states the guidance too."""
+        """Conditioning {name: [B,…]} with the guidance."""
         ...
 
 
 @runtime_checkable
 class Routed(Protocol):
-    """A denoiser that sends a sample to one of its nets alone."""
+    """A denoiser that routes each sample to one of its nets."""
 
     def routes(self, t: Tensor) -> Sequence[str]:
         """t [B] -> the name of each sample's net."""
@@ -180,7 +180,7 @@ class Routed(Protocol):
 
 @runtime_checkable
 class Aliased(Protocol):
-    """A denoiser that knows how other programs call its layers in LoRA files."""
+    """A denoiser that knows other programs' names of its layers in LoRA files."""
 
     def aliases(self) -> Mapping[str, str]:
         """{a layer's name in a file, without the suffix: its path}."""
@@ -189,19 +189,19 @@ class Aliased(Protocol):
 
 @runtime_checkable
 class PartlyRead(Protocol):
-    """A denoiser whose nets throw some outputs away, as those of the text in the last block."""
+    """A denoiser whose nets do not use some outputs, such as those for the text in the last block."""
 
     def unread(self) -> Collection[str]:
-        """The paths of the layers whose outputs reach no prediction, so that an adapter there learns nothing."""
+        """The paths of the layers whose outputs no prediction depends on, where an adapter would learn nothing."""
         ...
 
 
 @runtime_checkable
 class Divided(Protocol):
-    """A denoiser whose nets are models of their own to other programs, each with a LoRA file of its own."""
+    """A denoiser whose nets are separate models in other programs, each with its own LoRA file."""
 
     def experts(self) -> Mapping[str, Denoiser]:
-        """{an expert's name: the denoiser that it is alone, of one of this one's nets}."""
+        """{an expert's name: a denoiser of only that net}."""
         ...
 
 
@@ -211,16 +211,16 @@ def unread(denoiser: Denoiser) -> Collection[str]:
 
 
 class Codec(Protocol):
-    """A model's own encoders."""
+    """A model's autoencoder and text encoders."""
 
     @property
     def multiple(self) -> int:
-        """Pictures' sides must be multiples of this, in pixels."""
+        """Image sides must be multiples of this, in pixels."""
         ...
 
     @property
     def resolution(self) -> int:
-        """The side of the square pictures that the model was made for, in pixels."""
+        """The side of the square images the model was trained on, in pixels."""
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
@@ -228,7 +228,7 @@ class Codec(Protocol):
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, in the model's own scale; without gradients."""
+        """images [B,3,H,W] in -1 to 1 -> latents [B,C,h,w], float32, scaled as the model expects; without gradients."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Cond:
@@ -236,14 +236,14 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B,C,h,w] in the model's own scale -> images [B,3,H,W] in -1 to 1, float32."""
+        """latents [B,C,h,w], scaled as the model expects -> images [B,3,H,W] in -1 to 1, float32."""
         ...
 
 
 @runtime_checkable
 class SizeCodec(Protocol):
-    """A codec of a model that is told a picture's size, and how it was cropped (Podell et al. 2023, section 2.2)."""
+    """A codec of a model conditioned on the image size and crop (Podell et al. 2023, section 2.2)."""
 
     def encode_size(self, original: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Cond:
-        """(W, H) of the picture as it was, (x, y) of the crop in the scaled picture, and (W, H) of the crop."""
+        """(W, H) of the original image, (x, y) of the crop in the scaled image, and (W, H) of the crop."""
         ...

@@ -16,7 +16,7 @@ def _along(values: "Tensor", like: "Tensor") -> "Tensor":
 
 @dataclass(frozen=True)
 class Diffusion:
-    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps, t the index of a step, 0 the cleanest (Ho et al. 2020, eq. 4).
+    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps, t is a step index, 0 is the cleanest (Ho et al. 2020, eq. 4).
 
     The net predicts eps, v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans and Ho 2022, appendix D), or x0.
     """
@@ -68,7 +68,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class TokenShift:
-    """A shift that grows with the number of tokens N of a picture: e^(a + b N) (Flux.1's and Flux.2's own code)."""
+    """A shift that grows with the number of tokens N of an image: e^(a + b N) (Flux.1's and Flux.2's own code)."""
 
     offset: float  # a
     slope: float  # b
@@ -84,8 +84,8 @@ class TokenShift:
 class Flow:
     """x_t = (1 - t) x0 + t eps, t in [0, 1); the net predicts eps - x0 (Lipman et al. 2023; Esser et al. 2024, eq. 13).
 
-    `shift` moves times towards noise: t = s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23). With `by_size` it is the
-    one of the latents' size.
+    `shift` moves timesteps towards noise: t = s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23). With `by_size`, it
+    depends on the size of the latents.
     """
 
     shift: float = 1.0

@@ -1,4 +1,4 @@
-"""Pictures drawn with a denoiser: deterministic steps from noise to x0, for every process alike.
+"""Image generation: deterministic steps from noise to x0, the same for every process.
 
 B batch, C channels, h w latent height and width.
 """
@@ -22,10 +22,10 @@ def drawn(
 ) -> Tensor:  # fmt: skip
     """noise [B,C,h,w], cond and uncond {name: [B,…]} -> x0 [B,C,h,w], float32.
 
-    Each step goes from the x0 and eps that the net implies to the next time (DDIM with eta 0, Song et al. 2021, eq. 12;
-    for a flow: Euler's method). Times are evenly spaced and start at the noisiest (Lin et al. 2024, section 3.3);
-    guidance as in Ho and Salimans 2021, eq. 6, with weight guidance - 1, unless the net itself is told it. The net
-    predicts with both conditionings in one batch of 2 B. advance: told after each step that it was done B times.
+    Each step goes from the implied x0 and eps to the next timestep (DDIM with eta 0, Song et al. 2021, eq. 12; for a
+    flow: Euler's method). Timesteps are evenly spaced and start at the noisiest (Lin et al. 2024, section 3.3);
+    guidance as in Ho and Salimans 2021, eq. 6, with weight guidance - 1, unless it is an input of the net. The net
+    predicts with both conditionings in one batch of 2 B. advance: called with B after each step.
     """
     if isinstance(denoiser, Encoding):  # once, not at each step
         cond, uncond, denoiser = denoiser.encoded(cond), denoiser.encoded(uncond), denoiser.inner
@@ -57,10 +57,10 @@ def pictures_of(
     denoiser: Denoiser, codec: Codec, prompts: Mapping[int, str], *, size: tuple[int, int], seed: int, steps: int,
     guidance: float, advance: Advance = unwatched,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """A picture [3,H,W] in -1 to 1 of size (W, H) for each {number: prompt}, its noise drawn from (seed, number).
+    """An image [3,H,W] in -1 to 1 of size (W, H) for each {number: prompt}, with noise from (seed, number).
 
-    As many as memory is sure to hold go through the net together. advance: told of each step of each picture, and of
-    each picture that is decoded.
+    Images are batched as far as memory surely allows. advance: called for each step of each image, and for each decoded
+    image.
     """
     device, shape = device_of(denoiser), codec.latent_shape(size)
     conds = {text: _cond(codec, text, size) for text in ("", *prompts.values())}
@@ -83,7 +83,7 @@ def pictures_of(
 
 
 def _cond(codec: Codec, text: str, size: tuple[int, int]) -> Cond:
-    """What a text makes of a picture of this size: {name: [L,D] or [D]}."""
+    """The conditioning of a text at this image size: {name: [L,D] or [D]}."""
     with torch.inference_mode():
         cond = {name: value[0] for name, value in codec.encode_texts([text]).items()}
     return cond | codec.encode_size(size, (0, 0), size) if isinstance(codec, SizeCodec) else cond

@@ -1,4 +1,4 @@
-"""The loss on pictures that are never trained on: fixed noise, stratified times, and how sure the figure is."""
+"""Validation losses: fixed noise, stratified timesteps, and the standard error."""
 
 import math
 from collections.abc import Sequence
@@ -30,21 +30,21 @@ class Measured:
 
     @classmethod
     def of(cls, values: Tensor) -> "Measured":
-        """values [N]; with one value the standard error is NaN."""
+        """values [N]; with a single value, the standard error is NaN."""
         stderr = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(float(values.mean()), stderr)
 
     def __format__(self, sign: str) -> str:
-        """ "0.624 ± 0.021"; with the format "+", the sign always."""
+        """ "0.624 ± 0.021"; with the format "+", always with a sign."""
         return f"{self.mean:{sign}.3f} ± {self.stderr:.3f}"
 
 
 def held_out_losses(denoiser: Denoiser, samples: Sequence[Cached], advance: Advance = unwatched) -> Tensor:
-    """Each sample's mean squared error [N] on the model's own target, the mean over NUM_NOISES noises.
+    """Each sample's mean squared error [N] on the model's own target, averaged over NUM_NOISES noises.
 
-    For each noise the samples' times are stratified: one in each of N equal parts of the range, in a fixed shuffle. The
-    draws are the same whatever run asks, so figures can be compared between runs and paired before and after. Samples
-    of one shape go through the net together, as many as memory is sure to hold. advance: told how many are done.
+    For each noise, the samples' timesteps are stratified: one in each of N equal parts of the range, in a fixed order.
+    Noise and timesteps are the same in all runs, so losses can be compared between runs, and paired before and after.
+    Samples of one shape are batched as far as memory surely allows. advance: called with the number of samples done.
     """
     losses = torch.empty(len(samples))
     with torch.inference_mode():

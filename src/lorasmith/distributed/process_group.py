@@ -1,4 +1,4 @@
-"""The processes that train one LoRA together, as torchrun starts them (torch.distributed)."""
+"""The processes that train one LoRA together, started by torchrun (torch.distributed)."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ from lorasmith.distributed.rendezvous import COMING, met, watched
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # for the others, while the first process draws or writes
+PATIENCE = timedelta(hours=1)  # of the others, while the first process generates or writes
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; alone, nothing is sent anywhere."""
+    """This process among `size`; a single process does not communicate."""
 
     rank: int = 0
     size: int = 1
@@ -31,17 +31,17 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things; the processes' parts follow each other."""
+        """This process's share of `count` items; shares are contiguous and in order."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def add_up(self, flat: Tensor) -> None:
-        """Replaces the tensor, in place, by its sum over the processes; bitwise the same in each of them.
+        """Replaces the tensor, in place, by its sum over the processes; bitwise the same in all of them.
 
-        ConnectionError where another process has died, as from all that travels.
+        ConnectionError if another process has died, as in all communication.
         """
         if self.size > 1:
             with _together(self.rank):
@@ -71,9 +71,9 @@ ALONE = World()
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that torchrun's environment variables describe, for as long as this is open; alone without them.
+    """The world of torchrun's environment variables, while the context is open; without them a single process.
 
-    device: "auto", "cpu", "cuda" …; gradients travel by nccl between GPUs, by gloo otherwise.
+    device: "auto", "cpu", "cuda" …; gradients are sent by nccl between GPUs, otherwise by gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

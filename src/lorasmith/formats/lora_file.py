@@ -1,4 +1,4 @@
-"""LoRA files: safetensors, and no other format; equal content makes equal bytes."""
+"""LoRA files: safetensors only; equal content gives equal bytes."""
 
 import json
 import logging
@@ -27,17 +27,17 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16
 PASSES: tuple[Callable[[LoRAWeights], LoRAWeights], ...] = (
     with_whole_layers, with_alphas, without_cores, with_differences, without_idle_alphas,
 )  # fmt: skip
-"""What makes plain parts of what programs write, in this order."""
+"""Passes that convert what programs write into plain parts, in this order."""
 STEPS_KEYS = ("lorasmith.steps", "ss_steps")
 NUMBER = r"\d{1,12}"
 STEPS_IN_NAME = re.compile(rf"_({NUMBER})_steps")
 
 
 def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """A safetensors file: its head, then each tensor's memory, of which no copy is made where it is on the CPU.
+    """A safetensors file: its header, then each tensor's memory, without a copy if it is on the CPU.
 
-    The library's own writer copies all of them, ends the process where memory does not hold that, and writes metadata
-    in an order that changes between runs. Here they are sorted; tensors come widest first, as its format asks.
+    The library's own writer copies all of them, ends the process if memory runs out, and writes metadata in an order
+    that changes between runs. Here it is sorted; tensors come widest first, as the format requires.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, tensors[key].dtype == torch.float16, key))
@@ -47,7 +47,7 @@ def file_pieces(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> lis
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Saves a LoRA: all of it or, where that fails (OSError, ValueError), nothing; NaN and infinity are refused."""
+    """Saves a LoRA atomically; NaN and infinity are refused (ValueError)."""
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} must be finite to be saved, got NaN or infinity")
@@ -57,14 +57,14 @@ def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """A file's tensors as plain parts (`PASSES`), and its metadata.
 
-    ValueError where it is not sound.
+    ValueError if it is invalid.
     """
     lora = completed(*stored(Path(path)))
     return lora.state, lora.metadata
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
-    """A file's tensors as they are stored, views of it, and its head; ValueError where it is not sound."""
+    """A file's tensors as stored, as views of it, and its header; ValueError if it is invalid."""
     header = Header.of(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,9 +74,9 @@ def stored(path: Path) -> tuple[dict[str, Tensor], Header]:
 
 
 def completed(state: Mapping[str, Tensor], header: Header) -> LoRAWeights:
-    """A file's tensors as plain parts that every tool knows, times every scale that is kept elsewhere.
+    """A file's tensors as plain parts that every tool knows, multiplied by scales stored separately.
 
-    A tensor that stays as it is is the same object. ValueError where a scale or a bias does not fit.
+    Unchanged tensors are the same objects. ValueError if a scale or a bias does not fit.
     """
     lora = LoRAWeights.of(in_float32(state, header), metadata_of(header), header.path)
     for simplify in PASSES:
@@ -85,7 +85,7 @@ def completed(state: Mapping[str, Tensor], header: Header) -> LoRAWeights:
 
 
 def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
-    """How many steps a LoRA was trained: by its metadata, else by its name; 0, with a warning, where neither says."""
+    """The steps a LoRA was trained: from its metadata, else its name; 0, with a warning, if neither states them."""
     stated = [steps for key in STEPS_KEYS if (steps := stated_number(metadata, key)) is not None]
     stated += map(int, STEPS_IN_NAME.findall(path.stem))
     if not stated:
@@ -94,13 +94,13 @@ def steps_of(path: Path, metadata: Mapping[str, str]) -> int:
 
 
 def stated_number(metadata: Mapping[str, str], key: str) -> int | None:
-    """A whole number that the metadata state; None where it is none, or of more than 12 digits."""
+    """An integer in the metadata; None if it is missing, no integer, or longer than 12 digits."""
     text = metadata.get(key, "")
     return int(text) if re.fullmatch(NUMBER, text) else None
 
 
 def stated_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """The settings of the adapters that one of our own files was trained with; none where it states none."""
+    """The adapter settings in the metadata of a lorasmith file; empty if it has none."""
     try:
         return {**json.loads(metadata.get("lorasmith.config", "{}")).get("adapter", {})}
     except (ValueError, TypeError, AttributeError):
@@ -108,7 +108,7 @@ def stated_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def base_hash(denoiser: Denoiser, advance: Advance = unwatched) -> str:
-    """SHA-256 over names and values (as float32) of the nets' parameters: equal however the model was handed over."""
+    """SHA-256 over names and values (as float32) of the nets' parameters, however the model was loaded."""
     named = (
         (f"{name}.{key}", value)
         for name, net in sorted(denoiser.nets.items())

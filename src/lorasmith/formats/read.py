@@ -1,4 +1,4 @@
-"""A LoRA's tensors -> adapters on a model: all of them, or an error that lists what does not fit."""
+"""A LoRA's tensors -> adapters for a model: all of them, or an error that lists what does not fit."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -42,12 +42,12 @@ def adapters_from(
     *,
     ignore_unknown: bool = False,
 ) -> AdapterSet:
-    """The adapters that a LoRA holds for this denoiser; ValueError that lists what fits no layer, or not all of it.
+    """A LoRA's adapters for this denoiser; ValueError that lists what does not fit.
 
-    Differences of weights and biases (`diff`, `diff_b`), which are not trained, are kept as the set's offsets.
-    metadata: those of its file, which say what its dora_scale is (`dora_magnitude`) and which
-        expert it is of (`experts`).
-    ignore_unknown: layers that the model does not have are left out, and logged.
+    Weight and bias differences (`diff`, `diff_b`), which are not trained, are kept as offsets.
+    metadata: that of its file, which says what its dora_scale is (`dora_magnitude`) and which expert it is for
+        (`experts`).
+    ignore_unknown: layers that the model does not have are skipped and logged.
     """
     expert = stated_expert(denoiser, metadata or {})
     if expert is not None:
