@@ -43,7 +43,7 @@ def targeted(denoiser: Denoiser, targets: Targets) -> set[str]:
 
 
 class AdapterSet:
-    """Adapters by the path of their layer, and offsets by the path of their parameter: added to it, never trained."""
+    """Adapters by layer path, and offsets by parameter path, which are added to the parameter and never trained."""
 
     def __init__(self, adapters: Mapping[str, Adapter], offsets: Mapping[str, Tensor] | None = None) -> None:
         self.adapters = dict(adapters)
@@ -52,7 +52,7 @@ class AdapterSet:
 
     @classmethod
     def new(cls, denoiser: Denoiser, algorithm: Algorithm, targets: Targets, seed: int) -> "AdapterSet":
-        """A new adapter for each target whose output is read; ValueError where no layer is one."""
+        """A new adapter for each target whose output is used; ValueError if no layer matches."""
         layers = adaptable_layers(denoiser.nets)
         paths = targeted(denoiser, targets)
         chosen = {path: Layer.of(path, module) for path, module in layers.items() if path in paths}

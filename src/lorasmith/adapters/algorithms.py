@@ -135,12 +135,12 @@ class OFT(AdapterSettings):
         return OFTAdapter
 
     def build(self, layer: "Layer", path: str, seed: int, base: "nn.Module | None" = None) -> "OFTAdapter":
-        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot turn."""
+        """A new adapter, the identity; ValueError where its blocks would be single numbers, which cannot rotate."""
         return self.adapter().new(layer, self.rank, self.alpha)
 
 
 class DoRA(AdapterSettings):
-    """Low-rank adapters and a length for each output: m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|."""
+    """Low-rank adapters with a magnitude for each output: m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|."""
 
     OTHER_NAMES = {}
     name: Literal["DoRA"] = "DoRA"

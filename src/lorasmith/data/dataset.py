@@ -1,4 +1,4 @@
-"""Examples -> latents and conditioning -> the groups that the loop reads. B batch, C channels, h w latent sides."""
+"""Encoded samples -> the batches that the loop trains on. B batch, C channels, h w latent sides."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ PADDED = ("text", "mask")  # what has a row for each token
 
 
 def shape_of(sample: Cached) -> tuple[object, ...]:
-    """What samples of one batch share: texts with a mask may differ in length."""
+    """The shapes that samples of a batch must share; texts with a mask may differ in length."""
     shapes = {name: tuple(value.shape) for name, value in sample.cond.items()}
     if "mask" in shapes:
         shapes |= {name: shapes[name][1:] for name in PADDED}
@@ -25,7 +25,7 @@ def shape_of(sample: Cached) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples and the order that they are seen in."""
+    """Samples and their order."""
 
     samples: Sequence[Cached]
     order: Order
@@ -36,7 +36,7 @@ class Dataset:
         return cls(samples, Order(seed, group_size, classes))
 
     def digest(self) -> str:
-        """SHA-256 of what is trained on, repeats included; names do not count."""
+        """SHA-256 of the training data, including repeats, without names."""
         named = [
             (f"{index} {name}", value)
             for index, sample in enumerate(self.samples)

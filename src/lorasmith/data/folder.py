@@ -1,4 +1,4 @@
-"""A folder of pictures -> samples: their captions and repeats, and one line for what is left out."""
+"""A folder of pictures -> samples with captions and repeats, and one log line for ignored files."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 def examples(folder: Path, caption_lines: CaptionLines = "join") -> list[Example]:
-    """The pictures below folder, sorted by relative path; links are followed.
+    """The pictures in folder and its subfolders, sorted by relative path; links are followed.
 
-    A picture NAME.png has the caption in NAME.txt or else NAME.caption, or else in the metadata.jsonl or metadata.csv
-    of a folder above it. Pictures in a folder named N_name, as kohya's trainer has it, are repeated N times, and name
-    is the caption of those without. Of a caption of several lines, all are joined into one, or the first is taken.
-    ValueError without pictures, for one that needs an extra, for a caption that is no text, and for 0 repeats.
+    The caption of NAME.png is in NAME.txt, else NAME.caption, else in the metadata.jsonl or metadata.csv of its folder
+    or a parent. Pictures in a folder named N_name, as in kohya's trainer, are repeated N times, and those without a
+    caption get the caption name. The lines of a caption are joined, or only the first is used. ValueError if there are
+    no pictures, for one that needs an extra, for a caption that is not text, and for 0 repeats.
     """
     if not folder.exists():
         raise ValueError(f"picture folder {folder} does not exist")

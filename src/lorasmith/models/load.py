@@ -33,8 +33,8 @@ FAMILIES = {name: family for architecture in ARCHITECTURES for name, family in a
 def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
     """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
 
-    encoders: for a single file, the diffusers folder or hub id of what it lacks. with_texts: its denoiser holds the
-    text encoders too, so that they can be trained. ValueError where one of these is not fit.
+    encoders: for a single file, a diffusers folder or hub id with the components it lacks. with_texts: the denoiser
+    includes the text encoders, so that they can be trained. ValueError if one of these is unsuitable.
     """
     family = _opened(model, encoders)
     return WithTexts.of(family) if with_texts else family

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole, verified by their hash when they are read, the newest sound one taken.
+"""Checkpoints: written atomically, verified by their hash when read; the newest valid one is used.
 
-One is a safetensors file. Its metadata hold the numbers as JSON and the SHA-256 of the whole file, in which the hash's
-own 64 digits count as zeros.
+A checkpoint is a safetensors file. Its metadata contains the counters as JSON and the SHA-256 of the whole file, in
+which the 64 digits of the hash itself count as zeros.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ SHARE_OF_TIME = 0.01  # that checkpoints by the clock may take
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run as it was after a step."""
+    """The state of a run after a step."""
 
     step: int
     tensors: Mapping[str, Tensor]  # of State.tensors

@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
-    """Losses, gradients or weights were NaN or infinite, more often than the config lets pass."""
+    """Losses, gradients or weights were NaN or infinite, more often than the config allows."""
 
 
 class Groups(Protocol):
-    """Where the loop gets its samples."""
+    """The source of the loop's samples."""
 
     def group_at(self, step: int) -> Batch:
-        """The samples of group `step`, counted from 0: a pure function."""
+        """The samples of step `step`, counted from 0: a pure function."""
         ...
 
 
@@ -56,11 +56,10 @@ def train(
     world: World = ALONE,
     stop: threading.Event | None = None,
 ) -> Generator[Step, None, None]:
-    """Trains adapters that are attached to the denoiser from the state's step on; yields after each optimizer step.
+    """Trains the adapters attached to the denoiser, starting at the state's step; yields after each optimizer step.
 
-    The `done` steps of a LoRA that is continued count in what is yielded. Ends early, after the same step in all
-    processes, once `stop` is set in one of them. Between steps the state is whole: it may be saved, or loaded and begun
-    with anew.
+    Yielded steps include the `done` steps of a continued LoRA. Ends early, after the same step in all processes, once
+    `stop` is set in one of them. Between steps the state is consistent: it may be saved, or replaced by a loaded one.
     """
     assert config.steps is not None
     counters, masters = state.counters, state.masters
