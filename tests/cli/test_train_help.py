@@ -41,6 +41,8 @@ def test_the_basics_are_what_the_schema_says(tmp_path: Path) -> None:
                 assert settings()[key].default == match[1]
             elif "default:" in meaning:
                 assert settings()[key].default == "none"
+            if "such as" in meaning:  # examples from a list that grows
+                continue
             for option in settings()[key].options:
                 assert option == "none" or re.search(rf"\b{re.escape(option)}(?![\w+])", meaning), option
 
