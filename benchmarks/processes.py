@@ -33,7 +33,7 @@ from lorasmith.data.dataset import Dataset
 from lorasmith.demo import BASE
 from lorasmith.distributed.process_group import World, joined
 from lorasmith.distributed.torchrun import is_under_torchrun
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.share import shared_copy
 from lorasmith.training.loop import train
 from lorasmith.training.state import State
@@ -67,7 +67,7 @@ class Training:
     """A LoRA on a copy of the embedded UNet, from the library's parts, so that it may be in float64."""
 
     def __init__(self, world: World, *, dtype: torch.dtype, batch_size: int, group_size: int) -> None:
-        family = opened(BASE)
+        family = load_model(BASE)
         self.world, self.denoiser = world, shared_copy(family.denoiser, CPU, dtype)
         self.config = Config(batch_size=batch_size, steps=1000, learning_rate=1e-3, gradient_checkpointing=False)
         self.adapters = AdapterSet.new(self.denoiser, self.config.adapter, self.config.targets, 0).to(CPU, dtype)

@@ -30,7 +30,7 @@ from step_time_work import Work, machine
 from lorasmith.config.values import configured
 from lorasmith.data.dataset import Dataset
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.ops.cpu.openmp import FIXED_BY, cores_shared
 from lorasmith.training.job import Job
 from lorasmith.types import Cached
@@ -60,7 +60,7 @@ def dataset_of(net: str, seed: int, group_size: int) -> Dataset:
 
 def train(net: str, way: str, seconds: float, folder: Path, number: int) -> None:
     """One training: says in the folder that it is warm, waits for the others, and prints its steps a second."""
-    family = opened(str(BASE if net == "tiny" else folder / "unet.safetensors"))
+    family = load_model(str(BASE if net == "tiny" else folder / "unet.safetensors"))
     config = configured({"steps": 100_000, "gradient_checkpointing": False, "sampling": {"prompts": []}})
     job = Job.of(family.denoiser, dataset_of(net, 0, 1), config, device=torch.device("cpu"))
     with cores_shared() if way == "lorasmith" else nullcontext():

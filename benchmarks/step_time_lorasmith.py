@@ -12,7 +12,7 @@ from lorasmith.config.arguments import parsed
 from lorasmith.config.settings import settings
 from lorasmith.config.values import configured, merged
 from lorasmith.data.dataset import Dataset
-from lorasmith.models.load import Family, opened
+from lorasmith.models.load import Family, load_model
 from lorasmith.training.job import Job
 from lorasmith.types import Cached
 
@@ -51,4 +51,4 @@ class Lorasmith:
 
 
 if __name__ == "__main__":
-    main_of(lambda work: answer(work, lambda: opened(work.model_path), lambda family: Lorasmith(family, work)))
+    main_of(lambda work: answer(work, lambda: load_model(work.model_path), lambda family: Lorasmith(family, work)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.targets import adaptable_layers
 from lorasmith.devices import DTYPES
 from lorasmith.models.checkpoints.ldm_configs import BETAS
-from lorasmith.models.load import Family, opened
+from lorasmith.models.load import Family, load_model
 
 LYCORIS_NAMES = {"LoRA": "lora", "DoRA": "lora", "LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft"}
 
@@ -134,4 +134,6 @@ class Lycoris(Script):
 KINDS: dict[str, Callable[[Family, Work], Contender]] = {"peft": Peft, "lycoris": Lycoris}
 
 if __name__ == "__main__":
-    main_of(lambda work: answer(work, lambda: opened(work.model_path), lambda family: KINDS[work.kind](family, work)))
+    main_of(
+        lambda work: answer(work, lambda: load_model(work.model_path), lambda family: KINDS[work.kind](family, work))
+    )

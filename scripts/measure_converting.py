@@ -1,7 +1,7 @@
 """What `lorasmith convert` holds and how long it takes, for a folder of Stable Diffusion 1.5's size, random, in bf16.
 
 python scripts/measure_converting.py: peak resident memory above that after the imports, each case in its own process.
-It writes 1.7 GB below --folder and deletes them. "loaded" is the same with the whole model opened. With --large the
+It writes 1.7 GB below --folder and deletes them. "loaded" is the same with the whole model load_model. With --large the
 LoRAs are of FLUX.1's size (700 MB and 2.1 GB).
 """
 
@@ -28,14 +28,14 @@ def make(folder: Path) -> None:
     from lorasmith.adapters.algorithms import DoRA, LoRA
     from lorasmith.adapters.targets import Targets
     from lorasmith.formats import lora_file
-    from lorasmith.models.load import opened
+    from lorasmith.models.load import load_model
 
     model = folder / "model"
     UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).bfloat16().save_pretrained(model / "unet")
     DDIMScheduler().save_pretrained(model / "scheduler")
     parts = {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
-    denoiser = opened(model).denoiser
+    denoiser = load_model(model).denoiser
     for algorithm in (LoRA(rank=16), DoRA(rank=16)):
         adapters = AdapterSet.new(denoiser, algorithm, Targets(), 0)
         state = adapters.file_state(denoiser, torch.bfloat16)
@@ -67,7 +67,7 @@ def measured(folder: Path, case: tuple[str, str, str]) -> tuple[float, float]:
     from lorasmith.formats import lora_file
     from lorasmith.formats.read import adapters_from
     from lorasmith.formats.write import in_layout
-    from lorasmith.models.load import opened
+    from lorasmith.models.load import load_model
     from lorasmith.tools.convert import convert
 
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def measured(folder: Path, case: tuple[str, str, str]) -> tuple[float, float]:
     source, output = folder / f"{algorithm}.safetensors", folder / "out.safetensors"
     before, start = peak(), time.perf_counter()
     if how == "loaded":
-        denoiser = opened(folder / "model").denoiser
+        denoiser = load_model(folder / "model").denoiser
         state = in_layout(adapters_from(lora_file.read(source)[0], denoiser), denoiser, torch.bfloat16, layout)  # pyright: ignore[reportArgumentType]
         lora_file.write(output, state, {})
     else:

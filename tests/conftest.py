@@ -1,4 +1,4 @@
-"""What the tests share: the embedded model, opened once a process, and tiny nets from the libraries' real classes."""
+"""What the tests share: the embedded model, loaded once a process, and tiny nets from the libraries' real classes."""
 
 import os
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorasmith.demo import BASE
 from lorasmith.diffusion.process import Flow
 from lorasmith.models.families.sd import StableDiffusion, StableDiffusionCodec
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
 if sys.platform != "win32":
@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # the tests run in parallel processes, and threads tha
 
 @pytest.fixture(scope="session")
 def family() -> StableDiffusion:
-    family = opened(BASE)
+    family = load_model(BASE)
     assert isinstance(family, StableDiffusion)
     return family
 

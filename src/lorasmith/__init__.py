@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from lorasmith.config.schema import Config as Config
     from lorasmith.formats import lora_file
     from lorasmith.formats.read import adapters_from as adapters_from
-    from lorasmith.models.load import opened
+    from lorasmith.models.load import load_model as load_model
     from lorasmith.prepare.share import shared_copy as shared_copy
     from lorasmith.training.loop import train as train
     from lorasmith.training.state import State as State
 
-    load_model = opened
     read, write = read_lora, write_lora = lora_file.read, lora_file.write
 
 __version__ = "0.1.0"
@@ -34,7 +33,7 @@ _HOMES = {
     "Targets": "adapters.targets",
     "adapters_from": "formats.read",
     "attach": "adapters.hooks",
-    "load_model": "models.load:opened",
+    "load_model": "models.load",
     "read_lora": "formats.lora_file:read",
     "shared_copy": "prepare.share",
     "train": "training.loop",

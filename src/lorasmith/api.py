@@ -28,7 +28,7 @@ from lorasmith.formats.keys import split
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.text_encoder_names import has_text_layers
 from lorasmith.models.families.base import PipelineFamily
-from lorasmith.models.load import Family, opened, with_adapted_texts
+from lorasmith.models.load import Family, load_model, with_adapted_texts
 from lorasmith.optim.optimizers import OptimizerName
 from lorasmith.prepare.share import shared_copy
 from lorasmith.storage.safetensors_header import Header
@@ -219,7 +219,7 @@ def _family(model: Any, encoders: Any, *, with_texts: bool) -> Family | None:
             raise ValueError("text_encoder.train must be false where model is a Denoiser, which holds what it trains")
         return None
     _refuse_no_model(model)
-    return opened(model, encoders, with_texts=with_texts)
+    return load_model(model, encoders, with_texts=with_texts)
 
 
 def _refuse_texts(lora: Path) -> None:

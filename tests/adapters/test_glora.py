@@ -20,7 +20,7 @@ from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.keys import by_layer
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.inspect import inspected
 from lorasmith.tools.merge import Source, merge
 from lorasmith.tools.merge_into_model import merge_into
@@ -66,7 +66,7 @@ def test_trained_saved_continued_and_merged(tmp_path: Path) -> None:
     path = tmp_path / "glora.safetensors"
     lora_file.write(path, result.lora, {"lorasmith.steps": "3"})
     state, metadata = lora_file.read(path)
-    denoiser = opened(BASE).denoiser
+    denoiser = load_model(BASE).denoiser
     adapters = adapters_from(state, denoiser, metadata)
     assert adapters.algorithms == ["GLoRA"] and adapters.ranks == [2]
 
@@ -74,7 +74,7 @@ def test_trained_saved_continued_and_merged(tmp_path: Path) -> None:
     assert more.steps == 5 and any((more.lora[key] != state[key]).any() for key in state)
 
     assert merge_into(BASE, [Source.parsed(str(path))], tmp_path / "model") == len(adapters.adapters)
-    unet, merged = denoiser.nets["unet"].float(), opened(tmp_path / "model").denoiser.nets["unet"]
+    unet, merged = denoiser.nets["unet"].float(), load_model(tmp_path / "model").denoiser.nets["unet"]
     for name, parts in by_layer(state).items():
         (module,) = (p.removeprefix("unet.") for p in adapters.adapters if f"lora_{p.replace('.', '_')}" == name)
         layer: Any = unet.get_submodule(module)
@@ -86,7 +86,7 @@ def test_trained_saved_continued_and_merged(tmp_path: Path) -> None:
 
 
 def test_what_the_tools_say_of_it(tmp_path: Path) -> None:
-    denoiser = opened(BASE).denoiser
+    denoiser = load_model(BASE).denoiser
     adapters = AdapterSet.new(denoiser, GLoRA(rank=2), Targets(), 0)
     path = tmp_path / "a.safetensors"
     lora_file.write(path, adapters.file_state(denoiser, torch.float32))

@@ -308,7 +308,7 @@ def test_arrays_of_numpy_are_tensors(model: Pointwise) -> None:
 
 
 def test_pictures_are_refused_with_the_way_to_encode_them(model: Pointwise) -> None:
-    way = "make latents with encode_images of lorasmith.models.load.opened(model).codec(device)"
+    way = "make latents with encode_images of lorasmith.load_model(model).codec(device)"
     picture = Image.new("RGB", (8, 8))
     assert refusal(model, [picture] * 2) == f"latents[0] must be encoded, got a picture: {way}"
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

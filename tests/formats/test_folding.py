@@ -21,7 +21,7 @@ from lorasmith.api import train_lora
 from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 from lorasmith.tools.inspect import inspected, layer_norms
 from lorasmith.tools.lora_layers import LoRAFile
@@ -112,7 +112,7 @@ def base_weight() -> Tensor:
 def delta_of(path: Path) -> Tensor:
     """What the file adds to its layer, as train and sample read it."""
     state, metadata = lora_file.read(path)
-    (adapter,) = adapters_from(state, opened(BASE).denoiser, metadata).adapters.values()
+    (adapter,) = adapters_from(state, load_model(BASE).denoiser, metadata).adapters.values()
     return adapter.merged(torch.zeros(SIDE, SIDE)).detach()
 
 
@@ -191,7 +191,7 @@ def test_biases_of_factors_become_a_change_of_the_layer_s(tmp_path: Path) -> Non
         f"{DIFFUSERS}.alpha": torch.tensor(2.0), f"{DIFFUSERS}.diff_b": before,
     }  # fmt: skip
     save_file(state, tmp_path / "a.safetensors")
-    x, denoiser = torch.randn(3, SIDE), opened(BASE).denoiser
+    x, denoiser = torch.randn(3, SIDE), load_model(BASE).denoiser
     adapters = adapters_from(lora_file.read(tmp_path / "a.safetensors")[0], denoiser)
     update = 0.5 * ((x @ DOWN.T + down_bias) @ UP.T + up_bias) + before
     (adapter,), (offset,) = adapters.adapters.values(), adapters.offsets.values()
@@ -212,10 +212,10 @@ def test_biases_that_are_zero_or_have_no_place(tmp_path: Path) -> None:
         save_file({**factors(query), f"{query}.lora_B.bias": bias}, tmp_path / "a.safetensors")
         state = lora_file.read(tmp_path / "a.safetensors")[0]
         if message is None:
-            assert adapters_from(state, opened(BASE).denoiser).offsets == {}
+            assert adapters_from(state, load_model(BASE).denoiser).offsets == {}
         else:
             with pytest.raises(ValueError, match=message):
-                adapters_from(state, opened(BASE).denoiser)
+                adapters_from(state, load_model(BASE).denoiser)
 
 
 def test_alphas_of_layers_without_factors_are_left_out_with_a_line(
@@ -292,7 +292,7 @@ def test_oft_of_four_axes_is_called_boft_by_every_tool(tmp_path: Path) -> None:
 
 def test_what_the_model_lacks_is_left_out_where_that_is_asked_for(tmp_path: Path, caplog: Any) -> None:
     """Whether anybody could read it or not."""
-    path, denoiser = tmp_path / "a.safetensors", opened(BASE).denoiser
+    path, denoiser = tmp_path / "a.safetensors", load_model(BASE).denoiser
     save_file({**factors(KOHYA, names="du"), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 8)}, path)
     assert len(adapters_from(lora_file.read(path)[0], denoiser, ignore_unknown=True).adapters) == 1
     assert convert(path, tmp_path / "b.safetensors", BASE, "kohya", ignore_unknown=True) == 1
@@ -307,7 +307,7 @@ def test_differences_alone_are_a_lora(tmp_path: Path, base_weight: Tensor) -> No
     save_file({f"{DIFFUSERS}.diff": difference}, path)
     assert convert(path, tmp_path / "b.safetensors", BASE, "comfyui") == 1
     for file in (path, tmp_path / "b.safetensors"):
-        found = adapters_from(lora_file.read(file)[0], opened(BASE).denoiser)
+        found = adapters_from(lora_file.read(file)[0], load_model(BASE).denoiser)
         assert found.adapters == {} and torch.equal(found.offsets[f"unet.{MODULE}.weight"], difference)
         assert dict(inspected(file).facts_table)["kind"] == "LoRA"
         merge_into(BASE, [Source.parsed(str(file))], tmp_path / "model", overwrite=True)
@@ -332,14 +332,14 @@ def test_xlabs_files_are_diffusers_own_reading_of_them(tmp_path: Path) -> None:
         state[f"{layer}.up.weight"] = torch.randn(n_out, 2, generator=generator)
     save_file(state, tmp_path / "a.safetensors")
     theirs = _convert_xlabs_flux_lora_to_diffusers(dict(state))
-    found = adapters_from(lora_file.read(tmp_path / "a.safetensors")[0], opened(pipe).denoiser).adapters
+    found = adapters_from(lora_file.read(tmp_path / "a.safetensors")[0], load_model(pipe).denoiser).adapters
     assert {f"{path}.lora_A.weight" for path in found} == {key for key in theirs if "lora_A" in key}
     for path, adapter in found.items():
         expected = theirs[f"{path}.lora_B.weight"] @ theirs[f"{path}.lora_A.weight"]
         torch.testing.assert_close(adapter.merged(torch.zeros_like(expected)), expected, msg=path)
 
     resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Cut(keep=0.999999))
-    again = adapters_from(lora_file.read(tmp_path / "b.safetensors")[0], opened(pipe).denoiser).adapters
+    again = adapters_from(lora_file.read(tmp_path / "b.safetensors")[0], load_model(pipe).denoiser).adapters
     for path, adapter in again.items():
         expected = theirs[f"{path}.lora_B.weight"] @ theirs[f"{path}.lora_A.weight"]
         torch.testing.assert_close(adapter.merged(torch.zeros_like(expected)), expected, atol=1e-2, rtol=1e-2, msg=path)

@@ -17,7 +17,7 @@ from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.keys import by_layer
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 
 KINDS = pytest.mark.parametrize("kind", [LoConModule, LohaModule, LokrModule])
@@ -50,7 +50,7 @@ def test_the_delta_is_lycoris_s(tmp_path: Path, kind: Any, conv: Any) -> None:
 @KINDS
 def test_converted(tmp_path: Path, kind: Any) -> None:
     """Beside a linear layer, in a file of 16 bits, whose core is one too."""
-    denoiser, path = opened(BASE).denoiser, "unet.down_blocks.0.resnets.0.conv1"
+    denoiser, path = load_model(BASE).denoiser, "unet.down_blocks.0.resnets.0.conv1"
     conv = denoiser.nets["unet"].get_submodule(path.removeprefix("unet."))
     state, _ = made(kind, conv)
     name = f"lora_{path.replace('.', '_')}"

@@ -37,7 +37,7 @@ def quickly(family: Family) -> Iterator[None]:
     png = Image.new("RGB", (60, 40))._repr_png_()
     assert png is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "opened", lambda model, encoders, with_texts: family)
+        patch.setattr(run, "load_model", lambda model, encoders, with_texts: family)
         patch.setattr(run, "save_loss_plot", lambda steps, path: write_whole(path, png))
         yield
 

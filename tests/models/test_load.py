@@ -23,7 +23,7 @@ from lorasmith.data.dataset import batch_of
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.formats import lora_file
 from lorasmith.formats.write import in_layout, metadata_of
-from lorasmith.models.load import FAMILIES, Family, opened
+from lorasmith.models.load import FAMILIES, Family, load_model
 from lorasmith.prepare.activation_checkpointing import checkpointed
 from lorasmith.rng import Purpose, normal
 from lorasmith.training.objective import sample_losses
@@ -37,7 +37,7 @@ some_families = table("name", sorted(TINY), quick=["FluxPipeline", "StableDiffus
 
 @cache
 def opened_family(name: str) -> tuple[Family, Codec]:
-    family = opened(made(name))
+    family = load_model(made(name))
     return family, family.codec(CPU)
 
 
@@ -121,7 +121,7 @@ def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(name: str) -
 
 @families
 def test_layers_without_an_adapter_are_those_that_no_prediction_depends_on(name: str) -> None:
-    family = opened(made(name))
+    family = load_model(made(name))
     layers: dict[str, Any] = dict(adaptable_layers(family.denoiser.nets))
     for layer in layers.values():
         layer.weight.requires_grad_(True)
@@ -165,7 +165,7 @@ def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName
     batch = batch_of(samples(name)[:1], (0,))
     with torch.no_grad():
         before = sample_losses(family.denoiser, batch, Config())
-        theirs = sample_losses(opened(pipe).denoiser, batch, Config())
+        theirs = sample_losses(load_model(pipe).denoiser, batch, Config())
         with attached(family.denoiser, adapters):
             ours = sample_losses(family.denoiser, batch, Config())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
@@ -175,7 +175,7 @@ def test_diffusers_predicts_the_same_with_the_file(name: str, layout: LayoutName
 @some_families
 def test_a_folder_is_the_open_pipeline(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path)
-    family, (reference, reference_codec) = opened(tmp_path), opened_family(name)
+    family, (reference, reference_codec) = load_model(tmp_path), opened_family(name)
     codec = family.codec(CPU)
     images = torch.rand(1, 3, *TINY[name].size[::-1], generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 from tiny import TINY, made
 
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.meta import skeleton
 from lorasmith.models.text_encoders import TextDenoiser
 from lorasmith.types import Aliased
@@ -38,7 +38,7 @@ def without_weights(folder: Path) -> Path:
 def test_of_a_folder_whose_weights_are_cut_off(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path)
     trained = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
-    expected = opened(tmp_path, with_texts=name in trained).denoiser
+    expected = load_model(tmp_path, with_texts=name in trained).denoiser
     found, path = skeleton(without_weights(tmp_path), with_texts=True)
     assert path == tmp_path and isinstance(found, TextDenoiser) == (name in trained)
     check_same(found, expected)
@@ -46,7 +46,7 @@ def test_of_a_folder_whose_weights_are_cut_off(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("with_texts", [False, True])
 def test_of_the_embedded_model(with_texts: bool) -> None:
-    check_same(skeleton(BASE, with_texts=with_texts)[0], opened(BASE, with_texts=with_texts).denoiser)
+    check_same(skeleton(BASE, with_texts=with_texts)[0], load_model(BASE, with_texts=with_texts).denoiser)
 
 
 def test_what_makes_no_net_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lorasmith.diffusion.validation import held_out_losses
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import in_layout, metadata_of
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.activation_checkpointing import checkpointed
 from lorasmith.prepare.share import shared_copy
 from lorasmith.rng import Purpose, normal
@@ -58,7 +58,7 @@ def samples_of(family: Any, shape: tuple[int, ...]) -> list[Cached]:
 @models
 def test_tokens_predict_what_their_encoding_predicts(model: str) -> None:
     """The denoiser that encodes, beside the codec's own encoding and, for SDXL, that of diffusers."""
-    family, plain = opened(source(model), with_texts=True), opened(source(model))
+    family, plain = load_model(source(model), with_texts=True), load_model(source(model))
     tokens, encoded = (f.codec(CPU).encode_texts(list(PROMPTS)) for f in (family, plain))
     assert all(ids.dtype == torch.int64 for ids in tokens.values())
     x_t, t = torch.randn(4, 4, 16, 16), torch.tensor([1, 300, 600, 999])
@@ -74,7 +74,7 @@ def test_tokens_predict_what_their_encoding_predicts(model: str) -> None:
 @pytest.mark.slow
 @models
 def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(model: str) -> None:
-    family = opened(source(model), with_texts=True)
+    family = load_model(source(model), with_texts=True)
     denoiser = shared_copy(family.denoiser, CPU, torch.float32)
     batch = batch_of(samples_of(family, (4, 16, 16)), (0, 1, 2, 3))
     found = []
@@ -94,7 +94,7 @@ def test_gradients_reach_every_adapter_and_checkpointing_keeps_them(model: str) 
 
 
 def test_the_layer_that_sdxl_does_not_read_gets_no_adapter() -> None:
-    denoiser: Any = opened(made(XL), with_texts=True).denoiser
+    denoiser: Any = load_model(made(XL), with_texts=True).denoiser
     paths = adapters_of(denoiser).adapters
     layers = {path.split(".")[3] for path in paths if path.startswith("text_encoder.")}
     assert layers == {"0", "1"}  # of three
@@ -124,7 +124,7 @@ def test_a_run_equals_peft_on_unet_and_text_encoder_with_rates_of_their_own() ->
         text_encoder=TextEncoder(train=True, learning_rate=4e-3), training_dtype="fp32", lora_dtype="fp32",
         targets=Targets(preset="attention"),
     )  # fmt: skip
-    family: Any = opened(BASE, with_texts=True)
+    family: Any = load_model(BASE, with_texts=True)
     dataset = Dataset.of(samples_of(family, (4, 16, 16)), [1] * 4, seed=0, group_size=2)
     job = Job.of(family.denoiser, dataset, config, device=CPU)
     pipe = family.pipeline(shared_copy(family.denoiser, CPU, torch.float32))
@@ -166,7 +166,7 @@ def test_equal_rates_make_one_group_and_the_weights_that_two_equal_groups_make(m
         config = Config(
             steps=3, learning_rate=1e-3, text_encoder=TextEncoder(train=True, learning_rate=rate), adapter=LoRA(rank=2)
         )
-        family: Any = opened(source(model), with_texts=True)
+        family: Any = load_model(source(model), with_texts=True)
         dataset = Dataset.of(samples_of(family, shape), [1] * 4, seed=0, group_size=1)
         job = Job.of(family.denoiser, dataset, config, device=CPU)
         (trained_by,) = job.state.optimizers
@@ -185,7 +185,7 @@ def test_resuming_is_exact(model: str, rate: float | None) -> None:
     config = Config(
         steps=4, learning_rate=1e-3, text_encoder=TextEncoder(train=True, learning_rate=rate), adapter=LoRA(rank=2)
     )
-    family: Any = opened(source(model), with_texts=True)
+    family: Any = load_model(source(model), with_texts=True)
     dataset = Dataset.of(samples_of(family, (4, 16, 16)), [1] * 4, seed=0, group_size=1)
 
     def job() -> Job:
@@ -207,7 +207,7 @@ def test_resuming_is_exact(model: str, rate: float | None) -> None:
 @models
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, tmp_path: Path) -> None:
-    family: Any = opened(source(model), with_texts=True)
+    family: Any = load_model(source(model), with_texts=True)
     denoiser, codec = shared_copy(family.denoiser, CPU, torch.float32), family.codec(CPU)
     adapters = adapters_of(denoiser, Targets(exclude=(r"text_projection",)))
     path = tmp_path / "lora.safetensors"
@@ -225,7 +225,7 @@ def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, 
             return next(pictures_of(denoiser, codec, {1: "a cat"}, size=(32, 32), seed=3, steps=4, guidance=3.0))
 
     with_lora, with_unet = drawn_with(""), drawn_with("unet.")
-    pipe = opened(source(model)).pipeline(opened(source(model)).denoiser).to(torch.float32)
+    pipe = load_model(source(model)).pipeline(load_model(source(model)).denoiser).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     noise = normal(3, Purpose.PICTURE, 1, codec.latent_shape((32, 32)))[None]
@@ -242,7 +242,7 @@ def test_diffusers_draws_the_same_with_the_file(model: str, layout: LayoutName, 
 @models
 @pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2), DoRA(rank=2)], ids=str)
 def test_every_layout_holds_text_encoders(model: str, algorithm: Algorithm) -> None:
-    family: Any = opened(source(model), with_texts=True)
+    family: Any = load_model(source(model), with_texts=True)
     adapters = AdapterSet.new(family.denoiser, algorithm, Targets(), 0)
     expected = adapters.file_state(family.denoiser, torch.float32)
     layouts: tuple[LayoutName, ...] = get_args(LayoutName)
@@ -255,7 +255,7 @@ def test_every_layout_holds_text_encoders(model: str, algorithm: Algorithm) -> N
 @models
 def test_files_round_trip_under_all_names(model: str) -> None:
     """Kohya's names, diffusers' with and without `text_model.`; without texts all of them are refused."""
-    family: Any = opened(source(model), with_texts=True)
+    family: Any = load_model(source(model), with_texts=True)
     adapters = adapters_of(family.denoiser)
     state = adapters.file_state(family.denoiser, torch.float32)
     names = {family.denoiser.file_key(path): path for path in adapters.adapters}
@@ -270,7 +270,7 @@ def test_files_round_trip_under_all_names(model: str) -> None:
     for spelt in spellings:
         read = adapters_from(spelt, family.denoiser)
         torch.testing.assert_close(read.file_state(family.denoiser, torch.float32), state, rtol=0, atol=0)
-    plain = opened(source(model)).denoiser
+    plain = load_model(source(model)).denoiser
     with pytest.raises(ValueError, match=r"lora_te1?_text_model\S+ \(alpha, .*the model has no such layer"):
         adapters_from({key: tensor for key, tensor in state.items() if "lora_te" in key}, plain)
 
@@ -284,7 +284,7 @@ def test_a_contract_run_returns_a_pipeline_with_what_both_learned(model: str, la
     )  # fmt: skip
     ids = torch.tensor([[1, 2, 3, 4]])
     texts = [p.text_encoder(ids, output_hidden_states=True).hidden_states[-2] for p in (
-        result.model_with_lora, opened(source(model)).pipeline(opened(source(model)).denoiser)
+        result.model_with_lora, load_model(source(model)).pipeline(load_model(source(model)).denoiser)
     )]  # fmt: skip
     assert (texts[0] - texts[1]).abs().max() > 1e-4
     assert any(key.startswith("lora_te") for key in result.lora) and any("lora_unet" in key for key in result.lora)
@@ -292,7 +292,7 @@ def test_a_contract_run_returns_a_pipeline_with_what_both_learned(model: str, la
 
 @pytest.mark.slow
 def test_the_held_out_measure_uses_the_trained_encoder() -> None:
-    family: Any = opened(BASE, with_texts=True)
+    family: Any = load_model(BASE, with_texts=True)
     samples = samples_of(family, (4, 16, 16))
     adapters = adapters_of(family.denoiser, Targets(exclude=(r"^unet\.",)))
     before = held_out_losses(family.denoiser, samples)
@@ -304,7 +304,7 @@ def test_what_cannot_be_is_refused(latents: Tensor, texts: Tensor, flow_denoiser
     with pytest.raises(ValueError, match="positive must be captions where text encoders are trained, got text without"):
         train_lora(BASE, latents, list(texts), steps=1, text_encoder=TRAINED)
     with pytest.raises(ValueError, match="text_encoder.train must be false for this model"):
-        opened(made("ChromaPipeline"), with_texts=True)
+        load_model(made("ChromaPipeline"), with_texts=True)
     with pytest.raises(ValueError, match="text_encoder.train must be false where model is a Denoiser"):
         train_lora(flow_denoiser, latents, list(texts), steps=1, text_encoder=TRAINED)
     with pytest.raises(ValueError, match="text_encoder.train must be true where text_encoder.learning_rate is set"):
@@ -312,7 +312,7 @@ def test_what_cannot_be_is_refused(latents: Tensor, texts: Tensor, flow_denoiser
     pipe = made(XL)
     pipe.text_encoder = None
     with pytest.raises(ValueError, match="must hold text_encoder where text_encoder.train or a LoRA adapts it"):
-        opened(pipe, with_texts=True)
+        load_model(pipe, with_texts=True)
 
 
 @pytest.mark.slow
@@ -355,7 +355,7 @@ def test_a_run_measures_draws_resumes_and_goes_on_from_its_file(
 
 
 def test_a_checkpoint_from_before_the_setting_is_read_without_a_change_told(caplog: pytest.LogCaptureFixture) -> None:
-    family: Any = opened(BASE)
+    family: Any = load_model(BASE)
     dataset = Dataset.of(samples_of(family, (4, 16, 16)), [1] * 4, seed=0, group_size=1)
     job, resumed = (Job.of(family.denoiser, dataset, Config(steps=2), device=CPU) for _ in range(2))
     next(iter(job.steps()))

@@ -19,7 +19,7 @@ from lorasmith.config.values import configured
 from lorasmith.data.dataset import batch_of
 from lorasmith.formats import lora_file
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import opened, with_adapted_texts
+from lorasmith.models.load import load_model, with_adapted_texts
 from lorasmith.prepare.share import shared_copy
 from lorasmith.rng import Purpose, normal
 from lorasmith.runs import generate
@@ -38,7 +38,7 @@ ALL = Targets(preset="all", exclude=(r"text_projection",))  # which diffusers gi
 
 def opened_whole(model: str) -> tuple[Any, Any]:
     """The family with its text encoders, and a copy of its denoiser in fp32."""
-    family: Any = opened(made(model), with_texts=True)
+    family: Any = load_model(made(model), with_texts=True)
     return family, shared_copy(family.denoiser, CPU, torch.float32)
 
 
@@ -60,7 +60,7 @@ def test_tokens_are_encoded_as_by_diffusers(model: str, has_t5: bool, is_adapted
     if not has_t5:
         pipe.text_encoder_3 = None
     nets = {"transformer", *([T5[model]] if is_adapted else ())}
-    family: Any = with_adapted_texts(opened(pipe, with_texts=True), nets)
+    family: Any = with_adapted_texts(load_model(pipe, with_texts=True), nets)
     assert (T5[model] in family.denoiser.nets) == is_adapted
     tokens = family.codec(CPU).encode_texts(list(PROMPTS))
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_sample_draws_as_diffusers_does(model: str, tmp_path: Path, monkeypatch:
         if path.startswith(f"{T5[model]}."):
             mine: Any = adapter
             getattr(pipe, T5[model]).get_submodule(path.partition(".")[2]).weight.data += (mine.up @ mine.down).data
-    codec = opened(made(model)).codec(CPU)
+    codec = load_model(made(model)).codec(CPU)
     side, arguments = codec.resolution, {k: v for k, v in TINY[model].arguments.items() if k != "sigmas"}
     arguments["sigmas"] = [1.0]
     noise = normal(3, Purpose.PICTURE, 0, codec.latent_shape((side, side)))[None]
@@ -189,7 +189,7 @@ def test_a_run_writes_names_that_others_read_and_is_continued(
 
 @models
 def test_the_contract_continues_them_or_says_what_to_pass(model: str, tmp_path: Path) -> None:
-    latents = torch.randn(2, *opened(made(model)).codec(CPU).latent_shape((32, 32)))
+    latents = torch.randn(2, *load_model(made(model)).codec(CPU).latent_shape((32, 32)))
     one: dict[str, Any] = {"steps": 1, "training_dtype": "fp32", "lora_dtype": "fp32", "rank": 2}
     trained = TextEncoder(train=True)
     first = train_lora(

@@ -9,7 +9,7 @@ from lorasmith.adapters.adapter_set import AdapterSet
 from lorasmith.config.schema import Config
 from lorasmith.demo import BASE
 from lorasmith.distributed.process_group import ALONE, World
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.compat import Circumstances, check_compatibility
 
 CPU, CUDA, TWO = torch.device("cpu"), torch.device("cuda"), World(0, 2)
@@ -25,7 +25,7 @@ def check(
 
 def of_algorithm(name: str) -> AdapterSet:
     config = Config.model_validate({"adapter": name})
-    return AdapterSet.new(opened(BASE).denoiser, config.adapter, config.targets, 0)
+    return AdapterSet.new(load_model(BASE).denoiser, config.adapter, config.targets, 0)
 
 
 def test_offloading_is_refused_where_it_saves_nothing_or_an_adapter_misses_weights() -> None:

@@ -32,7 +32,7 @@ from lorasmith.diffusion.process import Flow
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.diffusion.validation import held_out_losses
 from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.activation_checkpointing import blocks, checkpointed
 from lorasmith.prepare.fsdp import shard
 from lorasmith.prepare.int8_backward import quantize_backward
@@ -291,7 +291,7 @@ def about_sd3() -> dict[str, Any]:
 
 
 def about_unet() -> dict[str, Any]:
-    family = opened(BASE)
+    family = load_model(BASE)
     assert isinstance(family, StableDiffusion)
     case, codec = unet(family), family.codec(CPU)
     copy, found = shared_out(case)

@@ -17,7 +17,7 @@ from lorasmith.adapters.targets import Targets
 from lorasmith.config.schema import Config
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.share import shared_copy
 from lorasmith.training.loop import train
 from lorasmith.training.state import State
@@ -25,7 +25,7 @@ from lorasmith.training.state import State
 OFFERED = {
     "AdapterSet": AdapterSet, "Config": Config, "DoRA": algorithms.DoRA, "LoHa": algorithms.LoHa,
     "LoKr": algorithms.LoKr, "LoRA": algorithms.LoRA, "OFT": algorithms.OFT, "State": State, "Targets": Targets,
-    "adapters_from": adapters_from, "attach": attach, "load_model": opened, "read_lora": lora_file.read,
+    "adapters_from": adapters_from, "attach": attach, "load_model": load_model, "read_lora": lora_file.read,
     "shared_copy": shared_copy, "train": train, "train_lora": api.train_lora, "write_lora": lora_file.write,
 }  # fmt: skip
 

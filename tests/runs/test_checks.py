@@ -148,7 +148,7 @@ BY_LAYERS: list[tuple[Prepare, dict[str, Any], str]] = [
 def test_what_the_layers_decide_is_refused_before_weights_are_loaded(
     home: Path, monkeypatch: pytest.MonkeyPatch, prepare: Prepare, values: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(run, "opened", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     prepare(home)
     with pytest.raises(ValueError, match=f"^{message}"), opened_run(checked(config(**values))):
         pass

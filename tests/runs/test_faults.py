@@ -35,7 +35,7 @@ from faults import (
 from PIL import Image
 
 from lorasmith.demo import BASE
-from lorasmith.models.load import Family, opened
+from lorasmith.models.load import Family, load_model
 from lorasmith.runs import run
 from lorasmith.storage.folder_lock import LOCK, FolderLock
 
@@ -85,7 +85,7 @@ def test_a_full_disk(home: Path, disk: list[str], function: Callable[[Path], Non
 def fill_disks(home: Path, fill: Callable[[Path, int], None]) -> None:
     """Runs with ever more room, so that each write in turn finds the disk full."""
     disk, arguments = home / "disk", ("--steps", "2", "--output", "disk/run")
-    with quickly(opened(BASE)):
+    with quickly(load_model(BASE)):
         assert trained(home, *arguments).code == 0
         whole = outcome(disk / "run")
         failed = set()
@@ -138,7 +138,7 @@ def make_read_only(home: Path) -> None:
         mount("--bind", disk / "run", disk / "run")
         mount("-o", "remount,bind,ro", disk / "run")
 
-    with quickly(opened(BASE)):
+    with quickly(load_model(BASE)):
         mount("-o", "remount,ro", disk)
         protected = "output must be where files can be written, got disk/run: disk is write-protected"
         assert told(trained(home, *arguments)) == protected
@@ -285,9 +285,9 @@ def hold_the_third_step(home: Path) -> None:
 
 def test_two_runs_that_begin_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of the second comes to be while it loads its model."""
-    model = run.opened
+    model = run.load_model
     monkeypatch.setattr(
-        run, "opened", lambda *names, **given: (made(home / "run", "not ours"), model(*names, **given))[1]
+        run, "load_model", lambda *names, **given: (made(home / "run", "not ours"), model(*names, **given))[1]
     )
     assert re.fullmatch(r"output must be a folder that does not exist yet.*, got run", told(trained(home)))
     assert listing(home / "run") == {"0.png", "0.txt"}

@@ -14,7 +14,7 @@ from lorasmith.adapters.targets import Targets
 from lorasmith.config.values import configured
 from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.rng import Purpose, normal
 from lorasmith.runs import generate
 from lorasmith.runs.generate import draw_comparison
@@ -37,7 +37,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, lora: Path) -> list[Any]:
 def test_a_lora_with_layers_of_the_text_encoder_is_drawn_as_diffusers_draws_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family: Any = opened(BASE, with_texts=True)
+    family: Any = load_model(BASE, with_texts=True)
     adapters = AdapterSet.new(family.denoiser, LoRA(rank=2), Targets(), 0)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapters.parameters():
@@ -48,7 +48,7 @@ def test_a_lora_with_layers_of_the_text_encoder_is_drawn_as_diffusers_draws_it(
     without, both = drawn(monkeypatch, tmp_path / "both.safetensors")
     _, unet = drawn(monkeypatch, tmp_path / "unet.safetensors")
 
-    pipe = opened(BASE).pipeline(opened(BASE).denoiser).to(torch.float32)
+    pipe = load_model(BASE).pipeline(load_model(BASE).denoiser).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     ours: dict[str, Any] = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     pipe.scheduler = DDIMScheduler.from_config(dict(pipe.scheduler.config) | ours)

@@ -30,7 +30,7 @@ Opened = Callable[..., AbstractContextManager[Run]]
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: StableDiffusion) -> Opened:
     """Opens runs of the embedded model, which is loaded once, on two captioned pictures."""
-    monkeypatch.setattr(run, "opened", lambda model, encoders, with_texts: family)
+    monkeypatch.setattr(run, "load_model", lambda model, encoders, with_texts: family)
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "cats", "a cat", "a black cat")
     base = {"model": str(BASE), "device": "cpu", "data": {"folder": "cats"}, "sampling": {"steps": 1}}

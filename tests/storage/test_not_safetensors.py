@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lorasmith.data.folder import examples
 from lorasmith.data.images import picture
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.meta import skeleton
 from lorasmith.models.sources.kind import refuse_unfit_source
 from lorasmith.tools.inspect import inspected
@@ -31,7 +31,10 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-TRAINING: dict[str, Callable[[Path], Any]] = {"checks": lambda p: refuse_unfit_source(str(p), None), "opened": opened}
+TRAINING: dict[str, Callable[[Path], Any]] = {
+    "checks": lambda p: refuse_unfit_source(str(p), None),
+    "load": load_model,
+}
 NAMES: dict[str, Callable[[Path], Any]] = {"merge, extract": Model.opened}
 SHAPES: dict[str, Callable[[Path], Any]] = {"convert": lambda p: skeleton(p, with_texts=True)}
 INSPECT: dict[str, Callable[[Path], Any]] = {"inspect": inspected}
@@ -82,4 +85,4 @@ def test_gguf_files_in_a_folder_are_called_that(model: Path) -> None:
     weights.unlink()
     (model / "unet" / "flux-Q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="unet holds flux-Q4.gguf, which is a GGUF file, which cannot be read: use"):
-        opened(model)
+        load_model(model)

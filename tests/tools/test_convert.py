@@ -22,7 +22,7 @@ from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import in_layout
 from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 from lorasmith.types import LayoutName
 
@@ -94,7 +94,7 @@ def without_weights(model: Path) -> None:
 def test_no_weights_are_read(tmp_path: Path, family: StableDiffusion, kind: str) -> None:
     """LoRA of both nets, for a folder whose files are cut off, and for a file whose numbers are not there."""
     model = shutil.copytree(BASE, tmp_path / "model")
-    denoiser = opened(BASE, with_texts=True).denoiser
+    denoiser = load_model(BASE, with_texts=True).denoiser
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(), 0)
     lora_file.write(tmp_path / "a.safetensors", adapters.file_state(denoiser, torch.float32), {})
     if kind == "folder":

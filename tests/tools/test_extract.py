@@ -20,7 +20,7 @@ from lorasmith.adapters.targets import Targets
 from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.extract import extract
 from lorasmith.tools.merge import Source
 from lorasmith.tools.merge_into_model import merge_into
@@ -68,7 +68,7 @@ def test_each_weight_is_the_nearest_of_its_rank(tmp_path: Path, tuned: Path, ran
     norm = unet_of(tuned)["conv_norm_out.weight"].float() - unet_of(BASE)["conv_norm_out.weight"].float()
     torch.testing.assert_close(state["lora_unet_conv_norm_out.diff"], norm)
     assert state["lora_unet_conv_out.diff_b"].shape == (4,) and len(state) == 8
-    adapters_from(state, opened(BASE).denoiser)
+    adapters_from(state, load_model(BASE).denoiser)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata()["ss_network_dim"] == str(rank) and file.metadata()["ss_sd_model_name"] == "base"
 
@@ -83,7 +83,7 @@ def test_energy_decides_the_ranks(tmp_path: Path, tuned: Path) -> None:
 @table("name", ["StableDiffusionXLPipeline", "FluxPipeline"], quick=["FluxPipeline"])
 def test_a_merged_lora_comes_back(tmp_path: Path, name: str) -> None:
     made(name).save_pretrained(tmp_path / "base")
-    family = opened(tmp_path / "base")
+    family = load_model(tmp_path / "base")
     adapters = AdapterSet.new(family.denoiser, LoRA(rank=2), Targets(), 0)
     for parameter in adapters.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))

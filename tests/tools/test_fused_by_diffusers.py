@@ -18,7 +18,7 @@ from lorasmith.adapters.targets import Targets
 from lorasmith.demo import BASE
 from lorasmith.formats import lora_file
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import family_of, opened
+from lorasmith.models.load import family_of, load_model
 from lorasmith.tools.merge import Source
 from lorasmith.tools.merge_into_model import merge_into
 from lorasmith.types import LayoutName
@@ -40,7 +40,7 @@ def model_of(name: str) -> Any:
 
 def trained(pipe: Any, *, with_texts: bool) -> tuple[Any, AdapterSet]:
     """A denoiser, and adapters on its layers of attention and MLPs and all those of its text encoders."""
-    denoiser = opened(pipe, with_texts=with_texts).denoiser
+    denoiser = load_model(pipe, with_texts=with_texts).denoiser
     targets = Targets(preset="attention+mlp", include=(r"^text_encoder",), exclude=(r"text_projection|modulation",))
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), targets, 0)
     generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ from lorasmith.formats import dora_magnitude, lora_file
 from lorasmith.formats.unet_names import ldm_names
 from lorasmith.formats.write import in_layout
 from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.merge import Source
 from lorasmith.tools.merge_into_model import merge_into
 from lorasmith.tools.model_files import Model, Place
@@ -76,12 +76,12 @@ def test_the_model_is_the_one_that_diffusers_fuses(tmp_path: Path, family: Stabl
     files = {path.relative_to(BASE) for path in BASE.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
     assert all((tmp_path / "out" / f).read_bytes() == (BASE / f).read_bytes() for f in files if f != Path(UNET))
-    assert type(opened(tmp_path / "out").denoiser).__name__ == "StableDiffusionDenoiser"
+    assert type(load_model(tmp_path / "out").denoiser).__name__ == "StableDiffusionDenoiser"
 
 
 @dataclass(frozen=True)
 class Base:
-    """A tiny pipeline in a folder, opened, and its encoding of a prompt."""
+    """A tiny pipeline in a folder, load_model, and its encoding of a prompt."""
 
     folder: Path
     family: Any
@@ -102,7 +102,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
     def base(name: str) -> Base:
         folder = tmp_path_factory.mktemp("bases") / "base"
         made(name).save_pretrained(folder)
-        family = opened(folder)
+        family = load_model(folder)
         with torch.no_grad():
             return Base(folder, family, family.codec(torch.device("cpu")).encode_texts([PROMPTS[0]]))
 
@@ -119,7 +119,7 @@ def test_every_algorithm_predicts_as_with_hooks(tmp_path: Path, bases: Any, name
     before = base.prediction(name, base.family.denoiser)
     with attached(base.family.denoiser, adapters):
         expected = base.prediction(name, base.family.denoiser)
-    found = base.prediction(name, opened(tmp_path / "out").denoiser)
+    found = base.prediction(name, load_model(tmp_path / "out").denoiser)
     assert (expected - before).abs().max() > 1e-3
     assert (found - expected).abs().max() < 1e-2 * (expected - before).abs().max()
 
@@ -169,14 +169,14 @@ def test_several_add_up_with_their_weights_and_shards_stay_shards(tmp_path: Path
     made("FluxPipeline").save_pretrained(tmp_path / "base", max_shard_size="40KB")
     files = sorted(path.name for path in (tmp_path / "base" / "transformer").iterdir())
     assert len(files) > 3
-    family = opened(tmp_path / "base")
+    family = load_model(tmp_path / "base")
     a = written(tmp_path / "a.safetensors", family, trained(family))
     merge_into(tmp_path / "base", [Source(a.lora, 0.75), Source(a.lora, -0.25)], tmp_path / "twice")
     merge_into(tmp_path / "base", [Source(a.lora, 0.5)], tmp_path / "once")
     assert sorted(path.name for path in (tmp_path / "once" / "transformer").iterdir()) == files
     one, other = (weights_of(tmp_path / name, "transformer") for name in ("twice", "once"))
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
-    opened(tmp_path / "once")
+    load_model(tmp_path / "once")
 
 
 def test_a_single_file_keeps_its_names(tmp_path: Path, family: StableDiffusion) -> None:

@@ -15,7 +15,7 @@ from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.module_names import known_originals
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import family_of, opened
+from lorasmith.models.load import family_of, load_model
 from lorasmith.models.meta import published_skeleton
 from lorasmith.tools.merge import Source, merge
 from lorasmith.types import Denoiser, LayoutName
@@ -118,7 +118,7 @@ def test_no_published_model_needs_to_have_such_sizes(
 ) -> None:
     pipe = made(name)
     has_texts = family_of(type(pipe).__name__, pipe).TEXTS is not None
-    check_sum(tmp_path, opened(pipe, with_texts=has_texts).denoiser, one, other)
+    check_sum(tmp_path, load_model(pipe, with_texts=has_texts).denoiser, one, other)
 
 
 def pair(name: str, n_out: int, n_in: int) -> dict[str, Tensor]:

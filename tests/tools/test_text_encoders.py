@@ -18,7 +18,7 @@ from lorasmith.adapters.algorithms import LoRA
 from lorasmith.adapters.targets import Targets
 from lorasmith.formats import lora_file
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 from lorasmith.tools.extract import extract
 from lorasmith.tools.merge import Source
@@ -205,7 +205,7 @@ def test_a_single_file_with_encoders_says_as_much_as_the_folder(tmp_path: Path, 
             tensors = net.state_dict() if part == "t5xxl" else plain(net)
             state |= prefixed(f"text_encoders.{part}.transformer.", tensors)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.safetensors")
-    denoiser = opened(folder, with_texts=True).denoiser
+    denoiser = load_model(folder, with_texts=True).denoiser
     adapters = AdapterSet.new(denoiser, LoRA(rank=2), Targets(preset="all"), 0)
     assert adapters.nets == denoiser.nets.keys()
     lora_file.write(tmp_path / "a.safetensors", in_layout(adapters, denoiser, torch.float32, "diffusers"))

@@ -225,7 +225,7 @@ def test_pictures_are_drawn_on_the_way_with_packed_layers(
     family: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the same run, before and after, without and with the LoRA; the model is as it was."""
-    monkeypatch.setattr(run, "opened", lambda model, encoders, with_texts: family)
+    monkeypatch.setattr(run, "load_model", lambda model, encoders, with_texts: family)
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "cats", "a cat")
     (tmp_path / "runs").mkdir()

@@ -34,7 +34,7 @@ BASICS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("--seed N", "the same seed gives the same file; default 0"),
     ),
     "LoRA": (
-        ("--adapter NAME", "the algorithm, such as LoRA, LoKr or DoRA; default LoRA"),
+        ("--adapter NAME", "LoRA, LoHa, LoKr, OFT, DoRA or GLoRA; default LoRA"),
         ("--adapter.rank N", "1 to 128; default 8"),
         ("--adapter.alpha ALPHA", "the LoRA is scaled by alpha / rank; default: the rank"),
         ("--targets.preset NAME", "layers: attention, attention+mlp or all; default attention+mlp"),

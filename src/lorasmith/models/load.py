@@ -1,4 +1,4 @@
-"""The model families, and how a model is opened."""
+"""The model families, and how a model is loaded."""
 
 import importlib
 from collections.abc import Collection
@@ -30,13 +30,13 @@ FAMILIES = {name: family for architecture in ARCHITECTURES for name, family in a
 """{the pipeline's class in diffusers: its family, as module.Class in `models/families`}."""
 
 
-def opened(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
+def load_model(model: Any, encoders: str | Path | None = None, *, with_texts: bool = False) -> Family:
     """The family of a diffusers folder, a single-file checkpoint, a hub id or a diffusers pipeline.
 
     encoders: for a single file, a diffusers folder or hub id with the components it lacks. with_texts: the denoiser
     includes the text encoders, so that they can be trained. ValueError if one of these is unsuitable.
     """
-    family = _opened(model, encoders)
+    family = _load_family(model, encoders)
     return WithTexts.of(family) if with_texts else family
 
 
@@ -77,7 +77,7 @@ def with_adapted_texts(family: Family, nets: Collection[str]) -> Family:
     return family.only(nets) if isinstance(family, WithTexts) else family
 
 
-def _opened(model: Any, encoders: str | Path | None) -> PipelineFamily:
+def _load_family(model: Any, encoders: str | Path | None) -> PipelineFamily:
     path = Path(model).expanduser() if isinstance(model, str | Path) else None
     if path is not None and is_file(path):
         return _of_file(weights_only(Header.of(path)), encoders)

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 
 from lorasmith.formats.architectures.architecture import UNETS, Published
-from lorasmith.formats.architectures.registry import ARCHITECTURES
+from lorasmith.formats.architectures.registry import BY_USE
 from lorasmith.formats.detect import UNKNOWN
 
 
 def _by_looks() -> dict[str, tuple[Published, ...]]:
     """An architecture's own models before others that look alike."""
-    found = {architecture.name: architecture.published for architecture in ARCHITECTURES}
-    for model in (model for architecture in ARCHITECTURES for model in architecture.published):
+    found = {architecture.name: architecture.published for architecture in BY_USE}
+    for model in (model for architecture in BY_USE for model in architecture.published):
         for look in model.looks:
             found[look] = (*found.get(look, ()), model)
     return found

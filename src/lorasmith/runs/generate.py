@@ -15,7 +15,7 @@ from lorasmith.devices import compute_dtype, model_dtype
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.formats import lora_file
 from lorasmith.formats.read import adapters_from
-from lorasmith.models.load import bytes_to_load, located, opened, with_adapted_texts
+from lorasmith.models.load import bytes_to_load, load_model, located, with_adapted_texts
 from lorasmith.models.meta import skeleton_for
 from lorasmith.models.sources.reading import loading_shown
 from lorasmith.prepare.share import num_bytes, shared_copy
@@ -54,7 +54,7 @@ def draw_comparison(
     adapters = None if lora is None else _adapters(lora, with_stored_weights(outline, path), config)
     model, encoders = located(config.model, config.encoders, progress)
     with loading_shown(bytes_to_load(model, encoders), progress):
-        family = opened(model, encoders, with_texts=isinstance(outline, Encoding))
+        family = load_model(model, encoders, with_texts=isinstance(outline, Encoding))
         family = with_adapted_texts(family, adapters.nets if adapters else ())
         codec = family.codec(device)
         if lora is not None and adapters is not None and adapters.needing_weights:

@@ -20,7 +20,7 @@ from lorasmith.data.encode import encoded
 from lorasmith.data.tags import tag_frequency
 from lorasmith.diffusion.validation import Measured, held_out_losses
 from lorasmith.formats import lora_file
-from lorasmith.models.load import Family, bytes_to_load, located, opened, with_adapted_texts
+from lorasmith.models.load import Family, bytes_to_load, load_model, located, with_adapted_texts
 from lorasmith.models.meta import skeleton_for
 from lorasmith.models.sources.reading import loading_shown
 from lorasmith.reporting.comparison import save_comparison
@@ -86,7 +86,7 @@ class Run:
         assert config.model is not None
         model, encoders = located(config.model, config.encoders, progress)
         with loading_shown(bytes_to_load(model, encoders), progress):
-            family = opened(model, encoders, with_texts=config.text_encoder.train)
+            family = load_model(model, encoders, with_texts=config.text_encoder.train)
             family = with_adapted_texts(family, plan.adapters.nets)
             codec = family.codec(plan.device)
         resolution = config.data.resolution or codec.resolution

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 VECTORS = {"pooled": "D", "mask": "L"}
 """Conditioning with one axis: what that counts."""
-ENCODE = "make latents with encode_images of lorasmith.models.load.opened(model).codec(device)"
+ENCODE = "make latents with encode_images of lorasmith.load_model(model).codec(device)"
 Convert = Callable[[Sequence[Any], str], list[T]]
 """Entries of `positive` and their name, for messages -> what they stand for."""
 

@@ -19,7 +19,7 @@ from tiny_nets import net_of
 from torch import Tensor
 
 from lorasmith.models.checkpoints.scaled import Quantisation, StoredWeight, dequantised, requantised
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.storage.safetensors_header import Header
 from lorasmith.tools.extract import extract
 from lorasmith.tools.inspect import inspected
@@ -103,8 +103,8 @@ def lora(path: Path, size: float = 1.0) -> tuple[Source, Tensor]:
 @places
 def test_training_loads_stored_numbers_times_their_scales(place: str, tmp_path: Path) -> None:
     state = PLACES[place]()
-    family = opened(saved(tmp_path / "net.safetensors", state))
-    plain = opened(saved(tmp_path / "plain.safetensors", formula(state)))
+    family = load_model(saved(tmp_path / "net.safetensors", state))
+    plain = load_model(saved(tmp_path / "plain.safetensors", formula(state)))
     found, expected = (f.denoiser.nets["transformer"].state_dict() for f in (family, plain))
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     for key, tensor in expected.items():
@@ -254,7 +254,7 @@ def test_what_is_packed_otherwise_is_refused_by_name(kind: str, tmp_path: Path) 
     path, plain = saved(tmp_path / "net.safetensors", state, metadata), saved(tmp_path / "plain.safetensors", PLAIN)
     source, output = lora(tmp_path / "lora.safetensors")[0], tmp_path / "out.safetensors"
     for action in (
-        lambda: opened(path),
+        lambda: load_model(path),
         lambda: merge_into(path, [source], output),
         lambda: extract(path, plain, output, Cut(rank=1), dtype=torch.float32),
         lambda: extract(plain, path, output, Cut(rank=1), dtype=torch.float32),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import made
 from torch import Tensor
 
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 from lorasmith.tools.extract import extract
 from lorasmith.tools.inspect import inspected
@@ -78,7 +78,7 @@ def test_every_tool_takes_the_stored_number_times_its_scale(kind: str, plain: Pa
     base = variant(plain, tmp_path / "base", stored)
     (scale,) = [tensor for key, tensor in stored.items() if "scale" in key] or [torch.tensor(1.0)]
     weight, rest = stored[WEIGHT].float() * scale, load_file(net_file(plain))
-    trained = opened(base).denoiser.nets["transformer"].state_dict()
+    trained = load_model(base).denoiser.nets["transformer"].state_dict()
     for key, tensor in (rest | {WEIGHT: weight}).items():
         torch.testing.assert_close(trained[key], tensor.to(trained[key].dtype), rtol=0, atol=0)
 
@@ -132,7 +132,7 @@ def tools(folder: Path, plain: Path, tmp_path: Path) -> dict[str, Callable[[], A
         lora(tmp_path / "d.safetensors", dora_scale=torch.ones(SIDE, 1))[0],
     )
     return {
-        "train, sample": lambda: opened(folder),
+        "train, sample": lambda: load_model(folder),
         "merge": lambda: merge_into(folder, [Source.parsed(str(path))], tmp_path / "out"),
         "extract from": lambda: extract(folder, plain, out, cut, dtype=torch.float32),
         "extract": lambda: extract(plain, folder, out, cut, dtype=torch.float32),

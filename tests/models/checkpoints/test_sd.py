@@ -1,4 +1,4 @@
-"""Single-file checkpoints: tiny models of the libraries, written in the original layout by hand, opened, compared."""
+"""Single-file checkpoints: tiny models of the libraries, written in the original layout by hand, loaded, compared."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lorasmith.api import train_lora
 from lorasmith.diffusion.process import Diffusion
 from lorasmith.formats.unet_names import ldm_names
 from lorasmith.models.checkpoints.clip_tokenizer import clip_tokenizer
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.meta import skeleton
 
 State = dict[str, Tensor]
@@ -113,7 +113,7 @@ def text() -> Tensor:
 
 @torch.no_grad()
 def test_every_part_computes_what_the_original_computes(model: Tiny, path: Path, latents: Tensor, text: Tensor) -> None:
-    family: Any = opened(path)
+    family: Any = load_model(path)
     t, texts = torch.tensor([1, 200, 500, 999]), text.expand(4, -1, -1)
     assert torch.equal(family.denoiser.predict(latents, t, {"text": texts}), model.unet(latents, t, texts).sample)
     pipe = family.pipeline(family.denoiser)
@@ -129,7 +129,7 @@ def test_every_part_computes_what_the_original_computes(model: Tiny, path: Path,
 
 
 def test_its_head_tells_of_all_layers(path: Path) -> None:
-    expected, found = opened(path, with_texts=True).denoiser, skeleton(path, with_texts=True)[0]
+    expected, found = load_model(path, with_texts=True).denoiser, skeleton(path, with_texts=True)[0]
     assert found.nets.keys() == expected.nets.keys() == {"unet", "text_encoder"}
     for name, net in expected.nets.items():
         shapes = {key: tensor.shape for key, tensor in found.nets[name].state_dict().items()}
@@ -159,7 +159,7 @@ def test_captions_are_read_with_clips_words(tmp_path: Path, latents: Tensor) -> 
     for version, fill in ((1, 49407), (2, 0)):
         model = tiny(version, num_words=49408)
         path = written(tmp_path / f"{version}.safetensors", model.state())
-        family = opened(str(path))
+        family = load_model(str(path))
         known = [49406, 320, 1125, 539, 320, 2368, 49407]
         tokens = torch.tensor([known + [fill] * 9])
         expected = model.text_encoder(tokens).last_hidden_state
@@ -192,7 +192,7 @@ def test_names_without_the_text_model_level_and_averages_are_read(models: dict[i
     state[f"{TEXT}transformer.embeddings.position_ids"] = torch.arange(16)[None]
     state |= {"model_ema.decay": torch.tensor(0.9), "model_ema.diffusion_modelout2weight": torch.zeros(4)}
     state |= {"betas": torch.zeros(1000), f"{VAE}loss.logvar": torch.tensor(0.0)}
-    family = opened(written(tmp_path / "model.safetensors", state))
+    family = load_model(written(tmp_path / "model.safetensors", state))
     ours = family.pipeline(family.denoiser).text_encoder.state_dict()
     theirs = models[1].text_encoder.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -205,7 +205,7 @@ def test_a_text_encoder_without_its_last_layer_is_read_whole(models: dict[int, T
     state |= {key.replace(".1.", f".{n}.", 1): value for key, value in layer.items() for n in range(2, 23)}
     for extra in ({}, {key.replace(".1.", ".23.", 1): value for key, value in layer.items()}):
         path = written(tmp_path / "model.safetensors", state | extra)
-        family = opened(path)
+        family = load_model(path)
         assert family.pipeline(family.denoiser).text_encoder.config.num_hidden_layers == 23
 
 
@@ -227,7 +227,7 @@ def test_what_an_sd2_file_predicts(
 ) -> None:  # fmt: skip
     path = written(tmp_path / "model.safetensors", models[2].state() | extra, metadata)
     with caplog.at_level(logging.WARNING, "lorasmith"):
-        family = opened(path)
+        family = load_model(path)
     process, unet = family.denoiser.process, family.denoiser.nets["unet"]
     assert isinstance(unet, UNet2DConditionModel)
     assert isinstance(process, Diffusion) and process.prediction == prediction
@@ -237,9 +237,9 @@ def test_what_an_sd2_file_predicts(
 
 def test_v_prediction_and_zero_snr_are_read_in_sd1_too(models: dict[int, Tiny], tmp_path: Path) -> None:
     extra = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor(0.0)}
-    process = opened(written(tmp_path / "model.safetensors", models[1].state() | extra)).denoiser.process
+    process = load_model(written(tmp_path / "model.safetensors", models[1].state() | extra)).denoiser.process
     assert isinstance(process, Diffusion) and process.prediction == "v" and float(process.alphas_cumprod[-1]) < 1e-6
-    plain = opened(written(tmp_path / "plain.safetensors", models[1].state())).denoiser.process
+    plain = load_model(written(tmp_path / "plain.safetensors", models[1].state())).denoiser.process
     assert isinstance(plain, Diffusion) and plain.prediction == "eps"
     assert float(plain.alphas_cumprod[-1]) == pytest.approx(0.00466, rel=1e-2)
 
@@ -252,10 +252,10 @@ def test_a_unet_alone_trains_from_tensors_and_says_what_it_lacks(
     if model.version == 1:
         assert train_lora(path, latents, [text], steps=1).model_with_lora.vae is None
     with pytest.raises(ValueError, match="must hold vae and text_encoder and tokenizer to encode captions"):
-        opened(path).codec(CPU)
+        load_model(path).codec(CPU)
     vae = {key: value for key, value in model.state().items() if key.startswith(VAE)}
     with pytest.raises(ValueError, match="must hold text_encoder and tokenizer to encode"):
-        opened(written(tmp_path / "two.safetensors", state | vae)).codec(CPU)
+        load_model(written(tmp_path / "two.safetensors", state | vae)).codec(CPU)
 
 
 @pytest.mark.slow
@@ -267,9 +267,9 @@ def test_what_a_file_lacks_is_the_folder_s(tmp_path: Path) -> None:
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=clip_tokenizer(length=16), unet=model.unet,
         requires_safety_checker=False, **others,
     ).save_pretrained(tmp_path / "folder")  # fmt: skip
-    whole = opened(written(tmp_path / "whole.safetensors", model.state())).codec(CPU)
+    whole = load_model(written(tmp_path / "whole.safetensors", model.state())).codec(CPU)
     state = {key: value for key, value in model.state().items() if key.startswith(UNET)}
-    family = opened(written(tmp_path / "unet.safetensors", state), tmp_path / "folder")
+    family = load_model(written(tmp_path / "unet.safetensors", state), tmp_path / "folder")
     texts, images = ["a photo of a cat"], torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.equal(family.codec(CPU).encode_texts(texts)["text"], whole.encode_texts(texts)["text"])
     assert torch.equal(family.codec(CPU).encode_images(images), whole.encode_images(images))
@@ -309,7 +309,7 @@ def test_what_is_no_such_model_is_named(
 ) -> None:
     path = written(tmp_path / "model.safetensors", change(models[1].state()))
     with pytest.raises(ValueError, match=message) as raised:
-        opened(path)
+        load_model(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -326,7 +326,7 @@ def test_what_is_no_such_model_is_named(
 def test_a_broken_encoder_is_named_once_it_is_needed(
     models: dict[int, Tiny], tmp_path: Path, version: int, key: str, message: str
 ) -> None:
-    family = opened(written(tmp_path / "model.safetensors", without(key)(models[version].state())))
+    family = load_model(written(tmp_path / "model.safetensors", without(key)(models[version].state())))
     with pytest.raises(ValueError, match=message):
         family.codec(CPU)
 
@@ -335,15 +335,15 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path, models: dict[int, Tiny
     pickle = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}}, pickle)
     with pytest.raises(ValueError, match=r"model\.ckpt must be a safetensors file: a pickle \(\.ckpt\) can run code"):
-        opened(pickle)
+        load_model(pickle)
     renamed_pickle = pickle.rename(tmp_path / "pickle.safetensors")
     with pytest.raises(
         ValueError, match="pickle.safetensors is a zip archive or a pickle of torch.save, not a safetensors file"
     ):
-        opened(renamed_pickle)
+        load_model(renamed_pickle)
     with pytest.raises(ValueError, match="nothing.safetensors must be a safetensors file: file not found"):
-        opened(str(tmp_path / "nothing.safetensors"))
+        load_model(str(tmp_path / "nothing.safetensors"))
     path = written(tmp_path / "flow.safetensors", models[2].state(), {"modelspec.prediction_type": "flow"})
     with pytest.raises(ValueError, match=r"prediction_type of .*flow.safetensors must be epsilon or v, got 'flow'"):
-        opened(path)
+        load_model(path)
     assert load_file(path)  # a sound file but for its metadata

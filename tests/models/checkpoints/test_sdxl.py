@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorasmith.api import train_lora
 from lorasmith.models.checkpoints.clip_tokenizer import clip_tokenizer
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.meta import skeleton
 
 State = dict[str, Tensor]
@@ -88,7 +88,7 @@ def path(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def check_same(family: Any) -> None:
-    reference = opened(pipeline())
+    reference = load_model(pipeline())
     ours, theirs = family.codec(CPU), reference.codec(CPU)
     cond, images = theirs.encode_texts(CAPTIONS), torch.rand(2, 3, 32, 32) * 2 - 1
     torch.testing.assert_close(ours.encode_texts(CAPTIONS), cond, rtol=0, atol=0)
@@ -103,7 +103,7 @@ def check_same(family: Any) -> None:
 
 
 def test_its_head_tells_of_all_layers(path: Path, tmp_path: Path) -> None:
-    expected = opened(path, with_texts=True).denoiser.nets
+    expected = load_model(path, with_texts=True).denoiser.nets
     found = skeleton(path, with_texts=True)[0].nets
     assert shapes(found) == shapes(expected) and len(found) == 3
     alone = written(tmp_path / "unet.safetensors", "unet")
@@ -115,7 +115,7 @@ def shapes(nets: Mapping[str, torch.nn.Module]) -> dict[str, torch.Size]:
 
 
 def test_a_whole_file_needs_no_folder(path: Path) -> None:
-    family = opened(path)
+    family = load_model(path)
     check_same(family)
     assert family.codec(CPU).resolution == 256  # the tiny autoencoder halves sides where the real one takes 1/8
     pipe = family.pipeline(family.denoiser)
@@ -134,9 +134,9 @@ def test_it_trains_from_captions_without_a_folder(path: Path) -> None:
 def test_what_a_file_lacks_is_the_folder_s(held: tuple[str, ...], tmp_path: Path) -> None:
     path, folder = written(tmp_path / "sdxl.safetensors", *held), tmp_path / "folder"
     with pytest.raises(ValueError, match="sdxl.safetensors must hold .* to encode captions, or encoders be a folder"):
-        opened(path).codec(CPU)
+        load_model(path).codec(CPU)
     pipeline().save_pretrained(folder)
-    check_same(opened(path, folder))
+    check_same(load_model(path, folder))
 
 
 @pytest.mark.slow
@@ -144,11 +144,11 @@ def test_unets_alone_are_read_under_all_names(tmp_path: Path) -> None:
     pipeline().save_pretrained(tmp_path / "folder")
     state = {key.removeprefix(DENOISER): tensor.contiguous() for key, tensor in parts()["unet"].items()}
     save_file(state, tmp_path / "comfyui.safetensors")
-    check_same(opened(tmp_path / "comfyui.safetensors", tmp_path / "folder"))
+    check_same(load_model(tmp_path / "comfyui.safetensors", tmp_path / "folder"))
     theirs = next((tmp_path / "folder" / "unet").glob("*.safetensors")).rename(tmp_path / "diffusers.safetensors")
-    check_same(opened(theirs, tmp_path / "folder"))
+    check_same(load_model(theirs, tmp_path / "folder"))
     with pytest.raises(ValueError, match="under diffusers' names: encoders must be a folder with its unet/config.json"):
-        opened(theirs)
+        load_model(theirs)
 
 
 def test_what_a_file_states_of_its_noise_goes_before_the_folder(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_what_a_file_states_of_its_noise_goes_before_the_folder(tmp_path: Path) 
     path = written(tmp_path / "sdxl.safetensors", *parts(), **extra)
     pipeline().save_pretrained(tmp_path / "folder")
     for encoders in (None, tmp_path / "folder"):
-        family = opened(path, encoders)
+        family = load_model(path, encoders)
         process: Any = family.denoiser.process
         assert process.prediction == "v" and float(process.alphas_cumprod[-1]) < 1e-6
         assert family.pipeline(family.denoiser).scheduler.config["prediction_type"] == "v_prediction"
@@ -175,7 +175,7 @@ def test_what_a_file_states_of_its_noise_goes_before_the_folder(tmp_path: Path) 
 )
 def test_what_is_no_such_model_is_named(extra: State, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        opened(written(tmp_path / "sdxl.safetensors", *parts(), **extra))
+        load_model(written(tmp_path / "sdxl.safetensors", *parts(), **extra))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_broken_encoder_is_named_once_it_is_needed(key: str, message: str, tmp
     state = {k: t.contiguous().clone() for part in parts().values() for k, t in part.items() if k != key}
     save_file(state, tmp_path / "sdxl.safetensors")
     with pytest.raises(ValueError, match=message):
-        opened(tmp_path / "sdxl.safetensors").codec(CPU)
+        load_model(tmp_path / "sdxl.safetensors").codec(CPU)
     save_file({**state, f"{VAE}strange.weight": torch.ones(1), key: torch.ones(1)}, tmp_path / "sdxl.safetensors")
     with pytest.raises(ValueError, match="cannot load the"):
-        opened(tmp_path / "sdxl.safetensors").codec(CPU)
+        load_model(tmp_path / "sdxl.safetensors").codec(CPU)

@@ -23,7 +23,7 @@ from lorasmith.formats.architectures.registry import ARCHITECTURES
 from lorasmith.formats.detect import model_family
 from lorasmith.models.checkpoints.load import _Empty
 from lorasmith.models.checkpoints.transformers import OriginalTransformer
-from lorasmith.models.load import opened, original_of
+from lorasmith.models.load import load_model, original_of
 from lorasmith.models.meta import skeleton
 from lorasmith.models.sources.single_file import FileComponents
 from lorasmith.storage.safetensors_header import Header
@@ -234,7 +234,7 @@ def test_weights_in_integers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     save_file(original(net_of("Flux")) | {"img_in.weight": torch.ones(2, 2, dtype=torch.uint8)}, path)
     with pytest.raises(ValueError, match="must hold plain weights, .* got img_in.weight in U8 without a scale"):
-        opened(path)
+        load_model(path)
 
 
 def test_heads_of_another_width_need_the_folder(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_heads_of_another_width_need_the_folder(tmp_path: Path) -> None:
 @table("name", sorted(TINY.keys() - FOLDERS_ALONE), quick=["StableDiffusionXLPipeline", "FluxPipeline", "Wan 2.1"])
 def test_a_file_beside_a_folder_is_the_pipeline(name: str, tmp_path: Path) -> None:
     """The denoiser in the original layout and under diffusers' names; all else is the folder's."""
-    pipe, family = made(name), opened(made(name))
+    pipe, family = made(name), load_model(made(name))
     pipe.save_pretrained(tmp_path / "folder")
     reference = family.codec(CPU)
     cond = reference.encode_texts(PROMPTS[:2])
@@ -259,14 +259,14 @@ def test_a_file_beside_a_folder_is_the_pipeline(name: str, tmp_path: Path) -> No
     (part, net), *others = family.denoiser.nets.items()
     if others:
         with pytest.raises(ValueError, match="holds one denoiser, but the pipeline of encoders has"):
-            opened(written(tmp_path / "net.safetensors", original(net)), tmp_path / "folder")
+            load_model(written(tmp_path / "net.safetensors", original(net)), tmp_path / "folder")
         return
     wide = part == "unet"  # whose tiny heads are not as wide as those of files
     for number, state in enumerate([net.state_dict()] if wide else [net.state_dict(), original(net)]):
         path = written(tmp_path / f"{number}.safetensors", state)
         for weights in (tmp_path / "folder" / part).glob("*.safetensors"):
             weights.unlink()  # which are not needed
-        found = opened(path, tmp_path / "folder")
+        found = load_model(path, tmp_path / "folder")
         with torch.no_grad():
             ours, theirs = (f.denoiser.predict(latents, t, cond) for f in (found, family))
             assert torch.equal(ours, theirs) and ours.std() > 0
@@ -280,7 +280,7 @@ def test_a_file_of_flux_alone(tmp_path: Path) -> None:
     """Trains from tensors with the published scheduler; captions need the folder, which the message says."""
     for number, shift in ((0, True), (1, False)):
         path = written(tmp_path / "net.safetensors", original(net_of("Flux", number)), DENOISER)
-        family = opened(path)
+        family = load_model(path)
         assert (family.denoiser.process.by_size is not None) == shift  # type: ignore[union-attr]
         assert family.pipeline(family.denoiser).vae is None
         with pytest.raises(
@@ -300,9 +300,9 @@ def test_encoders_of_another_kind_are_refused(encoders: str, message: str, tmp_p
     made("StableDiffusionXLPipeline").save_pretrained(tmp_path / "sdxl")
     path = written(tmp_path / "net.safetensors", original(net_of("Flux")))
     with pytest.raises(ValueError, match=message):
-        opened(path, tmp_path / encoders)
+        load_model(path, tmp_path / encoders)
     with pytest.raises(ValueError, match="encoders must be none where model is no single file, got x"):
-        opened(tmp_path / "sdxl", "x")
+        load_model(tmp_path / "sdxl", "x")
 
 
 @pytest.mark.parametrize(
@@ -320,11 +320,11 @@ def test_encoders_of_another_kind_are_refused(encoders: str, message: str, tmp_p
 def test_files_that_are_no_such_model(change: Callable[[State], State], message: str, tmp_path: Path) -> None:
     path = written(tmp_path / "net.safetensors", change(original(net_of("Flux"))))
     with pytest.raises(ValueError, match=message) as raised:
-        opened(path)
+        load_model(path)
     assert "\n" not in str(raised.value) and re.search(re.escape(str(path)), str(raised.value))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="is cut off: 3 of its .* bytes are missing"):
-        opened(path)
+        load_model(path)
 
 
 def test_a_file_holds_one_denoiser(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TINY, made
 
-from lorasmith.models.load import Family, opened
+from lorasmith.models.load import Family, load_model
 from lorasmith.types import Cond
 
 masking = pytest.mark.parametrize("name", ["Lumina2Pipeline", "ZImagePipeline"])
@@ -20,7 +20,7 @@ def texts_of(family: Family, length: int) -> Cond:
 @masking
 @torch.no_grad()
 def test_tokens_outside_the_mask_are_not_read_and_without_one_all_are(name: str) -> None:
-    family, t = opened(made(name)), torch.tensor([0.3, 0.8])
+    family, t = load_model(made(name)), torch.tensor([0.3, 0.8])
     x_t = torch.randn(2, *TINY[name].latent, generator=torch.Generator().manual_seed(1))
     whole = texts_of(family, 40)
     part = {"text": whole["text"][:, :30]}
@@ -32,6 +32,6 @@ def test_tokens_outside_the_mask_are_not_read_and_without_one_all_are(name: str)
 
 @masking
 def test_odd_sides_are_refused(name: str) -> None:
-    family = opened(made(name))
+    family = load_model(made(name))
     with pytest.raises(ValueError, match=r"latents must have even sides for this model, got \[5, 4\]"):
         family.denoiser.predict(torch.randn(2, 4, 5, 4), torch.tensor([0.3, 0.8]), texts_of(family, 3))

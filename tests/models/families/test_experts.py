@@ -20,7 +20,7 @@ from lorasmith.formats import lora_file
 from lorasmith.formats.experts import EXPERT, NET, experts
 from lorasmith.formats.read import adapters_from
 from lorasmith.formats.write import in_layout
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.tools.convert import convert
 from lorasmith.tools.merge import Source
 from lorasmith.tools.merge_into_model import merge_into
@@ -88,22 +88,22 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], before: d
 def test_diffusers_loads_each_file_into_its_transformer(
     algorithm: Algorithm | None, layout: LayoutName | None, tmp_path: Path
 ) -> None:
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     job = job_of(denoiser, algorithm=algorithm, layout=layout)
     written(job, tmp_path)
     pipe = made("Wan 2.2")
     pipe.load_lora_weights(tmp_path, weight_name="high_noise.safetensors")
     pipe.load_lora_weights(tmp_path, weight_name="low_noise.safetensors", load_into_transformer_2=True)
-    assert_same(predictions(opened(pipe).denoiser), with_adapters(denoiser, job.adapters), predictions(denoiser))
+    assert_same(predictions(load_model(pipe).denoiser), with_adapters(denoiser, job.adapters), predictions(denoiser))
 
 
 def test_files_have_plain_names_and_say_whose_they_are() -> None:
     """The names of ComfyUI's key map, which tests/comfyui and file_table prove of Wan's layout."""
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     job = job_of(denoiser)
     assert {key.split(".")[0] for key in job.lora()} == set(NETS.values())
     assert not job.file_metadata().keys() & {EXPERT, NET, "lorasmith.file_layout"}
-    wan = opened(made("Wan 2.1")).denoiser
+    wan = load_model(made("Wan 2.1")).denoiser
     plain = in_layout(AdapterSet.new(wan, LoRA(rank=2), Targets(), 0), wan, torch.float32, "comfyui").keys()
     found = {expert.name: (lora, metadata) for expert, lora, metadata in job.loras_of_experts()}
     assert found.keys() == NETS.keys()
@@ -118,18 +118,18 @@ def test_files_have_plain_names_and_say_whose_they_are() -> None:
 
 
 def test_an_expert_without_adapters_has_no_file() -> None:
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     job = job_of(denoiser, targets=Targets(exclude=(r"^transformer\.",)))
     assert [expert.name for expert in job.trained_experts] == ["low_noise"]
-    assert experts(opened(made("Wan 2.1")).denoiser) == []
-    assert list(job_of(opened(made("Wan 2.1")).denoiser).loras_of_experts()) == []
+    assert experts(load_model(made("Wan 2.1")).denoiser) == []
+    assert list(job_of(load_model(made("Wan 2.1")).denoiser).loras_of_experts()) == []
 
 
 @pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2), DoRA(rank=2)], ids=lambda a: a.name)
 @pytest.mark.parametrize("layout", ["kohya", "comfyui", "lycoris"])
 def test_what_reads_a_file_finds_its_expert(algorithm: Algorithm, layout: LayoutName, tmp_path: Path) -> None:
     """existing_lora, in training and drawing, and ComfyUI's lengths of DoRA by the expert's own weights."""
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     job = job_of(denoiser, algorithm=algorithm, layout=layout)
     for name, path in written(job, tmp_path).items():
         again = adapters_from(*lora_file.read(path)[:1], denoiser, lora_file.read(path)[1])
@@ -146,7 +146,7 @@ def test_what_reads_a_file_finds_its_expert(algorithm: Algorithm, layout: Layout
 
 
 def test_training_goes_on_from_the_file_of_one_expert(tmp_path: Path) -> None:
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     paths = written(job_of(denoiser, layout="diffusers"), tmp_path)
     job = job_of(denoiser, existing_lora=paths["low_noise"])
     assert job.adapters.nets == {"transformer_2"}
@@ -156,11 +156,11 @@ def test_training_goes_on_from_the_file_of_one_expert(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [None, "diffusers", "lycoris"])
 def test_files_are_merged_into_their_transformers(layout: LayoutName | None, tmp_path: Path) -> None:
     made("Wan 2.2").save_pretrained(tmp_path / "base")
-    denoiser = opened(tmp_path / "base").denoiser
+    denoiser = load_model(tmp_path / "base").denoiser
     job = job_of(denoiser, layout=layout)
     sources = [Source.parsed(str(path)) for path in written(job, tmp_path).values()]
     assert merge_into(tmp_path / "base", sources, tmp_path / "merged") == len(job.adapters.adapters)
-    found = predictions(opened(tmp_path / "merged").denoiser)
+    found = predictions(load_model(tmp_path / "merged").denoiser)
     assert_same(found, with_adapters(denoiser, job.adapters), predictions(denoiser))
 
 
@@ -168,7 +168,7 @@ def test_files_are_converted(tmp_path: Path) -> None:
     """There and back; a file that does not say whose it is has the names of the first expert's, which are both's."""
     base, there, back, unsaid = (tmp_path / name for name in ("base", *(f"{n}.safetensors" for n in "abc")))
     made("Wan 2.2").save_pretrained(base)
-    job = job_of(opened(base).denoiser, algorithm=LoRA(rank=2))
+    job = job_of(load_model(base).denoiser, algorithm=LoRA(rank=2))
     names = {
         f"transformer.{path.partition('.')[2]}.lora_{side}.weight" for path in job.adapters.adapters for side in "AB"
     }

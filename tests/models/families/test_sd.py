@@ -16,7 +16,7 @@ from lorasmith.demo import BASE
 from lorasmith.demo import FOLDER as DEMO
 from lorasmith.diffusion.sampling import pictures_of
 from lorasmith.models.families.sd import StableDiffusion, StableDiffusionCodec, diffusion
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.share import shared_copy
 from lorasmith.rng import Purpose, normal
 from lorasmith.types import Example
@@ -109,18 +109,18 @@ def copied(tmp_path: Path) -> Path:
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a diffusers folder with a model_index.json, got no such folder"):
-        opened(tmp_path / "nothing")
+        load_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match="got a folder without it"):
-        opened(tmp_path)
+        load_model(tmp_path)
     model = copied(tmp_path)
     (model / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(ValueError, match="kind among .*, StableDiffusionPipeline, got KandinskyPipeline"):
-        opened(model)
+        load_model(model)
     (model / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="cannot read .*model_index.json"):
-        opened(model)
+        load_model(model)
     with pytest.raises(ValueError, match="model must be a path, a hub id, a diffusers pipeline or a Denoiser, got int"):
-        opened(3)
+        load_model(3)
 
 
 def test_a_broken_part_is_named(tmp_path: Path) -> None:
@@ -128,17 +128,17 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="unet/.* is cut off"):
-        opened(model)
+        load_model(model)
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="unet must hold safetensors weights: pickles can run code"):
-        opened(model)
+        load_model(model)
     shutil.copy(BASE / "unet" / weights.name, weights)
     shutil.rmtree(model / "scheduler")
     with pytest.raises(ValueError, match="cannot read .*scheduler/scheduler_config.json"):
-        opened(model)
+        load_model(model)
     shutil.rmtree(model / "unet")
     with pytest.raises(ValueError, match="must hold unet/, but it does not"):
-        opened(model)
+        load_model(model)
 
 
 def test_a_tokenizer_that_is_not_the_text_encoders_is_refused(tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_a_tokenizer_that_is_not_the_text_encoders_is_refused(tmp_path: Path) ->
     tokenizer["model"]["vocab"].popitem()
     (model / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="must know the same words, got 2047 and 2048|cannot load .*/tokenizer"):
-        opened(model).codec(torch.device("cpu"))
+        load_model(model).codec(torch.device("cpu"))
     (model / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="tokenizer must hold tokenizer.json or vocab.json"):
-        opened(model).codec(torch.device("cpu"))
+        load_model(model).codec(torch.device("cpu"))
 
 
 def test_missing_tensors_and_strange_configs_are_named(tmp_path: Path) -> None:
@@ -159,13 +159,13 @@ def test_missing_tensors_and_strange_configs_are_named(tmp_path: Path) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.weight"}, weights)
     with pytest.raises(ValueError, match="unet: 1 tensor is missing, such as conv_in.weight"):
-        opened(model)
+        load_model(model)
     shutil.copy(BASE / "unet" / weights.name, weights)
     (model / "scheduler" / "scheduler_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"scheduler_config.json must be a table, got \[\]"):
-        opened(model)
+        load_model(model)
     (model / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="must name the pipeline's _class_name"):
-        opened(model)
+        load_model(model)
     with pytest.raises(ValueError, match="must describe betas, got {'beta_schedule': 'steep'}"):
         diffusion({"beta_schedule": "steep"})

@@ -16,7 +16,7 @@ from lorasmith.api import train_lora
 from lorasmith.config.schema import Config
 from lorasmith.data.dataset import Dataset
 from lorasmith.diffusion.sampling import drawn
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.prepare.fsdp import shard
 from lorasmith.prepare.share import shared_copy
 from lorasmith.rng import Purpose, normal
@@ -35,7 +35,7 @@ def numbers(*shape: int) -> Tensor:
 @pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2", "Wan 2.2 5B"])
 def test_a_video_is_the_one_that_diffusers_draws(name: str) -> None:
     pipe = made(name)
-    family = opened(pipe)
+    family = load_model(pipe)
     codec: Any = family.codec(CPU)
     noise = numbers(1, pipe.transformer.config["in_channels"], 2, 6, 4)
     height, width = (side * codec.factor for side in noise.shape[-2:])
@@ -51,7 +51,7 @@ def test_a_video_is_the_one_that_diffusers_draws(name: str) -> None:
 def test_videos_are_encoded_frame_by_frame_and_decoded() -> None:
     """A frame's latent depends on no later frame, so that the first is the picture's; scales as in diffusers' own."""
     pipe = made("Wan 2.1")
-    codec: Any = opened(pipe).codec(CPU)
+    codec: Any = load_model(pipe).codec(CPU)
     video = numbers(2, 3, 5, 48, 32).clamp(-1, 1)
     with torch.no_grad():
         latents = codec.encode_images(video)
@@ -67,14 +67,14 @@ def test_each_sample_goes_to_the_expert_of_its_time() -> None:
     pipe = made("Wan 2.2")
     x_t, t, text = numbers(4, 16, 1, 6, 4), torch.tensor([0.1, 0.6, 0.59, 0.9]), numbers(4, 5, 16)
     with torch.no_grad():
-        ours = opened(pipe).denoiser.predict(x_t, t, {"text": text})
+        ours = load_model(pipe).denoiser.predict(x_t, t, {"text": text})
         for place, net in enumerate((pipe.transformer_2, pipe.transformer, pipe.transformer_2, pipe.transformer)):
             own = slice(place, place + 1)
             torch.testing.assert_close(ours[own], net(x_t[own], t[own] * 1000, text[own]).sample)
 
 
 def test_latents_that_no_patch_fits_are_refused() -> None:
-    denoiser = opened(made("Wan 2.2")).denoiser
+    denoiser = load_model(made("Wan 2.2")).denoiser
     for x_t, said in (
         (numbers(1, 16, 1, 5, 4), r"multiples of \[1, 2, 2\] .* got \[1, 5, 4\]"),
         (numbers(1, 16, 6, 4), ""),
@@ -87,16 +87,16 @@ def test_experts_need_two_transformers(tmp_path: Path) -> None:
     pipe = made("Wan 2.2")
     pipe.transformer_2 = None
     with pytest.raises(ValueError, match="model must hold a transformer_2, but the pipeline's is None"):
-        opened(pipe)
+        load_model(pipe)
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold transformer_2/, but it does not"):
-        opened(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_folder_in_bf16_gives_a_pipeline_in_bf16(tmp_path: Path) -> None:
     """diffusers keeps some of the transformer's weights in float32, the first one too."""
     made("Wan 2.1").to(torch.bfloat16).save_pretrained(tmp_path)
-    family = opened(tmp_path)
+    family = load_model(tmp_path)
     net: Any = family.denoiser.nets["transformer"]
     assert next(net.parameters()).dtype == torch.float32 and net.proj_out.weight.dtype == torch.bfloat16
     pipe = family.pipeline(family.denoiser)
@@ -108,7 +108,7 @@ def test_a_folder_in_bf16_gives_a_pipeline_in_bf16(tmp_path: Path) -> None:
 
 def run(targets: Targets, *, steps: int, seed: int = 1) -> tuple[AdapterSet, list[bool]]:
     """Trains the adapters of 2.2; and whether the nets with adapters had a sample in each step."""
-    denoiser: Denoiser = shared_copy(opened(made("Wan 2.2")).denoiser, CPU, torch.float32)
+    denoiser: Denoiser = shared_copy(load_model(made("Wan 2.2")).denoiser, CPU, torch.float32)
     samples = [Cached(str(n), numbers(16, 1, 6, 4), {"text": numbers(5, 16)}) for n in range(4)]
     config = Config(steps=steps, adapter=LoRA(rank=2), targets=targets, seed=seed)
     dataset = Dataset.of(samples, [1] * 4, seed=seed, group_size=1)
@@ -138,7 +138,7 @@ def test_one_expert_may_be_trained_alone() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_expert_with_a_layer_that_never_runs_is_refused_once_it_runs(batch_size: int) -> None:
     def with_idle(name: str) -> None:
-        denoiser: Any = opened(made("Wan 2.2")).denoiser
+        denoiser: Any = load_model(made("Wan 2.2")).denoiser
         net = denoiser.nets[name]
         net.idle = torch.nn.Linear(4, 4)
         samples = [Cached(str(n), numbers(16, 1, 6, 4), {"text": numbers(5, 16)}) for n in range(4)]
@@ -155,7 +155,7 @@ def test_an_expert_with_a_layer_that_never_runs_is_refused_once_it_runs(batch_si
 
 def test_experts_are_not_shared_out_over_processes() -> None:
     with pytest.raises(ValueError, match="sharded must be False: the model sends each sample to one of its nets"):
-        shard(opened(made("Wan 2.2")).denoiser, CPU)
+        shard(load_model(made("Wan 2.2")).denoiser, CPU)
 
 
 def test_a_run_behind_the_contract_draws_videos_with_what_it_learned() -> None:

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from lorasmith.api import train_lora
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.sources.parts import variant_of
 
 
@@ -29,7 +29,7 @@ def test_a_folder_with_variants_only_loads(tmp_path: Path, latents: Tensor, text
     ours, plain = train_lora(model, latents, list(texts), steps=1), train_lora(BASE, latents, list(texts), steps=1)
     assert ours.loss == plain.loss
     cpu = torch.device("cpu")
-    family, reference = opened(model).codec(cpu), opened(BASE).codec(cpu)
+    family, reference = load_model(model).codec(cpu), load_model(BASE).codec(cpu)
     with torch.no_grad():
         assert torch.equal(family.encode_texts(["a cat"])["text"], reference.encode_texts(["a cat"])["text"])
         assert torch.equal(family.decode(latents), reference.decode(latents))
@@ -40,7 +40,7 @@ def test_the_plain_files_dtype_is_kept_beside_a_variant(tmp_path: Path) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
     save_file({key: value.float() for key, value in load_file(weights).items()}, weights)
-    assert {p.dtype for p in opened(model).denoiser.nets["unet"].parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(model).denoiser.nets["unet"].parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -55,7 +55,7 @@ def test_a_safety_checker_stays_where_there_is_one(tmp_path: Path, variant: str 
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     del index["requires_safety_checker"]
     (model / "model_index.json").write_text(json.dumps(index))
-    family = opened(model)
+    family = load_model(model)
     pipe = family.pipeline(family.denoiser)
     assert isinstance(pipe.safety_checker, StableDiffusionSafetyChecker) and pipe.feature_extractor is not None
     shutil.rmtree(model / "safety_checker")  # as with a model fetched from the hub

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorasmith.api import train_lora
 from lorasmith.demo import BASE
-from lorasmith.models.load import bytes_to_load, located, opened
+from lorasmith.models.load import bytes_to_load, load_model, located
 from lorasmith.models.sources.hub import needed
 from lorasmith.models.sources.kind import is_id, refuse_unfit_source
 from lorasmith.reporting import progress
@@ -116,32 +116,32 @@ def test_an_id_is_opened_from_the_cache_when_offline(cache: Path, latents: Tenso
 def test_what_is_nowhere_is_named_with_the_reason(cache: Path) -> None:
     message = "emoji-base must be .*its cache does not hold it, and HF_HUB_OFFLINE=1 forbids .*, got no such folder"
     with pytest.raises(ValueError, match=message) as raised:
-        opened(NAME)
+        load_model(NAME)
     assert "\n" not in str(raised.value)
     snapshot = in_cache(cache)
     next((snapshot / "vae").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=message):
-        opened(NAME)
+        load_model(NAME)
 
 
 @pytest.mark.parametrize("name", ["./no/such", "./such", "~/such", "../no/such", "/no/such", "no-such", "a/b/c"])
 def test_a_mistyped_folder_is_no_id(name: str) -> None:
     assert not is_id(name)
     with pytest.raises(ValueError, match="must be a diffusers folder with a model_index.json, got no such folder"):
-        opened(name)
+        load_model(name)
 
 
 def test_a_path_object_is_no_id(cache: Path) -> None:
     in_cache(cache)
     with pytest.raises(ValueError, match="got no such folder"):
-        opened(Path(NAME))
+        load_model(Path(NAME))
 
 
 def test_a_folder_goes_before_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / NAME).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="got a folder without it"):
-        opened(NAME)
+        load_model(NAME)
 
 
 def test_only_what_is_loaded_is_fetched_and_only_once(hub: Hub, cache: Path, tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_only_what_is_loaded_is_fetched_and_only_once(hub: Hub, cache: Path, tmp
     own = files_of(BASE)
     del own["README.md"]
     hub.files = {**own, **dict.fromkeys((*others, *duplicates), b"x")}
-    opened(NAME).codec(CPU)
+    load_model(NAME).codec(CPU)
     assert sorted(hub.sent) == sorted(own)
-    opened(NAME)
+    load_model(NAME)
     assert len(hub.sent) == len(own)
 
 
@@ -193,7 +193,7 @@ def test_variants_are_fetched_where_there_is_nothing_else(hub: Hub, tmp_path: Pa
         weights = next((model / part).glob("*.safetensors"))
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     hub.files = files_of(model)
-    family = opened(NAME)
+    family = load_model(NAME)
     assert {name for name in hub.sent if name.endswith("safetensors")} == {
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
@@ -216,17 +216,17 @@ def test_the_hubs_refusals_are_explained(
 ) -> None:
     hub.error = error
     with pytest.raises(ValueError, match=f"its cache does not hold it, and .*{reason}"):
-        opened(NAME)
+        load_model(NAME)
     in_cache(cache)
     with caplog.at_level(logging.WARNING, "lorasmith"):
-        opened(NAME)
+        load_model(NAME)
     assert "the copy of somebody/emoji-base in the hub's cache is taken: " in caplog.text
 
 
 def test_a_gated_model_whose_files_are_listed(hub: Hub) -> None:
     hub.files, hub.closed = files_of(BASE), True
     with pytest.raises(ValueError, match="accept them on its page and set HF_TOKEN"):
-        opened(NAME)
+        load_model(NAME)
 
 
 def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match="its cache does not hold it, and it cannot be fetched: .*, got no such folder"
     ):
-        opened(NAME)
+        load_model(NAME)
 
 
 def test_which_files_are_needed() -> None:
@@ -268,7 +268,7 @@ def test_a_model_of_another_family_is_fetched_by_its_index(hub: Hub, tmp_path: P
     own = files_of(saved_flux(tmp_path / "flux"))
     others = ("flux1.safetensors", "unet/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors")
     hub.files = {**own, **dict.fromkeys(others, b"x")}
-    opened(NAME).codec(CPU)
+    load_model(NAME).codec(CPU)
     assert sorted(hub.sent) == sorted(own)
 
 
@@ -276,10 +276,10 @@ def test_encoders_are_fetched_without_the_denoiser(hub: Hub, tmp_path: Path, mon
     folder = saved_flux(tmp_path / "flux")
     hub.files = files_of(folder)
     (weights,) = (folder / "transformer").glob("*.safetensors")
-    family = opened(weights, NAME)
+    family = load_model(weights, NAME)
     family.codec(CPU)
     assert sorted(hub.sent) == sorted(name for name in hub.files if name != f"transformer/{weights.name}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert type(opened(weights, NAME)) is type(family)
+    assert type(load_model(weights, NAME)) is type(family)
     with pytest.raises(ValueError, match="its cache does not hold it"):
-        opened(NAME)
+        load_model(NAME)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from lorasmith.demo import BASE
-from lorasmith.models.load import opened
+from lorasmith.models.load import load_model
 from lorasmith.models.sources.components import MODULES, FolderComponents
 from lorasmith.models.sources.parts import loaded
 from lorasmith.tools.model_files import Model
@@ -139,8 +139,8 @@ def test_what_lies_in_the_place_of_weights_is_named(content: bytes, message: str
     (file,) = (model / "text_encoder").glob("*.safetensors")
     replace(file, content)
     for action, path in (
-        (lambda: opened(single), single),
-        (lambda: opened(model).codec(CPU), file),
+        (lambda: load_model(single), single),
+        (lambda: load_model(model).codec(CPU), file),
         (lambda: Model.opened(model), file),
     ):
         with pytest.raises(ValueError, match=f"{path} {message}") as raised:
@@ -284,4 +284,4 @@ def test_an_open_pipeline_without_weights_is_refused() -> None:
     pipe: Any = made("FluxPipeline")
     pipe.text_encoder_2.to("meta")
     with pytest.raises(ValueError, match="must hold its weights, but .* tensors are missing of its text_encoder_2"):
-        opened(pipe)
+        load_model(pipe)

@@ -9,7 +9,7 @@ from originals import original
 from safetensors.torch import save_file
 from tiny import made
 
-from lorasmith.models.load import bytes_to_load, opened
+from lorasmith.models.load import bytes_to_load, load_model
 from lorasmith.models.sources.reading import loading_shown
 from lorasmith.reporting import progress
 from lorasmith.storage.safetensors_header import Header
@@ -29,7 +29,7 @@ def size(*paths: Path) -> int:
 def heard_of(model: Path, encoders: Path | None = None) -> Heard:
     heard = Heard()
     with loading_shown(bytes_to_load(model, encoders), heard):
-        opened(model, encoders).codec(CPU)
+        load_model(model, encoders).codec(CPU)
     return heard
 
 

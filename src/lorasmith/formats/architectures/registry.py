@@ -1,4 +1,4 @@
-"""Every architecture, in the order in which their signs are looked for: the rarer ones first."""
+"""Every architecture."""
 
 from lorasmith.formats.architectures.architecture import Architecture
 from lorasmith.formats.architectures.aura_flow import AURA_FLOW
@@ -16,3 +16,8 @@ from lorasmith.formats.architectures.z_image import Z_IMAGE
 ARCHITECTURES: tuple[Architecture, ...] = (
     SDXL, CHROMA, AURA_FLOW, FLUX2, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, SD2, SD1,
 )  # fmt: skip
+"""In the order in which their signs are looked for: the rarer ones first."""
+BY_USE: tuple[Architecture, ...] = (
+    SD1, SD2, SDXL, SD3, FLUX, CHROMA, QWEN_IMAGE, FLUX2, LUMINA2, Z_IMAGE, WAN, AURA_FLOW,
+)  # fmt: skip
+"""In the order in which a LoRA that fits several is tried: the most used ones first."""
