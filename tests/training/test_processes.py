@@ -123,7 +123,8 @@ def test_two_processes_of_the_command_line(tmp_path: Path) -> None:
 
     options = ("--standalone", "--max-restarts", "2")
     (end,) = ended(torchrun(dying, PROGRAM, "dying", "train", *ARGUMENTS, options=options))
-    assert end.code == 0 and end.err.count("process 0 has lost another process") == 1, end.err
+    lost, told = "process 0 has lost another process", "lorasmith: stopped"  # as the loss or torchrun comes first
+    assert end.code == 0 and (lost in end.err or told in end.err), end.err
     assert end.err.count("resuming runs/cats after step 3 of 6") == 1
     assert outcome(dying / "runs" / "cats") == outcome(whole / "runs" / "cats")
 
