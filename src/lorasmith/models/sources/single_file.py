@@ -13,10 +13,10 @@ from torch import nn
 
 from lorasmith.models.checkpoints.ldm import below, ldm_vae
 from lorasmith.models.checkpoints.ldm_configs import vae_config
+from lorasmith.models.checkpoints.load import warn_of_others
 from lorasmith.models.checkpoints.original import Original
 from lorasmith.models.checkpoints.transformer_configs import Config
 from lorasmith.models.sources.components import NEEDS_CHECKER, FolderComponents
-from lorasmith.reporting.pace import counted
 from lorasmith.storage.json_files import json_table
 from lorasmith.storage.safetensors_header import Header
 
@@ -91,16 +91,12 @@ class FileComponents:
         return {key: value for key, value in values.items() if not key.startswith("_")}
 
     def _tell_of_the_rest(self, read: set[str]) -> None:
-        """Logs what is not read; ValueError where it is of no known part."""
+        """Logs what is not read, with a warning where it is of no known part."""
         rest = [key for key in self.header.shapes if key not in read and not key.startswith(VAES)]
         if self.original.holds_encoders(self.header):
             rest = [key for key in rest if not key.startswith(TEXTS)]
         strange = [key for key in rest if not key.startswith((*TEXTS, *OF_TRAINING))]
-        if strange:
-            raise ValueError(
-                f"{self.header.path} holds {counted(len(strange), 'tensor')} of no part of such a model, such as "
-                f"{strange[0]}"
-            )
+        warn_of_others(str(self.header.path), strange)
         if rest:
             counts = Counter(key.partition(".")[0] for key in rest)
             what = ", ".join(f"{name} ({count})" for name, count in counts.items())
