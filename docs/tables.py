@@ -204,12 +204,12 @@ class Refusals:
         from lorasmith.config.schema import Checkpoints, NonFinite
         from lorasmith.demo import BASE
         from lorasmith.distributed.process_group import World
-        from lorasmith.models.load import opened
+        from lorasmith.models.load import load_model
 
         parts = {part.__name__: part for part in (Targets, Checkpoints, NonFinite, World)}
         self.names = {"torch": torch, "BASE": BASE, **parts}
         self.given: dict[str, Any] = {
-            "model": opened(BASE).denoiser,
+            "model": load_model(BASE).denoiser,
             "latents": torch.zeros(2, 4, 16, 16),
             "positive": [torch.zeros(32, 192)] * 2,
             "steps": 1,
