@@ -282,6 +282,8 @@ def test_an_optimizer_that_lacks_a_weight_is_refused_whole(flow_denoiser: Any) -
         ValueError, match=f"^its optimizer must keep exp_avg .* not so of 1, such as {re.escape(name)}$"
     ):
         state.load({key: tensor for key, tensor in tensors.items() if key != lacking}, state.numbers())
+    with pytest.raises(ValueError, match=f"must keep exp_avg of each weight, not so of 1, such as {re.escape(name)}$"):
+        state.load({**tensors, lacking: tensors[lacking][:1]}, state.numbers())
     assert state.is_sound and torch.equal(state.masters.vector, before)
     state.load(tensors, state.numbers())
     assert not torch.equal(state.masters.vector, before)

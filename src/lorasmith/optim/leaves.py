@@ -45,7 +45,8 @@ class Leaf:
         return {key: self._joined(key, states) for key in {key: None for state in states for key in state}}
 
     def _joined(self, key: str, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        lacking = [name for name, state in zip(self.shapes, states, strict=True) if key not in state]
+        named = zip(self.shapes.items(), states, strict=True)
+        lacking = [name for (name, shape), state in named if not self._fits(state.get(key), shape)]
         if lacking:
             raise ValueError(
                 f"its optimizer must keep {key} of each weight, not so of {len(lacking)}, such as {lacking[0]}"
@@ -53,6 +54,10 @@ class Leaf:
         values = [state[key] for state in states]
         is_apart = self.is_flat and values[0].ndim > 0
         return torch.cat([value.flatten() for value in values]) if is_apart else values[0].clone()
+
+    def _fits(self, value: Tensor | None, shape: torch.Size) -> bool:
+        """Whether it can be what is kept of a parameter; where shapes matter, an optimizer may keep any."""
+        return value is not None and (not self.is_flat or value.shape in ((), shape))
 
 
 def kept_of(leaves: Mapping[Leaf, Tensor], optimizers: Sequence[Optimizer]) -> Kept:
