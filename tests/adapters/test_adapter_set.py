@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import plain_net
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,7 @@ from lorasmith.adapters.hooks import attach, attached
 from lorasmith.adapters.targets import Targets, adaptable_layers
 from lorasmith.config.arguments import parsed
 from lorasmith.config.values import configured
-from lorasmith.diffusion.process import Flow
 from lorasmith.models.families.sd import StableDiffusion
-from lorasmith.types import Cond
 
 
 class Net(nn.Module):
@@ -30,19 +29,8 @@ class Net(nn.Module):
         return self.by_keyword(input=x)
 
 
-@dataclass(frozen=True)
-class Plain:
-    """A denoiser around any net."""
-
-    net: nn.Module
-    process: Flow = Flow()
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.net(x_t)
+class Plain(plain_net.Plain):
+    """With names in files that no program has."""
 
     def file_key(self, path: str) -> str:
         return path.replace(".", "_")

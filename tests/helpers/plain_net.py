@@ -11,7 +11,7 @@ from lorasmith.types import Cond, Denoiser
 
 @dataclass(frozen=True)
 class Plain:
-    """A denoiser around any net of pictures [B,4,h,w]."""
+    """A denoiser around any net."""
 
     net: nn.Module
     process: Flow = Flow()

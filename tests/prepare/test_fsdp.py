@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ModelMixin, SD3Transformer2DModel
 from flow_denoiser import FlowDenoiser
+from plain_net import Plain
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -100,24 +101,6 @@ class Odd(nn.Module):
         for block in self.blocks:
             rows = rows + block(rows)
         return self.exit(rows.movedim(-1, 1))
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A net alone."""
-
-    net: nn.Module
-    process: Flow = Flow()
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.net(x_t)
-
-    def file_key(self, path: str) -> str:
-        return path
 
 
 def odd() -> Case:

@@ -10,6 +10,12 @@ if TYPE_CHECKING:  # torch, which takes seconds: settings are read without it
     from torch import Tensor
 
 
+Threshold = Annotated[
+    float,
+    Field(gt=0, le=1e6, allow_inf_nan=False, description="difference at which the loss turns from quadratic to linear"),
+]
+
+
 class MSE(Component):
     """(pred - target)^2."""
 
@@ -38,13 +44,7 @@ class Huber(Component):
     """Half the square below delta, delta (|d| - delta / 2) above (Huber 1964)."""
 
     name: Literal["Huber"] = "Huber"
-    delta: float = Field(
-        default=1.0,
-        gt=0,
-        le=1e6,
-        allow_inf_nan=False,
-        description="difference at which the loss turns from quadratic to linear",
-    )
+    delta: Threshold = 1.0
 
     def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""
@@ -57,13 +57,7 @@ class SmoothL1(Component):
     """Huber's loss divided by beta (Girshick 2015, eq. 3)."""
 
     name: Literal["SmoothL1"] = "SmoothL1"
-    beta: float = Field(
-        default=1.0,
-        gt=0,
-        le=1e6,
-        allow_inf_nan=False,
-        description="difference at which the loss turns from quadratic to linear",
-    )
+    beta: Threshold = 1.0
 
     def elementwise(self, pred: "Tensor", target: "Tensor") -> "Tensor":
         """pred, target [B,…] -> [B,…]."""

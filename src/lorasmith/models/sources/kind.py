@@ -7,7 +7,7 @@ from lorasmith.formats.detect import is_lora, model_family
 from lorasmith.formats.model_names import HUB_IDS, family_named
 from lorasmith.models.sources.folder_layout import MODEL_INDEX, MODULES
 from lorasmith.storage.json_files import json_table
-from lorasmith.storage.not_safetensors import refuse_pointer, refuse_pointers
+from lorasmith.storage.not_safetensors import refuse_pointers
 from lorasmith.storage.safetensors_header import PICKLES, Header
 
 FILES = (".safetensors", *PICKLES)
@@ -45,7 +45,6 @@ def pipeline_name(folder: Path) -> str:
     if not index.is_file():
         found = "a folder without it" if folder.exists() else "no such folder"
         raise ValueError(f"{folder} must be a diffusers folder with a {MODEL_INDEX}, got {found}")
-    refuse_pointer(index)
     content = json_table(index)
     if "_class_name" not in content:
         raise ValueError(f"{index} must name the pipeline's _class_name, but it does not")
